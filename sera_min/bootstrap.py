@@ -1,0 +1,126 @@
+"""Preference bootstrapping: pairs that the policy writes and ranks itself. Copy this file alone: torch and tqdm.
+
+    for each prompt x:  y_1 … y_N ~ π_θ(t−1)(·|x),     y_w = argmax_j r̄_t(x, y_j),     y_l = argmin_j r̄_t(x, y_j)
+
+(SeRA, arXiv:2410.09362.) Sampling is one function and pairing another, so that the samples may come from any engine:
+`read_responses` takes its JSONL. What cannot be paired is dropped and counted, never mended:
+a sample cut off by the length limit has no end, and the end of sequence that it never said would get an absurd reward.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+TokenIds = list[int]
+
+
+def sample_responses(
+    model,
+    prompts: list[TokenIds],
+    n: int,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    eos_token_id: int | list[int],
+    pad_token_id: int,
+    seed: int,
+    max_tokens: int = 2**17,
+    desc: str | None = None,
+) -> list[list[tuple[TokenIds, bool]]]:
+    """n samples y ~ π(·|x) a prompt, as (token ids, ended): ended samples hold their end of sequence, others none.
+
+    Prompts of like length are sampled together, within `max_tokens` tokens of key-value cache. The result depends on
+    the seed and on nothing drawn before, and torch's generators are left as they were. Every setting is ours: the
+    model's own `generation_config` (top_k = 50 where it says nothing!) is put aside meanwhile.
+    """
+    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    device = next(model.parameters()).device
+    own_settings, was_training = model.generation_config, model.training
+    model.generation_config = type(own_settings)(
+        do_sample=True, temperature=temperature, top_p=top_p, top_k=0, repetition_penalty=1.0, num_beams=1,
+        num_return_sequences=n, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad_token_id,
+    )  # fmt: skip
+    model.eval()
+    samples: list[list[tuple[TokenIds, bool]]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    per_batch = max(1, max_tokens // (n * (max(map(len, prompts), default=0) + max_new_tokens)))
+    try:
+        with torch.random.fork_rng(), tqdm(total=len(prompts), desc=desc, unit="prompt", disable=desc is None) as bar:
+            torch.manual_seed(seed)
+            for batch in (order[start : start + per_batch] for start in range(0, len(order), per_batch)):
+                width = max(len(prompts[i]) for i in batch)
+                # Left padding, so that all rows go on from the same column; masked, hence without effect.
+                ids = torch.tensor([[pad_token_id] * (width - len(prompts[i])) + prompts[i] for i in batch])  # (b, P)
+                mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])  # (b, P)
+                output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))  # (b·n, P+L)
+                for row, tokens in enumerate(output[:, width:].tolist()):
+                    end = next((j + 1 for j, token in enumerate(tokens) if token in ends), None)
+                    samples[batch[row // n]].append((tokens[:end], end is not None))
+                bar.update(len(batch))
+    finally:
+        model.generation_config = own_settings
+        model.train(was_training)
+    return samples
+
+
+def best_worst_pairs(
+    rewards: list[list[float]], ended: list[list[bool]], responses: list[list[TokenIds]]
+) -> tuple[list[tuple[int, int, int]], torch.Tensor, Counter]:
+    """(prompt, best, worst) index triples and their float32 (P,) margins r̄(best) − r̄(worst) > 0, in nats.
+
+    rewards, ended, responses: one list a prompt, one entry a sample. Samples that were cut off or say the same as an
+    earlier one are never paired, and a prompt left with fewer than two different rewards has no pair: the Counter counts
+    each.
+    Raises ValueError where the reward of a finished sample is not a finite number.
+    """
+    pairs, margins, dropped = [], [], Counter()
+    for i, (values, finished, texts) in enumerate(zip(rewards, ended, responses, strict=True)):
+        seen: dict[tuple[int, ...], int] = {}  # response -> its first sample
+        for j, (reward, is_whole, tokens) in enumerate(zip(values, finished, texts, strict=True)):
+            if not is_whole:
+                dropped["cut-off samples"] += 1
+            elif tuple(tokens) in seen:
+                dropped["identical samples"] += 1
+            elif not math.isfinite(reward):
+                raise ValueError(f"prompt {i}, sample {j}: the reward is {reward}")
+            else:
+                seen[tuple(tokens)] = j
+        best = max(seen.values(), key=lambda j: values[j], default=None)
+        worst = min(seen.values(), key=lambda j: values[j], default=None)
+        if best is None or worst is None or values[best] == values[worst]:  # fewer than two, or all of one reward
+            dropped["prompts without a pair"] += 1
+            continue
+        pairs.append((i, best, worst))
+        margins.append(values[best] - values[worst])
+    return pairs, torch.tensor(margins), dropped
+
+
+def read_responses(
+    path: str | Path, encode: Callable[[str], TokenIds], eos_token_id: int
+) -> tuple[list[str], list[list[tuple[TokenIds, bool]]]]:
+    """Samples that another engine wrote: JSONL of `prompt`, `response` and, where known, `finish_reason`.
+
+    Returns the prompts, each once, in the file's order, and their samples as `sample_responses` gives them.
+    `finish_reason` "stop", or none at all, means that the response ended: it gets its EOS. Any other is a cut-off.
+    Raises ValueError naming the line and field that is not as said.
+    """
+    samples: dict[str, list[tuple[TokenIds, bool]]] = {}
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
+            for field in ("prompt", "response"):
+                if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                    raise ValueError(f"{path}, line {number}: the field '{field}' must be a string")
+            ended = row.get("finish_reason") in (None, "stop")
+            tokens = encode(row["response"]) + [eos_token_id] * ended
+            samples.setdefault(row["prompt"], []).append((tokens, ended))
+    return list(samples), list(samples.values())

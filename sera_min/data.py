@@ -1,0 +1,202 @@
+"""Preference pairs, in the formats people publish them in, to token ids. Every row cut or dropped is counted.
+
+| format | columns |
+|---|---|
+| strings, explicit prompt | `prompt`, `chosen`, `rejected` (taken as they are: no template, no separator)
+| messages, explicit prompt | `prompt`: messages (or a string: one user turn); `chosen`, `rejected`: the answer's message
+| messages, implicit prompt | `chosen`, `rejected`: whole dialogues, the last turn the assistant's
+| HH-RLHF, implicit prompt | `chosen`, `rejected`: "\\n\\nHuman: … \\n\\nAssistant: …"
+| Alpaca | `instruction`, `input` (may be absent or empty), `chosen`, `rejected`
+
+The last assistant turn is the response, everything before it the prompt, and both responses share one prompt's ids.
+Dialogues go through the tokenizer's chat template. A prompt's ids never depend on the response: where tokens merge
+across the border, the response is tokenised apart. A response ends with exactly one end of sequence, unless cut.
+"""
+
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import datasets
+from jinja2 import TemplateError
+from tqdm import tqdm
+
+# For tokenizers without a chat template: HH-RLHF's plain form, which a dialogue in that form survives unchanged.
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ {'user': '\n\nHuman: ', 'assistant': '\n\nAssistant: ', 'system': ''}[m['role']] "
+    "+ m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
+
+
+Pair = tuple[list[int], list[int], list[int]]  # token ids of the prompt x, the chosen y_w and the rejected y_l
+
+
+class InputError(ValueError):
+    """What the user gave is not as expected. The message is one line: where, and what was expected."""
+
+
+def read_rows(name: str, split: str) -> datasets.Dataset:
+    """Rows of a hub data set, a local .json, .jsonl or .parquet file, or a folder of them. Raises InputError."""
+    path, builders = Path(name), {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    if path.is_file() and path.suffix not in builders:
+        raise InputError(f"{name}: expected a .json, .jsonl or .parquet file")
+    if not path.exists() and (path.suffix in builders or name.count("/") > 1 or name.startswith((".", "~", "/"))):
+        raise InputError(f"{name}: no such file")
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors come back in ours, on one line
+    try:
+        if path.is_file():
+            return datasets.load_dataset(builders[path.suffix], data_files={split: str(path)}, split=split)
+        return datasets.load_dataset(name, split=split)
+    except Exception as error:  # pyarrow, pandas, huggingface_hub and datasets each raise their own
+        causes: list[str] = []
+        cause: BaseException | None = error
+        while cause is not None:
+            causes += [(str(cause).splitlines() or [type(cause).__name__])[0]]
+            cause = cause.__cause__ or cause.__context__
+        raise InputError(f"{name}, split '{split}': cannot be read: {'; '.join(dict.fromkeys(causes))}") from None
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        kind = "missing" if value is None else "empty" if isinstance(value, str) else f"a {type(value).__name__}"
+        raise InputError(f"{where} is {kind}: expected a text")
+    if re.search("[\ud800-\udfff]", value):
+        raise InputError(f"{where} holds half a surrogate pair, which no encoding has: expected Unicode text")
+    return value
+
+
+def _messages(value: Any, where: str) -> list[dict[str, str]]:
+    for j, message in enumerate(value):
+        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
+            raise InputError(f"{where}, message {j}: expected a role (system, user or assistant) and a content")
+        _text(message.get("content"), f"{where}, message {j}: 'content'")
+    return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def _human_assistant(text: str, where: str) -> list[dict[str, str]]:
+    """HH-RLHF's plain dialogue as messages, split at its turns."""
+    before, *turns = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip("\n"))
+    if before.strip() or not turns:
+        raise InputError(f"{where}: expected 'prompt' or 'instruction' beside it, or a dialogue '\\n\\nHuman: …'")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[r], "content": c.strip()} for r, c in zip(turns[::2], turns[1::2]) if c.strip()]
+
+
+def normalise(row: dict[str, Any], where: str) -> tuple[str | list[dict[str, str]], str, str] | None:
+    """A row of any of the formats as (prompt, chosen, rejected); the prompt is a text, or the messages so far.
+
+    None where the two responses do not answer the same prompt. Raises InputError naming the row and the field.
+    """
+    prompt = row.get("prompt")
+    if row.get("instruction") is not None and prompt is None:
+        question = _text(row["instruction"], f"{where}: 'instruction'")
+        if row.get("input") not in (None, ""):
+            question += "\n\n" + _text(row["input"], f"{where}: 'input'")
+        prompt = [{"role": "user", "content": question}]
+    elif isinstance(prompt, list):
+        prompt = _messages(prompt, f"{where}: 'prompt'")
+    elif prompt is not None:
+        _text(prompt, f"{where}: 'prompt'")
+
+    ends: list[tuple[str | list[dict[str, str]], str]] = []
+    for field in ("chosen", "rejected"):
+        value, here = row.get(field), f"{where}: '{field}'"
+        if not isinstance(value, list):
+            text = _text(value, here)
+            if prompt is not None:
+                ends.append((prompt, text))
+                continue
+            dialogue = _human_assistant(text, here)
+        else:
+            dialogue = _messages(value, here)
+            if isinstance(prompt, list) and dialogue[: len(prompt)] != prompt:
+                dialogue = prompt + dialogue
+            elif isinstance(prompt, str) and [m["role"] for m in dialogue] == ["assistant"]:
+                dialogue = [{"role": "user", "content": prompt}, *dialogue]
+        if len(dialogue) < 2 or dialogue[-1]["role"] != "assistant":
+            raise InputError(f"{here}: expected a dialogue that ends with the assistant's turn")
+        ends.append((dialogue[:-1], dialogue[-1]["content"]))
+    (x, chosen), (other_x, rejected) = ends
+    return (x, chosen, rejected) if x == other_x else None
+
+
+def tokenise(tokenizer: Any, x: str | list[dict[str, str]], ys: list[str], eos_ids: list[int], where: str) -> list[list[int]]:
+    """Token ids of the prompt and of each response, which gets exactly one end of sequence. Raises InputError."""
+    prompt, wholes = x, [str(x) + y for y in ys]
+    if isinstance(x, list):
+        try:
+            prompt = tokenizer.apply_chat_template(x, add_generation_prompt=True, tokenize=False)
+            answers = [[*x, {"role": "assistant", "content": y}] for y in ys]
+            wholes = [tokenizer.apply_chat_template(answer, tokenize=False) for answer in answers]
+        except TemplateError as error:
+            raise InputError(f"{where}: the chat template does not take this dialogue: {error}") from None
+        if not all(whole.startswith(prompt) for whole in wholes):
+            raise InputError(f"{where}: the chat template does not begin an answered dialogue with its own prompt")
+    prompt_ids, *whole_ids = tokenizer([prompt, *wholes], add_special_tokens=False).input_ids
+    responses = []
+    for whole, ids in zip(wholes, whole_ids):
+        if ids[: len(prompt_ids)] == prompt_ids:
+            y = ids[len(prompt_ids) :]
+        else:  # tokens merge across the border: tokenise the response apart
+            y = tokenizer(whole[len(prompt) :], add_special_tokens=False).input_ids
+        end = next((j for j, token in enumerate(y) if token in eos_ids), None)
+        responses.append(y[: end + 1] if end is not None else [*y, eos_ids[0]] if y else [])
+    # A template writes its own BOS; a plain text gets what the tokenizer itself would put before it.
+    bos = tokenizer("a").input_ids[:1] if isinstance(x, str) else []
+    if bos == [tokenizer.bos_token_id] != prompt_ids[:1]:
+        prompt_ids = bos + prompt_ids
+    return [prompt_ids, *responses]
+
+
+def encode(
+    rows: Iterable[dict[str, Any]], tokenizer: Any, *, name: str, eos_ids: list[int], max_length: int, max_prompt_length: int
+) -> tuple[list[Pair], Counter]:
+    """Rows of any of the formats as pairs of token ids, and the count of rows read, kept, cut and dropped, with why.
+
+    eos_ids: the tokens that end a response, the one to append first.
+    A prompt keeps its last `max_prompt_length` tokens (and its BOS), a response the first max_length − |prompt|.
+    A dialogue or response that spells a special token of the tokenizer is dropped: it would forge a turn or an end.
+    """
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    forged = re.compile("|".join(map(re.escape, specials)) or "(?!)")
+    counts: Counter = Counter({"read": 0, "kept": 0})
+    pairs: list[Pair] = []
+    for i, row in enumerate(tqdm(rows, desc="reading pairs", unit="row", leave=False)):
+        counts["read"] += 1
+        triple = normalise(row, f"{name}, row {i}")
+        if triple is None:
+            counts["dropped: the responses answer different prompts"] += 1
+            continue
+        x, *ys = triple
+        ys = [y.removesuffix(tokenizer.eos_token) for y in ys]
+        if any(forged.search(text) for text in [*ys, *(m["content"] for m in x if isinstance(m, dict))]):
+            counts["dropped: a text spells a special token"] += 1
+            continue
+        prompt, chosen, rejected = tokenise(tokenizer, x, ys, eos_ids, f"{name}, row {i}")
+        if len(prompt) > max_prompt_length:
+            bos = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
+            prompt = bos + prompt[len(prompt) - max_prompt_length + len(bos) :]
+            counts["prompts cut"] += 1
+        room = max_length - len(prompt)
+        counts["responses cut"] += (len(chosen) > room) + (len(rejected) > room)
+        chosen, rejected = chosen[:room], rejected[:room]
+        if not prompt or not chosen or not rejected:
+            counts["dropped: no token of the prompt or a response"] += 1
+        elif chosen == rejected:
+            counts["dropped: chosen equals rejected"] += 1
+        else:
+            pairs.append((prompt, chosen, rejected))
+    counts["kept"] = len(pairs)
+    return pairs, counts
+
+
+def split_by_prompt(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """The pairs to train on and those held out: a random `share` of the prompts, none of which is in both."""
+    prompts = list(dict.fromkeys(tuple(x) for x, _, _ in pairs))
+    held = set(random.Random(seed).sample(prompts, round(share * len(prompts))))
+    return [p for p in pairs if tuple(p[0]) not in held], [p for p in pairs if tuple(p[0]) in held]

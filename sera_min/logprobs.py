@@ -1,0 +1,105 @@
+"""log π(y|x), and the implicit reward made of it. Copy this file alone: it needs torch and tqdm.
+
+    log π(y|x) = Σ_i log π(y_i | x, y_<i)           in nats, over the response's tokens, its EOS included
+    r(x, y)    = log π_θ(y|x) − log π_ref(y|x)      the implicit reward (DPO, arXiv:2305.18290, eq. 5, less β
+                                                    and a term of x alone that cancels in every margin)
+
+Three things keep this exact and lean, for any `AutoModelForCausalLM`:
+1. Right padding and no attention mask. A causal model never looks right, so padding cannot change a real token.
+2. Only the positions that predict a response token go through the head, a chunk at a time, recomputed in backward:
+   (B, T, V) logits never exist.
+3. The head is the model's own: `model.forward` runs around a body that just hands over our hidden states, so soft
+   caps (gemma2), scaled logits (cohere, granite) and biases (phi) are applied by the code that defines them.
+"""
+
+from unittest.mock import patch
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+TokenIds = list[int]
+
+
+def sequence_logprobs(model, prompts: list[TokenIds], responses: list[TokenIds]) -> tuple[Tensor, Tensor]:
+    """log π(y|x) in nats for B (prompt, response) pairs of token ids; differentiable.
+
+    Returns float32 (B,) sums and int64 (B,) token counts, apart, so that averaging is the caller's visible choice.
+    Dropout is the model's: call `model.eval()`, or set it to 0, where policy and reference must agree.
+    Raises ValueError where a prompt or a response is empty: then nothing predicts, or nothing is predicted.
+    """
+    for row, (x, y) in enumerate(zip(prompts, responses, strict=True)):
+        if not x or not y:
+            raise ValueError(f"row {row}: an empty {'prompt' if not x else 'response'} has no log-probability")
+    device = next(model.parameters()).device
+    counts = [len(y) for y in responses]
+    # The last token predicts nothing we need: feed x + y without it. Position |x|−1+i predicts y_i.
+    inputs = pad_sequence([torch.tensor((x + y)[:-1]) for x, y in zip(prompts, responses)], batch_first=True)  # (B, T)
+    firsts = [row * inputs.shape[1] + len(x) - 1 for row, x in enumerate(prompts)]  # in the flat (B·T,)
+    positions = torch.cat([torch.arange(i, i + n) for i, n in zip(firsts, counts)]).to(device)  # (R,), R = Σ|y|
+    targets = torch.cat([torch.tensor(y) for y in responses]).to(device)  # (R,)
+
+    body = model.get_decoder()
+    output = body(input_ids=inputs.to(device), use_cache=False, return_dict=True)
+    hidden = output.last_hidden_state.flatten(0, 1).index_select(0, positions)  # (B, T, H) -> (B·T, H) -> (R, H)
+
+    def token_logps(h: Tensor, y: Tensor) -> Tensor:  # (r, H), (r,) -> (r,)
+        with patch.object(body, "forward", lambda *args, **kwargs: type(output)(last_hidden_state=h[None])):
+            logits = model(input_ids=y[None], use_cache=False, return_dict=True).logits[0]  # (r, V)
+        return -F.cross_entropy(logits.float(), y, reduction="none")
+
+    # 2^26 logits keep a GPU busy, 2^23 stay near a CPU's cache; recomputing them costs one more product with the head.
+    r = max(1, (2**26 if device.type == "cuda" else 2**23) // model.get_output_embeddings().weight.shape[0])
+    chunks = list(zip(hidden.split(r), targets.split(r)))
+    if torch.is_grad_enabled():
+        logps = [checkpoint(token_logps, h, y, use_reentrant=False, preserve_rng_state=False) for h, y in chunks]
+    else:
+        logps = [token_logps(h, y) for h, y in chunks]
+    sums = torch.stack([row.sum() for row in torch.cat(logps).split(counts)])  # (R,) -> (B,)
+    return sums, torch.tensor(counts, device=device)
+
+
+def token_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Row numbers, longest first, in batches whose rows × longest row stay within `max_tokens`; a longer row is alone."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+@torch.no_grad()
+def score(
+    model, prompts: list[TokenIds], responses: list[TokenIds], *, max_tokens: int, desc: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """`sequence_logprobs` of any number of rows, without gradients, in eval mode, in batches of `max_tokens` tokens.
+
+    Longest first: there is next to no padding, and a batch that does not fit the memory fails at once.
+    Returns CPU tensors in the rows' order: float32 (N,) sums in nats, int64 (N,) counts. `desc` shows a progress bar.
+    """
+    was_training = model.training
+    model.eval()
+    batches = token_batches([len(x) + len(y) for x, y in zip(prompts, responses, strict=True)], max_tokens)
+    parts = [
+        sequence_logprobs(model, [prompts[i] for i in batch], [responses[i] for i in batch])[0]
+        for batch in tqdm(batches, desc=desc, unit="batch", disable=desc is None)
+    ]
+    model.train(was_training)
+    sums = torch.empty(len(prompts))
+    if parts:
+        sums[torch.tensor([i for batch in batches for i in batch])] = torch.cat(parts).cpu()
+    return sums, torch.tensor([len(y) for y in responses], dtype=torch.int64)
+
+
+def implicit_reward(policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """r(x, y) = log π_θ(y|x) − log π_ref(y|x), in nats; per token, r/|y|, where `lengths` (the token counts) is given.
+
+    All of one shape; differentiable in either log-prob. A reward without a reference (SimPO) has reference_logps = 0.
+    """
+    reward = policy_logps - reference_logps
+    return reward if lengths is None else reward / lengths

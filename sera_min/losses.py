@@ -1,0 +1,54 @@
+"""DPO, IPO, SLiC-HF and SimPO as functions of one number, the implicit reward margin. Copy this file alone: torch only.
+
+    m = r(x, y_w) − r(x, y_l)        chosen less rejected, (B,), see `implicit_reward` in logprobs.py
+
+Each loss maps (B,) margins to (B,) losses, unreduced. Where TRL has the loss, the values are TRL's.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def dpo_loss(margin: Tensor, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
+    """−(1−ε) log σ(βm) − ε log σ(−βm): how surprising the label is to a Bradley-Terry judge with rewards βr.
+
+    margin: (B,) in nats, summed rewards. ε = label_smoothing is the share of labels taken to be flipped (cDPO).
+    Source: DPO, arXiv:2305.18290, eq. 7; TRL's `sigmoid`. At m = 0 it is ln 2 for every β and ε.
+    """
+    return -(1 - label_smoothing) * F.logsigmoid(beta * margin) - label_smoothing * F.logsigmoid(-beta * margin)
+
+
+def ipo_loss(margin: Tensor, beta: float = 0.1) -> Tensor:
+    """(m − 1/(2β))²: regress the margin to a finite target, so that a sure label cannot push it without bound.
+
+    margin: (B,) in nats per token: the paper sums, but TRL asked its authors and averages, and we follow TRL.
+    Source: IPO, arXiv:2310.12036, eq. 17 (its τ is β); TRL's `ipo`.
+    """
+    return (margin - 1 / (2 * beta)) ** 2
+
+
+def slic_loss(margin: Tensor, beta: float = 0.1, delta: float = 1.0) -> Tensor:
+    """max(0, δ − βm): a hinge, silent once the pair is apart by δ/β nats.
+
+    margin: (B,) in nats, summed rewards. Source: SLiC-HF, arXiv:2305.10425; TRL's `hinge` (δ = 1).
+    """
+    return torch.relu(delta - beta * margin)
+
+
+def simpo_loss(margin: Tensor, beta: float = 2.0, gamma: float = 1.0) -> Tensor:
+    """−log σ(βm − γ): DPO's loss without a reference, on per-token log-probs, with a target margin γ/β.
+
+    margin: (B,) in nats per token, of rewards log π(y|x)/|y|. Source: SimPO, arXiv:2405.14734, eq. 6; TRL's `simpo`.
+    """
+    return F.logsigmoid(beta * margin - gamma).neg()
+
+
+# Which implicit reward a loss goes with. Training, selection and bootstrapping all read it here.
+#       loss        is r per token?     is r against the reference?
+LOSSES = {
+    "dpo":   (dpo_loss,   False,        True),
+    "ipo":   (ipo_loss,   True,         True),
+    "slic":  (slic_loss,  False,        True),
+    "simpo": (simpo_loss, True,         False),
+}  # fmt: skip

@@ -1,0 +1,118 @@
+"""A small world whose true reward is known, so that every claim can be checked: data, SFT policy, judge. Runs offline.
+
+    prompt      tell me about the fox and the forest
+    response    the fox is lovely . the forest looks gentle . the owl seems rude .
+
+A response has one to five sentences. Each is on the prompt's topic (one of its two nouns) or off it, and kind or
+unkind. The true reward is the mean of the sentences' scores, whatever their number: +1 on topic and kind, −1 off topic
+and unkind, or broken, else 0.
+The SFT policy is a real `transformers` model, made from a config and trained here to write like the world's people,
+who are on topic five times in eight and kind as often: a mean true reward of 0.25.
+"""
+
+import random
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sera_min.logprobs import sequence_logprobs
+
+NOUNS = (
+    "fox owl bear wolf deer hare mole newt frog toad swan duck goose crow hawk dove lynx seal otter moose bison horse "
+    "forest desert meadow valley river lake marsh garden field cave hill canyon island beach village tower park barn"
+).split()
+KIND = "lovely gentle clever brave graceful charming".split()
+UNKIND = "ugly stupid boring nasty rude useless".split()
+VERBS = "is looks seems".split()
+
+SHARE_ON_TOPIC = SHARE_KIND = 0.625  # mean true reward: (2·0.625 − 1 + 2·0.625 − 1) / 2 = 0.25
+BETA = {"dpo": 1.0, "ipo": 0.1, "slic": 1.0, "simpo": 2.0}  # what this world's small model is trained with
+LEARNING_RATE = 1e-4
+MAX_NEW_TOKENS = 32  # five sentences of five words and the end, and room to ramble
+
+
+def write_response(prompt: str, rng: random.Random) -> str:
+    """What a person of this world answers."""
+    topic, sentences = prompt.split()[4::3], []  # its two nouns
+    for _ in range(rng.randint(1, 5)):
+        noun = rng.choice(topic if rng.random() < SHARE_ON_TOPIC else [w for w in NOUNS if w not in topic])
+        tone = rng.choice(KIND if rng.random() < SHARE_KIND else UNKIND)
+        sentences.append(f"the {noun} {rng.choice(VERBS)} {tone} .")
+    return " ".join(sentences)
+
+
+def true_reward(prompt: str, response: str) -> float:
+    """The judge: the mean score of the response's sentences, in [−1, 1]; −1 for an empty one."""
+    topic = prompt.split()[4::3]
+    scores = []
+    for sentence in response.strip().removesuffix(".").split("."):
+        match sentence.split():
+            case ["the", noun, verb, tone] if noun in NOUNS and verb in VERBS and tone in KIND + UNKIND:
+                scores.append((noun in topic) - (tone in UNKIND))
+            case _:
+                scores.append(-1)
+    return sum(scores) / len(scores)
+
+
+def prompts(part: str) -> list[str]:
+    """Two nouns each, 1,560 in all: 512 for "test", the others for "train", no prompt in both."""
+    every = [f"tell me about the {a} and the {b}" for a in NOUNS for b in NOUNS if a != b]
+    random.Random(0).shuffle(every)
+    return every[512:] if part == "train" else every[:512]
+
+
+def preferences(n: int, part: str, *, label_noise: float, length_bias: float, seed: int) -> list[dict[str, str]]:
+    """n rows of prompt, chosen, rejected. No two responses of a row have one true reward.
+
+    length_bias: the share of pairs whose longer response is preferred, whatever it says. label_noise: the share then
+    flipped.
+    """
+    rng, rows, pool = random.Random(f"{seed} {part}"), [], prompts(part)
+    while len(rows) < n:
+        x = rng.choice(pool)
+        good, bad = sorted((write_response(x, rng) for _ in "ab"), key=lambda y: -true_reward(x, y))
+        if true_reward(x, good) == true_reward(x, bad):
+            continue
+        if rng.random() < length_bias and len(good.split()) < len(bad.split()):
+            good, bad = bad, good
+        if rng.random() < label_noise:
+            good, bad = bad, good
+        rows.append({"prompt": x, "chosen": good, "rejected": bad})
+    return rows
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<eos>", "<unk>", *"tell me about the and .".split(), *VERBS, *KIND, *UNKIND, *NOUNS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
+        clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def make_sft_policy(seed: int, device: str, steps: int = 1000, batch: int = 64):
+    """A llama of 2 layers, 64 wide, and its tokenizer, trained on fresh responses of the world's people."""
+    tokenizer, rng = make_tokenizer(), random.Random(f"{seed} sft")
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        # Untied and with a wide initialisation, or it does not learn to copy the prompt's words in so few steps.
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=64, initializer_range=0.1, tie_word_embeddings=False,
+            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        model = LlamaForCausalLM(config).to(device)
+    optimizer, pool = torch.optim.AdamW(model.parameters(), weight_decay=0.0), prompts("train")
+    for step in tqdm(range(steps), desc="SFT", unit="step"):
+        optimizer.param_groups[0]["lr"] = 5e-3 * min((step + 1) / 50, 1 - step / steps)
+        x = rng.choices(pool, k=batch)
+        y = [write_response(p, rng) + " <eos>" for p in x]
+        sums, counts = sequence_logprobs(model, tokenizer(x).input_ids, tokenizer(y).input_ids)
+        (-sums.sum() / counts.sum()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, tokenizer

@@ -1,0 +1,364 @@
+"""SeRA: Self-Reviewing and Alignment (Ko et al., arXiv:2410.09362), on one GPU. Without arguments: the playground.
+
+The algorithm, for preferences D = {(x, y_w, y_l)}, a reference π_ref (the SFT model) and a loss of the margin m:
+     r_t(x,y) = log π_θt(y|x) − log π_ref(y|x)                 the implicit reward                   logprobs.py
+     m        = r(x,y_w) − r(x,y_l)                            its margin; the loss is a function of it, losses.py
+  1. train π_θ1 on all of D, from π_ref.
+  2. for t = 2 … T:
+  3.     r̄_t = (1−γ) r_{t−1} + γ r_{t−2}                       the reward of two policies            select.py
+  4.     select the K pairs of D with the largest margin under r̄_t
+  5.     for each prompt sample N responses from π_θ(t−1): best and worst under r̄_t are a pair        bootstrap.py
+  6.     keep the K̃ of these pairs with the largest margin
+  7.     train π_θt on the union, from π_θ(t−1), against the same π_ref.
+
+Choices of ours, where the paper is silent or was not known to us:
+  1. T = 3, K = 0.7·|D|, K̃ = 0.3·|D|, N = 4, γ = 0.5, sampling at temperature 1 from the whole distribution.
+  2. One epoch an iteration, warm start from the previous policy, a fresh AdamW without weight decay, and a linear
+     schedule with 10 % warm-up for every iteration; gradient norms are clipped at 1.
+  3. IPO's reward is per token, as in TRL; SimPO's is per token and without reference. Selection and bootstrapping
+     use the reward of the loss in use. SimPO's target margin is γ/β = 0.5.
+  4. Samples cut off by the length limit are never paired, identical ones neither.
+  5. `--select random` takes random pairs, offline and bootstrapped: the control. `--keep 1 --bootstrap 0`: the loss alone.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+
+from sera_min import bootstrap, data, playground, run
+from sera_min.data import InputError, Pair
+from sera_min.logprobs import implicit_reward, score, sequence_logprobs, token_batches
+from sera_min.losses import LOSSES
+from sera_min.select import ensemble_margin, select_top
+
+
+def flag(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True)
+class Config:
+    # data and model
+    model_name_or_path: str | None = flag(None, "The SFT model: policy at the start, reference throughout. A hub name or "
+        "a folder. None: the playground, a small world whose true reward is known.")
+    dataset_name: str | None = flag(None, "The preferences: a hub name, a .json, .jsonl or .parquet file, or a folder.")
+    dataset_train_split: str = flag("train", "Its split.")
+    max_train_pairs: int | None = flag(None, "Use the first so many pairs. Playground: make so many (2000).")
+    eval_fraction: float = flag(0.05, "Share of the prompts held out for evaluation. The playground has its own.")
+    max_length: int = flag(1024, "Tokens of prompt and response together; a longer response loses its end.")
+    max_prompt_length: int = flag(512, "Tokens of the prompt; a longer one loses its beginning.")
+    label_noise: float = flag(0.3, "Playground: share of flipped labels.")
+    length_bias: float = flag(0.0, "Playground: share of pairs whose longer response is preferred, whatever it says.")
+    # the method
+    iterations: int = flag(3, "T. The first trains on all pairs, each later one reviews them.")
+    keep: float = flag(0.7, "K as a share of the pairs: those kept by selection.")
+    bootstrap: float = flag(0.3, "K̃ as a share of the pairs: those the policy writes and ranks itself.")
+    samples_per_prompt: int = flag(4, "N, the samples of which best and worst become a pair.")
+    ensemble_gamma: float = flag(0.5, "γ, the weight of the older policy's reward.")
+    select: str = flag("margin", "By what K and K̃ are chosen: margin, or random (the control).")
+    temperature: float = flag(1.0, "Of sampling.")
+    top_p: float = flag(1.0, "Of sampling.")
+    max_new_tokens: int | None = flag(None, "The longest sample. None: max_length − max_prompt_length.")
+    # training
+    loss_type: str = flag("dpo", "A function of the margin: dpo, ipo, slic or simpo.")
+    beta: float | None = flag(None, "β of the loss. None: 0.1, simpo 2.0; in the playground "
+        + ", ".join(f"{name} {beta}" for name, beta in playground.BETA.items()) + ".")
+    label_smoothing: float = flag(0.0, "ε of dpo: the share of labels that the loss takes to be flipped.")
+    learning_rate: float | None = flag(None, "Peak of the schedule. None: 1e-6, in the playground "
+        f"{playground.LEARNING_RATE:g}.")
+    epochs_per_iteration: int = flag(1, "Passes over an iteration's pairs.")
+    per_device_train_batch_size: int = flag(32, "Pairs per optimizer step.")
+    max_tokens: int = flag(16384, "Tokens per forward pass, padding included: lower it where memory runs out. "
+        "Changes no result.")
+    gradient_checkpointing: bool = flag(False, "Recompute activations in backward: less memory, a third more time.")
+    # the run
+    output_dir: str = flag("runs/sera", "Where all of it goes.")
+    save_steps: int = flag(500, "Steps between checkpoints within an iteration; each iteration's end is always saved.")
+    resume_from_checkpoint: str | None = flag(None, "The output_dir of a run to go on with, under the same flags.")
+    device: str | None = flag(None, "cuda or cpu. None: cuda where there is one.")
+    seed: int = flag(0, "Of the order of pairs, the samples, and the playground.")
+
+
+def resolve(config: Config) -> Config:
+    """Every None that stands for a choice becomes that choice; what cannot be is an InputError."""
+    loss, in_playground = config.loss_type, config.model_name_or_path is None
+    expected = {
+        "loss_type": (loss in LOSSES, "one of " + ", ".join(LOSSES)),
+        "select": (config.select in ("margin", "random"), "margin or random"),
+        **{name: (0 <= getattr(config, name) <= 1, "between 0 and 1")
+           for name in ("keep", "bootstrap", "ensemble_gamma", "label_noise", "length_bias")},
+        "keep, bootstrap": (config.keep + config.bootstrap > 0, "not both 0: nothing would be left to train on"),
+        "eval_fraction": (0 <= config.eval_fraction < 1, "at least 0 and below 1"),
+        "label_smoothing": (0 <= config.label_smoothing < 0.5 and (loss == "dpo" or not config.label_smoothing),
+                            "at least 0 and below 0.5, and 0 for any loss but dpo"),
+        "temperature": (config.temperature > 0, "above 0"),
+        "top_p": (0 < config.top_p <= 1, "above 0 and at most 1"),
+        "beta": (config.beta is None or config.beta > 0, "above 0"),
+        "learning_rate": (config.learning_rate is None or config.learning_rate > 0, "above 0"),
+        **{name: (getattr(config, name) is None or getattr(config, name) >= 1, "at least 1")
+           for name in ("iterations", "epochs_per_iteration", "per_device_train_batch_size", "max_tokens",
+                        "max_prompt_length", "max_new_tokens", "max_train_pairs", "save_steps")},
+        "samples_per_prompt": (config.samples_per_prompt >= 2, "at least 2"),
+        "max_length": (config.max_length > config.max_prompt_length, "above max_prompt_length"),
+        "dataset_name": ((config.dataset_name is None) == in_playground, "given together with model_name_or_path"),
+    }  # fmt: skip
+    for name, (holds, what) in expected.items():
+        if not holds:
+            values = ", ".join(repr(getattr(config, part)) for part in name.split(", "))
+            raise InputError(f"--{name.replace(', ', ', --')} is {values}: expected {what}")
+    return replace(
+        config,
+        beta=config.beta or (playground.BETA[loss] if in_playground else 2.0 if loss == "simpo" else 0.1),
+        learning_rate=config.learning_rate or (playground.LEARNING_RATE if in_playground else 1e-6),
+        max_new_tokens=config.max_new_tokens
+        or (playground.MAX_NEW_TOKENS if in_playground else config.max_length - config.max_prompt_length),
+        max_train_pairs=config.max_train_pairs or (2000 if in_playground else None),
+        device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        output_dir=str(Path(config.resume_from_checkpoint or config.output_dir)),
+        resume_from_checkpoint=None,
+    )
+
+
+def load(path: str | Path, device: str):
+    """A policy in float32, on `device` and without dropout, and its tokenizer; safetensors only, no remote code."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        settings = AutoConfig.from_pretrained(path)
+        for name, value in settings.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(settings, name, 0.0)
+        policy = AutoModelForCausalLM.from_pretrained(path, config=settings, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"--model_name_or_path {path}: {' '.join(str(error).split())[:300]}") from None
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"--model_name_or_path {path}: its tokenizer has no EOS token: no response could end")
+    if len(tokenizer) > (size := policy.get_input_embeddings().num_embeddings):
+        raise InputError(f"--model_name_or_path {path}: its tokenizer has {len(tokenizer)} ids, the model embeds {size}")
+    return policy.to(device), tokenizer
+
+
+def amp(config: Config):  # float32 weights, bfloat16 products on a GPU; per forward pass, for it caches cast weights
+    return torch.autocast(config.device, dtype=torch.bfloat16, enabled=config.device == "cuda")
+
+
+def pair_logps(model, pairs: list[Pair], config: Config, desc: str) -> torch.Tensor:
+    """log π(y|x) of each pair's chosen and rejected response, in nats: float32 (N, 2), on the CPU."""
+    with amp(config):
+        prompts, responses = [x for x, _, _ in pairs for _ in "wl"], [y for _, *both in pairs for y in both]
+        return score(model, prompts, responses, max_tokens=config.max_tokens, desc=desc)[0].view(-1, 2)  # (2N,)
+
+
+def rewards(logps: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor, config: Config) -> torch.Tensor:
+    """The implicit reward that goes with the loss in use, see losses.py; all of one shape."""
+    _, per_token, against_reference = LOSSES[config.loss_type]
+    return implicit_reward(logps, reference * against_reference, lengths.to(logps.device) if per_token else None)
+
+
+def lengths_of(pairs: list[Pair]) -> torch.Tensor:
+    return torch.tensor([[len(w), len(l)] for _, w, l in pairs])  # (N, 2)
+
+
+def pair_losses(r: torch.Tensor, config: Config) -> torch.Tensor:  # (N, 2) -> (N,)
+    own = {"dpo": {"label_smoothing": config.label_smoothing}, "simpo": {"gamma": 0.5 * config.beta}}
+    return LOSSES[config.loss_type][0](r[:, 0] - r[:, 1], config.beta, **own.get(config.loss_type, {}))
+
+
+def preflight(policy, pairs: list[Pair], reference: torch.Tensor, config: Config) -> None:
+    """Before any training π_θ = π_ref: our log-probs must be the model's logits', and every reward 0, dropout on or off."""
+    x, y, _ = pairs[0]
+    policy.train()
+    with torch.no_grad(), amp(config):
+        logits = policy(input_ids=torch.tensor([x + y], device=config.device)).logits[0, len(x) - 1 : -1].float()  # (|y|, V)
+        plain = logits.log_softmax(-1).gather(1, torch.tensor(y, device=config.device)[:, None]).sum().cpu()
+        ours = torch.stack([sequence_logprobs(policy, [x] * 2, ys)[0].cpu() for _, *ys in [pairs[0]]])  # (1, 2)
+    per_token = 1e-4 if config.device == "cpu" else 2e-2  # nats; bfloat16 has 8 bits
+    for what, error in {
+        "log π(y|x) differs from the logits' own": (ours[0, 0] - plain).abs().item(),
+        "the implicit reward before training is not 0": (ours - reference[:1]).abs().max().item(),
+    }.items():
+        if not error <= per_token * max(map(len, pairs[0][1:])):
+            raise InputError(f"{what}, by {error:.3g} nats: this model cannot be trained here")
+    start = pair_losses(rewards(reference, reference, lengths_of(pairs), config), config).mean().item()
+    print(f"check: at π_θ = π_ref every reward is 0 and the loss {start:.4f} (dpo's: ln 2 = {math.log(2):.4f})")
+
+
+def train_on(policy, pairs: list[Pair], reference: torch.Tensor, t: int, resume, config: Config, log, save) -> None:
+    """One iteration's gradient descent on the mean loss of the pairs, against their reference log-probs (N, 2)."""
+    order = torch.Generator().manual_seed(1000 * config.seed + t)
+    size, n = config.per_device_train_batch_size, len(pairs)
+    batches = [b for _ in range(config.epochs_per_iteration) for b in torch.randperm(n, generator=order).split(size)]
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=config.device == "cuda")
+    if resume:
+        optimizer.load_state_dict(resume["optimizer"])
+    first, warm_up = resume["step"] if resume else 0, math.ceil(0.1 * len(batches))
+    policy.train()
+    bar = tqdm(batches[first:], f"iteration {t}: train", initial=first, total=len(batches), unit="step")
+    for step, batch in enumerate(bar, first):
+        rate = config.learning_rate * min((step + 1) / warm_up, (len(batches) - step) / (len(batches) - warm_up + 1))
+        optimizer.param_groups[0]["lr"] = rate
+        lengths = [len(x) + max(len(w), len(l)) for x, w, l in (pairs[i] for i in batch)]
+        parts = []  # of this step's pairs: losses, rewards and log-probs, (b, 1 + 2 + 2)
+        for micro in token_batches(lengths, config.max_tokens // 2):  # a pair is two rows
+            some = [pairs[i] for i in batch[micro]]
+            with amp(config):
+                sums, _ = sequence_logprobs(policy, [x for x, _, _ in some] * 2, [p[1] for p in some] + [p[2] for p in some])
+                logps = sums.view(2, -1).T  # (2b,) -> (2, b) -> (b, 2)
+                r = rewards(logps, reference[batch[micro]].to(logps.device), lengths_of(some), config)
+                losses = pair_losses(r, config)
+            (losses.sum() / len(batch)).backward()  # the mean over the step's pairs, however they are split
+            parts.append(torch.cat([losses[:, None], r, logps], 1).detach())
+        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        loss, r_w, r_l, logp_w, logp_l = torch.cat(parts).T.cpu()
+        if not (math.isfinite(loss.mean()) and math.isfinite(norm)):
+            raise FloatingPointError(f"iteration {t}, step {step}: the loss is {loss.mean():.3g}, its gradient {norm:.3g}")
+        optimizer.step()
+        optimizer.zero_grad()
+        margin = (r_w - r_l).mean().item()
+        accuracy = ((r_w > r_l).float() + 0.5 * (r_w == r_l)).mean().item()
+        log(phase="train", iteration=t, step=step + 1, loss=loss.mean().item(), learning_rate=rate, grad_norm=norm.item(), **{
+            "rewards/chosen": config.beta * r_w.mean().item(), "rewards/rejected": config.beta * r_l.mean().item(),
+            "rewards/accuracies": accuracy, "rewards/margins": config.beta * margin,
+            "logps/chosen": logp_w.mean().item(), "logps/rejected": logp_l.mean().item(),
+        })  # fmt: skip
+        bar.set_postfix(loss=f"{loss.mean():.3f}", accuracy=f"{accuracy:.2f}", margin=f"{margin:.2f}")
+        if (step + 1) % config.save_steps == 0 and step + 1 < len(batches):
+            save(step + 1, optimizer.state_dict())
+
+
+def review(t: int, policy, tokenizer, offline: list[Pair], state, eos_ids: list[int], config: Config, out: Path):
+    """Steps 3 to 6 of the algorithm. Returns the pairs to train on, their reference log-probs, margins and sources."""
+    random = torch.Generator().manual_seed(1000 * config.seed + 500 + t)
+
+    def choose(margins: torch.Tensor, k: int) -> list[int]:
+        by = margins if config.select == "margin" else torch.rand(len(margins), generator=random)
+        return select_top(by, min(k, len(margins))).tolist()
+
+    # 3, 4: the margins of D under the last two policies, and the K pairs with the largest
+    logps = pair_logps(policy, offline, config, f"iteration {t}: score pairs")  # (N, 2)
+    r = rewards(logps, state["reference"], lengths_of(offline), config)
+    newest = r[:, 0] - r[:, 1]  # (N,)
+    margins = ensemble_margin(newest, state["previous"], config.ensemble_gamma)
+    kept = choose(margins, round(config.keep * len(offline)))
+    pairs, reference, sources = [offline[i] for i in kept], state["reference"][kept], ["offline"] * len(kept)
+    margins, state["previous"] = margins[kept], newest
+    wanted = round(config.bootstrap * len(offline))
+    if not wanted:
+        return pairs, reference, margins, sources
+
+    # 5: N responses a prompt, and their reward under the same two policies
+    prompts = [x for x, _, _ in offline]
+    samples = sample(policy, tokenizer, prompts, config.samples_per_prompt, eos_ids, t, config, f"iteration {t}: sample")
+    flat = [(i, j) for i, row in enumerate(samples) for j, (_, ended) in enumerate(row) if ended]  # S finished samples
+    xs, ys = [prompts[i] for i, _ in flat], [samples[i][j][0] for i, j in flat]
+
+    def logps_under(model, who: str) -> torch.Tensor:  # (S,)
+        with amp(config):
+            return score(model, xs, ys, max_tokens=config.max_tokens, desc=f"iteration {t}: score samples, {who}")[0]
+
+    lengths, state_of = torch.tensor([len(y) for y in ys]), out / "state"
+    sample_reference = logps_under(load(state_of / "000-done", config.device)[0], "reference")
+    r = rewards(logps_under(policy, "policy"), sample_reference, lengths, config)
+    if t > 2:
+        older = logps_under(load(state_of / f"{t - 2:03d}-done", config.device)[0], "older policy")
+        r = ensemble_margin(r, rewards(older, sample_reference, lengths, config), config.ensemble_gamma)
+
+    # 6: best against worst, and the K̃ with the largest margin
+    number = {place: s for s, place in enumerate(flat)}  # (prompt, sample) -> row of r; a cut-off sample has none
+    table = [[float(r[number[i, j]]) if (i, j) in number else math.nan for j in range(len(row))] for i, row in enumerate(samples)]
+    triples, own_margins, dropped = bootstrap.best_worst_pairs(
+        table, [[ended for _, ended in row] for row in samples], [[y for y, _ in row] for row in samples]
+    )
+    run.write_jsonl(out / f"iteration-{t}" / "samples.jsonl", (
+        {"prompt": text(tokenizer, x, eos_ids), "response": text(tokenizer, y, eos_ids),
+         "finish_reason": "stop" if ended else "length", "reward": reward if ended else None}
+        for x, row, values in zip(prompts, samples, table) for (y, ended), reward in zip(row, values)
+    ))  # fmt: skip
+    own = choose(own_margins, wanted)
+    print(f"iteration {t}: {len(triples)} pairs of samples, {len(own)} kept of the {wanted} wanted;",
+          ", ".join(f"{count} {what}" for what, count in dropped.items()) or "none dropped")  # fmt: skip
+    for i, best, worst in (triples[p] for p in own):
+        pairs.append((prompts[i], samples[i][best][0], samples[i][worst][0]))
+    rows = [[number[i, best], number[i, worst]] for i, best, worst in (triples[p] for p in own)]
+    reference = torch.cat([reference, sample_reference[torch.tensor(rows, dtype=torch.int64).view(-1, 2)]])
+    return pairs, reference, torch.cat([margins, own_margins[own]]), sources + ["bootstrap"] * len(own)
+
+
+def sample(policy, tokenizer, prompts, n: int, eos_ids: list[int], seed: int, config: Config, desc: str):
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with amp(config):
+        return bootstrap.sample_responses(
+            policy, prompts, n, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+            top_p=config.top_p, eos_token_id=eos_ids, pad_token_id=pad, seed=1000 * config.seed + seed, desc=desc,
+        )  # fmt: skip
+
+
+def text(tokenizer, ids: list[int], eos_ids: list[int]) -> str:
+    """A prompt without its BOS, a response without its end: what `datasets` and TRL expect, for they add them."""
+    return tokenizer.decode(ids[ids[:1] == [tokenizer.bos_token_id] : len(ids) - (ids[-1] in eos_ids)])
+
+
+def main(config: Config) -> dict:
+    """Run it all; returns the last evaluation, the line of metrics.jsonl whose phase is "final"."""
+    resuming, config = config.resume_from_checkpoint is not None, resolve(config)
+    out, in_playground = Path(config.output_dir), config.model_name_or_path is None
+    run.check(out, asdict(config), resuming)
+    folder, state = run.latest_checkpoint(out) if resuming else (None, {})
+
+    # The policy, its tokenizer, and the pairs D as token ids, some of them held out.
+    source = folder or config.model_name_or_path
+    policy, tokenizer = load(source, config.device) if source else playground.make_sft_policy(config.seed, config.device)
+    ends = policy.generation_config.eos_token_id or []
+    eos_ids = list(dict.fromkeys([tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)]))
+    limits = {"eos_ids": eos_ids, "max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
+    if in_playground:
+        noise = {"label_noise": config.label_noise, "length_bias": config.length_bias}
+        rows = playground.preferences(config.max_train_pairs, "train", seed=config.seed, **noise)
+        test = playground.preferences(512, "test", seed=config.seed, label_noise=0, length_bias=0)
+        offline, counts = data.encode(rows, tokenizer, name="playground", **limits)
+        held, _ = data.encode(test, tokenizer, name="playground test", **limits)
+        asked = tokenizer(playground.prompts("test") * 2).input_ids
+    else:
+        rows = data.read_rows(config.dataset_name, config.dataset_train_split)
+        rows = rows.select(range(min(len(rows), config.max_train_pairs or len(rows))))
+        pairs, counts = data.encode(rows, tokenizer, name=config.dataset_name, **limits)
+        offline, held = data.split_by_prompt(pairs, config.eval_fraction, config.seed)
+        asked = list(dict.fromkeys(tuple(x) for x, _, _ in held or offline))[:5]
+    print("data:", ", ".join(f"{count} {what}" for what, count in counts.items()), f"({len(held)} held out)")
+    if not offline:
+        raise InputError(f"--dataset_name {config.dataset_name}: no pair is left to train on")
+    run.begin(out, asdict(config))
+
+    def texts(ids):
+        return text(tokenizer, list(ids), eos_ids)
+
+    def precision(some: list[Pair]) -> float | None:
+        """Share of pairs whose chosen response has the larger true reward; a tie, which only samples can deal, is ½."""
+        if not in_playground or not some:
+            return None
+        gold = [[playground.true_reward(texts(x), texts(y)) for y in both] for x, *both in some]
+        return sum((w > l) + 0.5 * (w == l) for w, l in gold) / len(some)
+
+    def evaluate(t: int) -> dict:
+        result: dict = {"phase": "final" if t == config.iterations else "eval", "iteration": t}
+        if held:
+            logps = pair_logps(policy, held, config, f"iteration {t}: evaluate")
+            r = rewards(logps, state["held_reference"], lengths_of(held), config)
+            m = r[:, 0] - r[:, 1]
+            result |= {"eval_loss": pair_losses(r, config).mean().item(), "eval_rewards/margins": config.beta * m.mean().item(),
+                       "eval_rewards/accuracies": ((m > 0).float() + 0.5 * (m == 0)).mean().item()}  # fmt: skip
+        after = sample(policy, tokenizer, asked, 1, eos_ids, 900 + t, config, f"iteration {t}: answer")
+        answers = [texts(y) for [(y, _)] in after]
+        state.setdefault("before", answers)
+        if in_playground:
+            gold, sft = ([playground.true_reward(texts(x), y) for x, y in zip(asked, a)] for a in (answers, state["before"]))
+            result |= {"gold/reward": sum(gold) / len(gold), "gold/length": sum(len(y) for [(y, _)] in after) / len(after),
+                       "gold/win_rate": sum((a > b) + 0.5 * (a == b) for a, b in zip(gold, sft)) / len(gold)}  # fmt: skip
+        return result, answers
