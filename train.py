@@ -24,14 +24,13 @@ Choices of ours, where the paper is silent or was not known to us:
 import math
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
-import transformers
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from transformers import HfArgumentParser
 
 from sera_min import bootstrap, data, playground, run
 from sera_min.data import InputError, Pair
@@ -127,29 +126,11 @@ def resolve(config: Config) -> Config:
     )
 
 
-def load(path: str | Path, device: str):
-    """A policy in float32, on `device` and without dropout, and its tokenizer; safetensors only, no remote code."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        settings = AutoConfig.from_pretrained(path)
-        for name, value in settings.to_dict().items():
-            if "drop" in name and isinstance(value, float):
-                setattr(settings, name, 0.0)
-        policy = AutoModelForCausalLM.from_pretrained(path, config=settings, dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"--model_name_or_path {path}: {' '.join(str(error).split())[:300]}") from None
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"--model_name_or_path {path}: its tokenizer has no EOS token: no response could end")
-    if len(tokenizer) > (size := policy.get_input_embeddings().num_embeddings):
-        raise InputError(f"--model_name_or_path {path}: its tokenizer has {len(tokenizer)} ids, the model embeds {size}")
-    return policy.to(device), tokenizer
-
-
 def amp(config: Config):  # float32 weights, bfloat16 products on a GPU; per forward pass, for it caches cast weights
     return torch.autocast(config.device, dtype=torch.bfloat16, enabled=config.device == "cuda")
 
 
-def pair_logps(model, pairs: list[Pair], config: Config, desc: str) -> torch.Tensor:
+def pair_logps(model, pairs: list[Pair], config: Config, desc: str | None) -> torch.Tensor:
     """log π(y|x) of each pair's chosen and rejected response, in nats: float32 (N, 2), on the CPU."""
     with amp(config):
         prompts, responses = [x for x, _, _ in pairs for _ in "wl"], [y for _, *both in pairs for y in both]
@@ -171,23 +152,22 @@ def pair_losses(r: torch.Tensor, config: Config) -> torch.Tensor:  # (N, 2) -> (
     return LOSSES[config.loss_type][0](r[:, 0] - r[:, 1], config.beta, **own.get(config.loss_type, {}))
 
 
-def preflight(policy, pairs: list[Pair], reference: torch.Tensor, config: Config) -> None:
-    """Before any training π_θ = π_ref: our log-probs must be the model's logits', and every reward 0, dropout on or off."""
-    x, y, _ = pairs[0]
+def preflight(policy, pairs: list[Pair], config: Config) -> None:
+    """Before training, π_θ = π_ref: log-probs must be those of the model's logits, and every reward 0, as it trains."""
+    x, *ys = pairs[0]
+    scored = pair_logps(policy, pairs[:1], config, desc=None)  # (1, 2), as the reference is scored
     policy.train()
     with torch.no_grad(), amp(config):
-        logits = policy(input_ids=torch.tensor([x + y], device=config.device)).logits[0, len(x) - 1 : -1].float()  # (|y|, V)
-        plain = logits.log_softmax(-1).gather(1, torch.tensor(y, device=config.device)[:, None]).sum().cpu()
-        ours = torch.stack([sequence_logprobs(policy, [x] * 2, ys)[0].cpu() for _, *ys in [pairs[0]]])  # (1, 2)
-    per_token = 1e-4 if config.device == "cpu" else 2e-2  # nats; bfloat16 has 8 bits
-    for what, error in {
-        "log π(y|x) differs from the logits' own": (ours[0, 0] - plain).abs().item(),
-        "the implicit reward before training is not 0": (ours - reference[:1]).abs().max().item(),
-    }.items():
-        if not error <= per_token * max(map(len, pairs[0][1:])):
-            raise InputError(f"{what}, by {error:.3g} nats: this model cannot be trained here")
-    start = pair_losses(rewards(reference, reference, lengths_of(pairs), config), config).mean().item()
-    print(f"check: at π_θ = π_ref every reward is 0 and the loss {start:.4f} (dpo's: ln 2 = {math.log(2):.4f})")
+        trained = sequence_logprobs(policy, [x, x], ys)[0][None].cpu()  # (1, 2), as the policy is trained
+        logits = policy(input_ids=torch.tensor([x + ys[0]], device=config.device)).logits[0, len(x) - 1 : -1]  # (|y|, V)
+        plain = -cross_entropy(logits.float(), torch.tensor(ys[0], device=config.device), reduction="sum").cpu()
+    allowed = (1e-4 if config.device == "cpu" else 2e-2) * max(map(len, ys))  # nats; bfloat16 keeps 8 bits
+    for what, error in {"log π(y|x) differs from its logits'": scored[0, 0] - plain,
+                        "a reward before training is not 0": trained - scored}.items():  # fmt: skip
+        if not error.abs().max() <= allowed:
+            raise InputError(f"{what}, by {error.abs().max():.3g} nats: this model cannot be trained here")
+    loss = pair_losses(rewards(trained, scored, lengths_of(pairs[:1]), config), config).item()
+    print(f"check: log π(y|x) is the logits', every reward is 0, and the loss {loss:.4f} (ln 2 = {math.log(2):.4f})")
 
 
 def train_on(policy, pairs: list[Pair], reference: torch.Tensor, t: int, resume, config: Config, log, save) -> None:
@@ -264,10 +244,10 @@ def review(t: int, policy, tokenizer, offline: list[Pair], state, eos_ids: list[
             return score(model, xs, ys, max_tokens=config.max_tokens, desc=f"iteration {t}: score samples, {who}")[0]
 
     lengths, state_of = torch.tensor([len(y) for y in ys]), out / "state"
-    sample_reference = logps_under(load(state_of / "000-done", config.device)[0], "reference")
+    sample_reference = logps_under(run.load(state_of / "000-done", config.device)[0], "reference")
     r = rewards(logps_under(policy, "policy"), sample_reference, lengths, config)
     if t > 2:
-        older = logps_under(load(state_of / f"{t - 2:03d}-done", config.device)[0], "older policy")
+        older = logps_under(run.load(state_of / f"{t - 2:03d}-done", config.device)[0], "older policy")
         r = ensemble_margin(r, rewards(older, sample_reference, lengths, config), config.ensemble_gamma)
 
     # 6: best against worst, and the K̃ with the largest margin
@@ -277,7 +257,7 @@ def review(t: int, policy, tokenizer, offline: list[Pair], state, eos_ids: list[
         table, [[ended for _, ended in row] for row in samples], [[y for y, _ in row] for row in samples]
     )
     run.write_jsonl(out / f"iteration-{t}" / "samples.jsonl", (
-        {"prompt": text(tokenizer, x, eos_ids), "response": text(tokenizer, y, eos_ids),
+        {"prompt": data.decode(tokenizer, x, eos_ids), "response": data.decode(tokenizer, y, eos_ids),
          "finish_reason": "stop" if ended else "length", "reward": reward if ended else None}
         for x, row, values in zip(prompts, samples, table) for (y, ended), reward in zip(row, values)
     ))  # fmt: skip
@@ -300,11 +280,6 @@ def sample(policy, tokenizer, prompts, n: int, eos_ids: list[int], seed: int, co
         )  # fmt: skip
 
 
-def text(tokenizer, ids: list[int], eos_ids: list[int]) -> str:
-    """A prompt without its BOS, a response without its end: what `datasets` and TRL expect, for they add them."""
-    return tokenizer.decode(ids[ids[:1] == [tokenizer.bos_token_id] : len(ids) - (ids[-1] in eos_ids)])
-
-
 def main(config: Config) -> dict:
     """Run it all; returns the last evaluation, the line of metrics.jsonl whose phase is "final"."""
     resuming, config = config.resume_from_checkpoint is not None, resolve(config)
@@ -314,7 +289,7 @@ def main(config: Config) -> dict:
 
     # The policy, its tokenizer, and the pairs D as token ids, some of them held out.
     source = folder or config.model_name_or_path
-    policy, tokenizer = load(source, config.device) if source else playground.make_sft_policy(config.seed, config.device)
+    policy, tokenizer = run.load(source, config.device) if source else playground.make_sft_policy(config.seed, config.device)
     ends = policy.generation_config.eos_token_id or []
     eos_ids = list(dict.fromkeys([tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)]))
     limits = {"eos_ids": eos_ids, "max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
@@ -324,41 +299,95 @@ def main(config: Config) -> dict:
         test = playground.preferences(512, "test", seed=config.seed, label_noise=0, length_bias=0)
         offline, counts = data.encode(rows, tokenizer, name="playground", **limits)
         held, _ = data.encode(test, tokenizer, name="playground test", **limits)
-        asked = tokenizer(playground.prompts("test") * 2).input_ids
+        asked = tokenizer(playground.prompts("test") * 2).input_ids  # 1,024 samples an evaluation
     else:
         rows = data.read_rows(config.dataset_name, config.dataset_train_split)
         rows = rows.select(range(min(len(rows), config.max_train_pairs or len(rows))))
-        pairs, counts = data.encode(rows, tokenizer, name=config.dataset_name, **limits)
-        offline, held = data.split_by_prompt(pairs, config.eval_fraction, config.seed)
-        asked = list(dict.fromkeys(tuple(x) for x, _, _ in held or offline))[:5]
+        kept, counts = data.encode(rows, tokenizer, name=config.dataset_name, **limits)
+        offline, held = data.split_by_prompt(kept, config.eval_fraction, config.seed)
+        asked = [list(x) for x in dict.fromkeys(tuple(x) for x, _, _ in held or offline)][:5]
     print("data:", ", ".join(f"{count} {what}" for what, count in counts.items()), f"({len(held)} held out)")
     if not offline:
         raise InputError(f"--dataset_name {config.dataset_name}: no pair is left to train on")
     run.begin(out, asdict(config))
+    questions = [data.decode(tokenizer, x, eos_ids) for x in asked]
 
-    def texts(ids):
-        return text(tokenizer, list(ids), eos_ids)
+    def readable(some: list[Pair]) -> list[tuple[str, ...]]:
+        return [tuple(data.decode(tokenizer, ids, eos_ids) for ids in pair) for pair in some]
 
     def precision(some: list[Pair]) -> float | None:
-        """Share of pairs whose chosen response has the larger true reward; a tie, which only samples can deal, is ½."""
-        if not in_playground or not some:
-            return None
-        gold = [[playground.true_reward(texts(x), texts(y)) for y in both] for x, *both in some]
-        return sum((w > l) + 0.5 * (w == l) for w, l in gold) / len(some)
+        return playground.precision(readable(some)) if in_playground and some else None
 
-    def evaluate(t: int) -> dict:
+    label_accuracy = precision(offline)
+
+    def evaluate(t: int) -> tuple[dict, list[str]]:
+        """Held-out pairs, and one fresh answer to every prompt of `asked`."""
         result: dict = {"phase": "final" if t == config.iterations else "eval", "iteration": t}
         if held:
             logps = pair_logps(policy, held, config, f"iteration {t}: evaluate")
             r = rewards(logps, state["held_reference"], lengths_of(held), config)
             m = r[:, 0] - r[:, 1]
-            result |= {"eval_loss": pair_losses(r, config).mean().item(), "eval_rewards/margins": config.beta * m.mean().item(),
-                       "eval_rewards/accuracies": ((m > 0).float() + 0.5 * (m == 0)).mean().item()}  # fmt: skip
-        after = sample(policy, tokenizer, asked, 1, eos_ids, 900 + t, config, f"iteration {t}: answer")
-        answers = [texts(y) for [(y, _)] in after]
-        state.setdefault("before", answers)
+            result |= {
+                "eval_loss": pair_losses(r, config).mean().item(),
+                "eval_rewards/accuracies": ((m > 0).float() + 0.5 * (m == 0)).mean().item(),
+                "eval_rewards/margins": config.beta * m.mean().item(),
+            }
+        samples = sample(policy, tokenizer, asked, 1, eos_ids, 900 + t, config, f"iteration {t}: answer")
+        answers = [data.decode(tokenizer, y, eos_ids) for [(y, _)] in samples]
         if in_playground:
-            gold, sft = ([playground.true_reward(texts(x), y) for x, y in zip(asked, a)] for a in (answers, state["before"]))
-            result |= {"gold/reward": sum(gold) / len(gold), "gold/length": sum(len(y) for [(y, _)] in after) / len(after),
-                       "gold/win_rate": sum((a > b) + 0.5 * (a == b) for a, b in zip(gold, sft)) / len(gold)}  # fmt: skip
+            result |= playground.judge(questions, answers, state.get("before", answers))
+            result |= {"data/label_accuracy": label_accuracy, **state.get("precisions", {})}
         return result, answers
+
+    if not state:  # Iteration 0. The reference's log-probs are computed once, by the policy, which it still is.
+        preflight(policy, offline, config)
+        state["reference"] = pair_logps(policy, offline, config, "reference: score pairs")  # (N, 2)
+        state["held_reference"] = pair_logps(policy, held, config, "reference: score held-out pairs")
+        state["previous"], state["seconds"] = None, 0.0
+        state["before"] = evaluate(-1)[1]
+        state["table"] = [run.row(run.log(out, **evaluate(0)[0]))]
+        run.save_checkpoint(out, 0, None, policy, tokenizer, state)
+
+    first = state.get("iteration", 0) + (state.get("step") is None)
+    for t in range(first, config.iterations + 1):
+        began = time.monotonic()
+        unfinished = state if state.get("step") is not None else None
+        if unfinished:
+            pairs, reference = state["pairs"], state["pairs_reference"]
+        else:
+            if t == 1:
+                pairs, reference = offline, state["reference"]
+                margins, sources = torch.zeros(len(pairs)), ["offline"] * len(pairs)
+            else:
+                pairs, reference, margins, sources = review(t, policy, tokenizer, offline, state, eos_ids, config, out)
+            run.write_jsonl(out / f"iteration-{t}" / "pairs.jsonl", (
+                {"prompt": x, "chosen": w, "rejected": l, "margin": margin, "source": source}
+                for (x, w, l), margin, source in zip(readable(pairs), margins.tolist(), sources)
+            ))  # fmt: skip
+            k = sources.count("offline")
+            state["kept"] = [k, len(pairs) - k]
+            state["precisions"] = {"select/precision": precision(pairs[:k]), "bootstrap/precision": precision(pairs[k:])}
+
+        def save(step: int, optimizer: dict) -> None:
+            now = {**state, "pairs": pairs, "pairs_reference": reference, "optimizer": optimizer}
+            run.save_checkpoint(out, t, step, policy, tokenizer, now)
+
+        train_on(policy, pairs, reference, t, unfinished, config, lambda **line: run.log(out, **line), save)
+        result, answers = evaluate(t)
+        state = {key: state[key] for key in state if key not in ("pairs", "pairs_reference", "optimizer", "step")}
+        state["table"].append(run.row(run.log(out, **result), state["kept"], time.monotonic() - began))
+        if t < config.iterations:
+            run.save_checkpoint(out, t, None, policy, tokenizer, state)
+    run.finish(out, state["table"], list(zip(questions, state["before"], answers))[:5], policy, tokenizer)
+    return result
+
+
+if __name__ == "__main__":
+    parser = HfArgumentParser(Config, description=__doc__, formatter_class=run.HelpFormatter)
+    parser.error = lambda message: sys.exit(f"error: {message}")  # type: ignore[method-assign]
+    try:
+        main(Config(**vars(parser.parse_args())))
+    except (InputError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: --resume_from_checkpoint goes on from the last checkpoint")

@@ -200,3 +200,8 @@ def split_by_prompt(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pa
     prompts = list(dict.fromkeys(tuple(x) for x, _, _ in pairs))
     held = set(random.Random(seed).sample(prompts, round(share * len(prompts))))
     return [p for p in pairs if tuple(p[0]) not in held], [p for p in pairs if tuple(p[0]) in held]
+
+
+def decode(tokenizer: Any, ids: list[int], eos_ids: list[int]) -> str:
+    """A prompt without its BOS, a response without its end: what `datasets` and TRL expect, for they add them."""
+    return tokenizer.decode(ids[ids[:1] == [tokenizer.bos_token_id] : len(ids) - (ids[-1] in eos_ids)])

@@ -56,6 +56,23 @@ def true_reward(prompt: str, response: str) -> float:
     return sum(scores) / len(scores)
 
 
+def precision(pairs: list[tuple[str, ...]]) -> float:
+    """Share of (prompt, chosen, rejected) whose chosen response has the larger true reward; a sampled tie is ½."""
+    gold = [(true_reward(x, w), true_reward(x, l)) for x, w, l in pairs]
+    return sum((w > l) + 0.5 * (w == l) for w, l in gold) / len(gold)
+
+
+def judge(asked: list[str], answers: list[str], sft_answers: list[str]) -> dict[str, float]:
+    """True reward and words of the answers, and how often they beat the SFT policy's to the same prompts, ties ½."""
+    n = len(asked)
+    gold = [(true_reward(x, a), true_reward(x, b)) for x, a, b in zip(asked, answers, sft_answers)]
+    return {
+        "gold/reward": sum(a for a, _ in gold) / n,
+        "gold/win_rate": sum((a > b) + 0.5 * (a == b) for a, b in gold) / n,
+        "gold/length": sum(len(a.split()) for a in answers) / n,
+    }
+
+
 def prompts(part: str) -> list[str]:
     """Two nouns each, 1,560 in all: 512 for "test", the others for "train", no prompt in both."""
     every = [f"tell me about the {a} and the {b}" for a in NOUNS for b in NOUNS if a != b]

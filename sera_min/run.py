@@ -11,6 +11,7 @@
 Whatever may be read again is written beside and renamed: a run that dies leaves the last whole version.
 """
 
+import argparse
 import json
 import math
 import shutil
@@ -19,22 +20,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sera_min.data import InputError
 
-MEANING = {  # the table's columns
-    "iteration": "0 is the SFT policy",
-    "pairs": "offline pairs kept",
-    "precision": "share of them whose chosen response has the larger true reward",
-    "own": "bootstrapped pairs",
-    "own precision": "the same share of those",
-    "true reward": "mean over fresh samples for held-out prompts",
-    "win rate": "against the SFT policy's samples, ties ½",
-    "tokens": "mean length of those samples",
-    "accuracy": "share of held-out pairs with a positive implicit reward margin, ties ½",
-    "margin": "mean implicit reward margin of the pairs trained on, in nats",
-    "seconds": "review and training",
+COLUMNS = {  # of the table: heading -> where it comes from, and what it is
+    "iteration": ("iteration", "0 is the SFT policy"),
+    "pairs": ("pairs", "offline pairs kept"),
+    "precision": ("select/precision", "share of them whose chosen response has the larger true reward"),
+    "own": ("own", "bootstrapped pairs"),
+    "own precision": ("bootstrap/precision", "the same share of those"),
+    "reward": ("gold/reward", "true reward, mean over fresh samples for held-out prompts"),
+    "win rate": ("gold/win_rate", "of those samples against the SFT policy's, ties ½"),
+    "words": ("gold/length", "mean length of those samples"),
+    "accuracy": ("eval_rewards/accuracies", "share of held-out pairs with a positive implicit reward margin, ties ½"),
+    "margin": ("eval_rewards/margins", "β times their mean implicit reward margin"),
+    "seconds": ("seconds", "review, training and evaluation"),
 }
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """--help: the file's header as it is written, and every flag with its default."""
 
 
 def check(out: Path, config: dict[str, Any], resume: bool) -> None:
@@ -57,6 +63,24 @@ def begin(out: Path, config: dict[str, Any]) -> None:
     """Claim `out`: from here on it holds a run."""
     (out / "state").mkdir(parents=True, exist_ok=True)
     replace(out / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def load(path: str | Path, device: str):
+    """A policy in float32, on `device` and without dropout, and its tokenizer; safetensors only, no remote code."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        settings = AutoConfig.from_pretrained(path)
+        for name, value in settings.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(settings, name, 0.0)
+        policy = AutoModelForCausalLM.from_pretrained(path, config=settings, dtype=torch.float32, use_safetensors=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{path}: {' '.join(str(error).split())[:300]}") from None
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"{path}: its tokenizer has no EOS token: no response could end")
+    if len(tokenizer) > (size := policy.get_input_embeddings().num_embeddings):
+        raise InputError(f"{path}: its tokenizer has {len(tokenizer)} ids, the model embeds {size}")
+    return policy.to(device), tokenizer
 
 
 def replace(file: Path, text: str) -> None:
@@ -108,9 +132,16 @@ def latest_checkpoint(out: Path) -> tuple[Path, dict[str, Any]] | None:
     return folders[-1], state
 
 
+def row(evaluation: dict[str, Any], kept: list[int] | None = None, seconds: float | None = None) -> dict[str, Any]:
+    """An iteration's row of the table."""
+    pairs, own = kept or (None, None)
+    every = {**evaluation, "pairs": pairs, "own": own, "seconds": seconds if seconds is None else round(seconds)}
+    return {heading: every.get(key) for heading, (key, _) in COLUMNS.items()}
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The iterations as a Markdown table, of the columns that any row has."""
-    columns = [c for c in MEANING if any(row.get(c) is not None for row in rows)]
+    columns = [c for c in COLUMNS if any(row.get(c) is not None for row in rows)]
     lines = [[format_cell(row.get(c)) for c in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *lines)]
     lines = [columns, ["-" * (w - 1) + ":" for w in widths], *lines]
@@ -125,8 +156,7 @@ def format_cell(value: Any) -> str:
 
 def finish(out: Path, rows: list[dict[str, Any]], answers: list[tuple[str, str, str]], policy: Any, tokenizer: Any) -> None:
     """Save policy/ and report.md, print the table and the answers, and drop state/."""
-    columns = [c for c in MEANING if any(row.get(c) is not None for row in rows)]
-    report = [f"# {out.name}", "", table(rows), "", *(f"- {c}: {MEANING[c]}" for c in columns), ""]
+    report = [f"# {out.name}", "", table(rows), "", *(f"- {c}: {COLUMNS[c][1]}" for c in COLUMNS if c in table(rows)), ""]
     for prompt, before, after in answers:
         report += [f"**{prompt.strip()}**", "", f"- SFT: {before.strip()}", f"- now: {after.strip()}", ""]
     print("\n" + "\n".join(report[2:]))
