@@ -24,7 +24,7 @@ Choices of ours, where the paper is silent or was not known to us:
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -39,6 +39,9 @@ from sera_min.losses import LOSSES
 from sera_min.select import ensemble_margin, select_top
 
 
+OWN_BETA = {name: loss.__defaults__[0] for name, (loss, _, _) in LOSSES.items()}  # type: ignore[attr-defined, index]
+
+
 def flag(default, text: str):
     return field(default=default, metadata={"help": text})
 
@@ -46,82 +49,80 @@ def flag(default, text: str):
 @dataclass(frozen=True)
 class Config:
     # data and model
-    model_name_or_path: str | None = flag(None, "The SFT model: policy at the start, reference throughout. A hub name or "
-        "a folder. None: the playground, a small world whose true reward is known.")
-    dataset_name: str | None = flag(None, "The preferences: a hub name, a .json, .jsonl or .parquet file, or a folder.")
-    dataset_train_split: str = flag("train", "Its split.")
-    max_train_pairs: int | None = flag(None, "Use the first so many pairs. Playground: make so many (2000).")
-    eval_fraction: float = flag(0.05, "Share of the prompts held out for evaluation. The playground has its own.")
-    max_length: int = flag(1024, "Tokens of prompt and response together; a longer response loses its end.")
-    max_prompt_length: int = flag(512, "Tokens of the prompt; a longer one loses its beginning.")
-    label_noise: float = flag(0.3, "Playground: share of flipped labels.")
-    length_bias: float = flag(0.0, "Playground: share of pairs whose longer response is preferred, whatever it says.")
+    model_name_or_path: str | None = flag(None, "SFT model, hub name or folder: first policy, and reference. None: the playground")
+    dataset_name: str | None = flag(None, "preferences: a hub name, a .json, .jsonl or .parquet file, or a folder")
+    dataset_train_split: str = flag("train", "its split")
+    max_train_pairs: int | None = flag(None, "use the first so many pairs (playground: make so many, 2000)")
+    eval_fraction: float = flag(0.05, "share of the prompts held out for evaluation (the playground has its own)")
+    max_length: int = flag(1024, "tokens of prompt and response together: a longer response loses its end")
+    max_prompt_length: int = flag(512, "tokens of the prompt: a longer one loses its beginning")
+    label_noise: float = flag(0.3, "playground: share of flipped labels")
+    length_bias: float = flag(0.0, "playground: share of pairs whose longer response is preferred, whatever it says")
     # the method
-    iterations: int = flag(3, "T. The first trains on all pairs, each later one reviews them.")
-    keep: float = flag(0.7, "K as a share of the pairs: those kept by selection.")
-    bootstrap: float = flag(0.3, "K̃ as a share of the pairs: those the policy writes and ranks itself.")
-    samples_per_prompt: int = flag(4, "N, the samples of which best and worst become a pair.")
-    ensemble_gamma: float = flag(0.5, "γ, the weight of the older policy's reward.")
-    select: str = flag("margin", "By what K and K̃ are chosen: margin, or random (the control).")
-    temperature: float = flag(1.0, "Of sampling.")
-    top_p: float = flag(1.0, "Of sampling.")
-    max_new_tokens: int | None = flag(None, "The longest sample. None: max_length − max_prompt_length.")
+    iterations: int = flag(3, "T: the first trains on all pairs, each later one reviews them")
+    keep: float = flag(0.7, "K as a share of the pairs: those that selection keeps")
+    bootstrap: float = flag(0.3, "K̃ as a share of the pairs: those the policy writes and ranks itself")
+    samples_per_prompt: int = flag(4, "N: samples of which the best and the worst become a pair")
+    ensemble_gamma: float = flag(0.5, "γ: the weight of the older policy's reward")
+    select: str = flag("margin", "what K and K̃ are chosen by: margin, or random (the control)")
+    temperature: float = flag(1.0, "of sampling")
+    top_p: float = flag(1.0, "of sampling")
+    max_new_tokens: int | None = flag(None, "longest sample (None: max_length - max_prompt_length; playground: 32)")
     # training
-    loss_type: str = flag("dpo", "A function of the margin: dpo, ipo, slic or simpo.")
-    beta: float | None = flag(None, "β of the loss. None: 0.1, simpo 2.0; in the playground "
-        + ", ".join(f"{name} {beta}" for name, beta in playground.BETA.items()) + ".")
-    label_smoothing: float = flag(0.0, "ε of dpo: the share of labels that the loss takes to be flipped.")
-    learning_rate: float | None = flag(None, "Peak of the schedule. None: 1e-6, in the playground "
-        f"{playground.LEARNING_RATE:g}.")
-    epochs_per_iteration: int = flag(1, "Passes over an iteration's pairs.")
-    per_device_train_batch_size: int = flag(32, "Pairs per optimizer step.")
-    max_tokens: int = flag(16384, "Tokens per forward pass, padding included: lower it where memory runs out. "
-        "Changes no result.")
-    gradient_checkpointing: bool = flag(False, "Recompute activations in backward: less memory, a third more time.")
+    loss_type: str = flag("dpo", "function of the margin: dpo, ipo, slic or simpo")
+    beta: float | None = flag(None, f"β of the loss (None: {OWN_BETA}; playground: {playground.BETA})")
+    label_smoothing: float = flag(0.0, "ε of dpo: the share of labels that the loss takes to be flipped")
+    learning_rate: float | None = flag(None, f"peak of the schedule (None: 1e-6; playground: {playground.LEARNING_RATE:g})")
+    epochs_per_iteration: int = flag(1, "passes over an iteration's pairs")
+    per_device_train_batch_size: int = flag(32, "pairs per optimizer step")
+    max_tokens: int = flag(16384, "tokens per forward pass, padding included: lower it where memory runs out; changes no result")
+    gradient_checkpointing: bool = flag(False, "recompute activations in backward: less memory, a third more time")
     # the run
-    output_dir: str = flag("runs/sera", "Where all of it goes.")
-    save_steps: int = flag(500, "Steps between checkpoints within an iteration; each iteration's end is always saved.")
-    resume_from_checkpoint: str | None = flag(None, "The output_dir of a run to go on with, under the same flags.")
-    device: str | None = flag(None, "cuda or cpu. None: cuda where there is one.")
-    seed: int = flag(0, "Of the order of pairs, the samples, and the playground.")
+    output_dir: str = flag("runs/sera", "where all of it goes")
+    save_steps: int = flag(500, "steps between checkpoints within an iteration; the end of each is always one")
+    resume_from_checkpoint: str | None = flag(None, "output_dir of a run to go on with, under the same flags")
+    device: str | None = flag(None, "cuda or cpu (None: cuda where there is one)")
+    seed: int = flag(0, "of the order of pairs, of sampling, and of the playground")
+
+
+EXPECTED = [  # of flags, where they are given: names, check, what it expects
+    ("eval_fraction label_noise length_bias keep bootstrap ensemble_gamma", lambda v: 0 <= v <= 1, "between 0 and 1"),
+    ("iterations epochs_per_iteration per_device_train_batch_size max_tokens max_prompt_length max_new_tokens "
+     "max_train_pairs save_steps", lambda v: v >= 1, "at least 1"),
+    ("beta learning_rate temperature", lambda v: 0 < v < math.inf, "above 0"),
+    ("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    ("samples_per_prompt", lambda v: v >= 2, "at least 2"),
+    ("label_smoothing", lambda v: 0 <= v < 0.5, "at least 0 and below 0.5"),
+    ("loss_type", LOSSES.__contains__, "one of " + ", ".join(LOSSES)),
+    ("select", ("margin", "random").__contains__, "margin or random"),
+    ("device", ("cpu", "cuda").__contains__, "cpu or cuda"),
+]  # fmt: skip
 
 
 def resolve(config: Config) -> Config:
     """Every None that stands for a choice becomes that choice; what cannot be is an InputError."""
-    loss, in_playground = config.loss_type, config.model_name_or_path is None
-    expected = {
-        "loss_type": (loss in LOSSES, "one of " + ", ".join(LOSSES)),
-        "select": (config.select in ("margin", "random"), "margin or random"),
-        **{name: (0 <= getattr(config, name) <= 1, "between 0 and 1")
-           for name in ("keep", "bootstrap", "ensemble_gamma", "label_noise", "length_bias")},
-        "keep, bootstrap": (config.keep + config.bootstrap > 0, "not both 0: nothing would be left to train on"),
-        "eval_fraction": (0 <= config.eval_fraction < 1, "at least 0 and below 1"),
-        "label_smoothing": (0 <= config.label_smoothing < 0.5 and (loss == "dpo" or not config.label_smoothing),
-                            "at least 0 and below 0.5, and 0 for any loss but dpo"),
-        "temperature": (config.temperature > 0, "above 0"),
-        "top_p": (0 < config.top_p <= 1, "above 0 and at most 1"),
-        "beta": (config.beta is None or config.beta > 0, "above 0"),
-        "learning_rate": (config.learning_rate is None or config.learning_rate > 0, "above 0"),
-        **{name: (getattr(config, name) is None or getattr(config, name) >= 1, "at least 1")
-           for name in ("iterations", "epochs_per_iteration", "per_device_train_batch_size", "max_tokens",
-                        "max_prompt_length", "max_new_tokens", "max_train_pairs", "save_steps")},
-        "samples_per_prompt": (config.samples_per_prompt >= 2, "at least 2"),
-        "max_length": (config.max_length > config.max_prompt_length, "above max_prompt_length"),
-        "dataset_name": ((config.dataset_name is None) == in_playground, "given together with model_name_or_path"),
-    }  # fmt: skip
-    for name, (holds, what) in expected.items():
-        if not holds:
-            values = ", ".join(repr(getattr(config, part)) for part in name.split(", "))
-            raise InputError(f"--{name.replace(', ', ', --')} is {values}: expected {what}")
+    c, in_playground = config, config.model_name_or_path is None
+    for names, holds, what in EXPECTED:
+        for name in names.split():
+            if (value := getattr(c, name)) is not None and not holds(value):
+                raise InputError(f"--{name} is {value!r}: expected {what}")
+    for wrong, message in [
+        (c.keep + c.bootstrap == 0, "--keep and --bootstrap are both 0: nothing would be left to train on"),
+        (c.max_length <= c.max_prompt_length, "--max_length is not above --max_prompt_length: no room for a response"),
+        (c.label_smoothing > 0 and c.loss_type != "dpo", f"--label_smoothing is dpo's: {c.loss_type} has none"),
+        ((c.dataset_name is None) != in_playground, "--model_name_or_path and --dataset_name go together: both or none"),
+        (c.device == "cuda" and not torch.cuda.is_available(), "--device is cuda, and there is no CUDA GPU"),
+    ]:
+        if wrong:
+            raise InputError(message)
     return replace(
-        config,
-        beta=config.beta or (playground.BETA[loss] if in_playground else 2.0 if loss == "simpo" else 0.1),
-        learning_rate=config.learning_rate or (playground.LEARNING_RATE if in_playground else 1e-6),
-        max_new_tokens=config.max_new_tokens
-        or (playground.MAX_NEW_TOKENS if in_playground else config.max_length - config.max_prompt_length),
-        max_train_pairs=config.max_train_pairs or (2000 if in_playground else None),
-        device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        output_dir=str(Path(config.resume_from_checkpoint or config.output_dir)),
+        c,
+        beta=c.beta or (playground.BETA if in_playground else OWN_BETA)[c.loss_type],
+        learning_rate=c.learning_rate or (playground.LEARNING_RATE if in_playground else 1e-6),
+        max_new_tokens=c.max_new_tokens or (playground.MAX_NEW_TOKENS if in_playground else c.max_length - c.max_prompt_length),
+        max_train_pairs=c.max_train_pairs or (2000 if in_playground else None),
+        device=c.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        output_dir=str(Path(c.resume_from_checkpoint or c.output_dir)),
         resume_from_checkpoint=None,
     )
 
@@ -233,41 +234,37 @@ def review(t: int, policy, tokenizer, offline: list[Pair], state, eos_ids: list[
     if not wanted:
         return pairs, reference, margins, sources
 
-    # 5: N responses a prompt, and their reward under the same two policies
-    prompts = [x for x, _, _ in offline]
-    samples = sample(policy, tokenizer, prompts, config.samples_per_prompt, eos_ids, t, config, f"iteration {t}: sample")
-    flat = [(i, j) for i, row in enumerate(samples) for j, (_, ended) in enumerate(row) if ended]  # S finished samples
-    xs, ys = [prompts[i] for i, _ in flat], [samples[i][j][0] for i, j in flat]
+    # 5: N responses a prompt, scored under the same two policies and the reference
+    n, prompts = config.samples_per_prompt, [x for x, _, _ in offline]
+    samples = sample(policy, tokenizer, prompts, n, eos_ids, t, config, f"iteration {t}: sample")  # (P, n)
+    responses, ended = ([[one[k] for one in row] for row in samples] for k in (0, 1))
+    flat_x, flat_y = [x for x in prompts for _ in range(n)], [y for row in responses for y in row]
 
-    def logps_under(model, who: str) -> torch.Tensor:  # (S,)
+    def logps_under(model, who: str) -> torch.Tensor:  # (P·n,) -> (P, n)
         with amp(config):
-            return score(model, xs, ys, max_tokens=config.max_tokens, desc=f"iteration {t}: score samples, {who}")[0]
+            sums, _ = score(model, flat_x, flat_y, max_tokens=config.max_tokens, desc=f"iteration {t}: {who} scores")
+        return sums.view(-1, n)
 
-    lengths, state_of = torch.tensor([len(y) for y in ys]), out / "state"
-    sample_reference = logps_under(run.load(state_of / "000-done", config.device)[0], "reference")
-    r = rewards(logps_under(policy, "policy"), sample_reference, lengths, config)
+    lengths = torch.tensor([len(y) for y in flat_y]).view(-1, n)  # (P, n)
+    own_reference = logps_under(run.load(out / "state" / "000-done", config.device)[0], "reference")
+    r = rewards(logps_under(policy, "policy"), own_reference, lengths, config)
     if t > 2:
-        older = logps_under(run.load(state_of / f"{t - 2:03d}-done", config.device)[0], "older policy")
-        r = ensemble_margin(r, rewards(older, sample_reference, lengths, config), config.ensemble_gamma)
+        older = logps_under(run.load(out / "state" / f"{t - 2:03d}-done", config.device)[0], "older policy")
+        r = ensemble_margin(r, rewards(older, own_reference, lengths, config), config.ensemble_gamma)
 
-    # 6: best against worst, and the K̃ with the largest margin
-    number = {place: s for s, place in enumerate(flat)}  # (prompt, sample) -> row of r; a cut-off sample has none
-    table = [[float(r[number[i, j]]) if (i, j) in number else math.nan for j in range(len(row))] for i, row in enumerate(samples)]
-    triples, own_margins, dropped = bootstrap.best_worst_pairs(
-        table, [[ended for _, ended in row] for row in samples], [[y for y, _ in row] for row in samples]
-    )
+    # 6: best against worst, and the K̃ pairs with the largest margin
+    triples, own_margins, dropped = bootstrap.best_worst_pairs(r.tolist(), ended, responses)
+    own = choose(own_margins, wanted)
+    print(f"iteration {t}: {len(triples)} pairs of samples, {len(own)} kept of the {wanted} wanted; dropped:",
+          ", ".join(f"{count} {what}" for what, count in dropped.items()) or "none")  # fmt: skip
+    taken = [triples[p] for p in own]
+    pairs += [(prompts[i], responses[i][best], responses[i][worst]) for i, best, worst in taken]
+    reference = torch.cat([reference, *(own_reference[i, [best, worst]][None] for i, best, worst in taken)])
     run.write_jsonl(out / f"iteration-{t}" / "samples.jsonl", (
         {"prompt": data.decode(tokenizer, x, eos_ids), "response": data.decode(tokenizer, y, eos_ids),
-         "finish_reason": "stop" if ended else "length", "reward": reward if ended else None}
-        for x, row, values in zip(prompts, samples, table) for (y, ended), reward in zip(row, values)
+         "finish_reason": "stop" if whole else "length", "reward": reward}
+        for x, row, values in zip(prompts, samples, r.tolist()) for (y, whole), reward in zip(row, values)
     ))  # fmt: skip
-    own = choose(own_margins, wanted)
-    print(f"iteration {t}: {len(triples)} pairs of samples, {len(own)} kept of the {wanted} wanted;",
-          ", ".join(f"{count} {what}" for what, count in dropped.items()) or "none dropped")  # fmt: skip
-    for i, best, worst in (triples[p] for p in own):
-        pairs.append((prompts[i], samples[i][best][0], samples[i][worst][0]))
-    rows = [[number[i, best], number[i, worst]] for i, best, worst in (triples[p] for p in own)]
-    reference = torch.cat([reference, sample_reference[torch.tensor(rows, dtype=torch.int64).view(-1, 2)]])
     return pairs, reference, torch.cat([margins, own_margins[own]]), sources + ["bootstrap"] * len(own)
 
 
@@ -310,6 +307,8 @@ def main(config: Config) -> dict:
     if not offline:
         raise InputError(f"--dataset_name {config.dataset_name}: no pair is left to train on")
     run.begin(out, asdict(config))
+    if config.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
     questions = [data.decode(tokenizer, x, eos_ids) for x in asked]
 
     def readable(some: list[Pair]) -> list[tuple[str, ...]]:
@@ -383,7 +382,7 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser(Config, description=__doc__, formatter_class=run.HelpFormatter)
+    parser = HfArgumentParser(Config, usage="python train.py [--flag value ...]", description=__doc__, formatter_class=run.HelpFormatter)
     parser.error = lambda message: sys.exit(f"error: {message}")  # type: ignore[method-assign]
     try:
         main(Config(**vars(parser.parse_args())))

@@ -1,0 +1,149 @@
+"""log π(y|x) against a float64 loop, one token at a time, no batching, on the logits of the model as its authors wrote it."""
+
+import random
+
+import pytest
+import torch
+from conftest import FAMILIES, tiny_model
+
+from sera_min import logprobs
+from sera_min.logprobs import implicit_reward, score, sequence_logprobs, token_batches
+
+
+def ragged(n=5, vocab=61, seed=0):
+    rng = random.Random(seed)
+    rows = [([rng.randrange(3, vocab) for _ in range(rng.randint(1, 9))],
+             [rng.randrange(3, vocab) for _ in range(rng.randint(1, 7))] + [1]) for _ in range(n)]  # fmt: skip
+    return [x for x, _ in rows], [y for _, y in rows]
+
+
+def brute_force(model, prompts, responses):
+    """Σ log softmax(logits(x, y_<i))[y_i], every term a forward pass of its own, in float64."""
+    sums = []
+    for x, y in zip(prompts, responses):
+        terms = [
+            model(input_ids=torch.tensor([x + y[:i]])).logits[0, -1].log_softmax(-1)[token] for i, token in enumerate(y)
+        ]
+        sums.append(torch.stack(terms).sum())
+    return torch.stack(sums)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logprobs_and_gradients_are_the_float64_loop_s(family):
+    prompts, responses = ragged()
+    weights = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0])  # every row its own upstream gradient
+    model, exact = tiny_model(family), tiny_model(family).double()
+    sums, counts = sequence_logprobs(model, prompts, responses)
+    want = brute_force(exact, prompts, responses)
+    assert sums.dtype == torch.float32 and counts.tolist() == [len(y) for y in responses]
+    torch.testing.assert_close(sums.double(), want, rtol=1e-5, atol=1e-5)
+    (sums * weights).sum().backward()
+    (want * weights).sum().backward()
+    for (name, p), q in zip(model.named_parameters(), exact.parameters()):
+        if q.grad is None:
+            assert p.grad is None or not p.grad.any(), name
+            continue
+        error = (p.grad.double() - q.grad).norm() / (q.grad.norm() + 1e-3)
+        assert error < 1e-5, f"{name}: {error}"
+
+
+@pytest.mark.parametrize("family", ["gemma2", "cohere", "granite"])
+def test_the_naive_head_is_wrong_where_the_model_has_its_own(family):
+    """What we must not do: hidden states times the head's weights."""
+    model, (prompts, responses) = tiny_model(family), ragged(1)
+    ids = torch.tensor([prompts[0] + responses[0]])
+    with torch.no_grad():
+        naive = model.get_output_embeddings()(model.get_decoder()(input_ids=ids).last_hidden_state).log_softmax(-1)
+        rows = torch.arange(len(prompts[0]) - 1, ids.shape[1] - 1)
+        naive = naive[0, rows, torch.tensor(responses[0])].sum()
+        assert (naive - sequence_logprobs(model, prompts, responses)[0][0]).abs() > 0.1
+
+
+def test_chunks_change_nothing_and_full_logits_never_exist(monkeypatch):
+    model, (prompts, responses) = tiny_model(), ragged()
+    model.zero_grad()
+    whole = sequence_logprobs(model, prompts, responses)[0]
+    whole.sum().backward()
+    gradient = model.lm_head.weight.grad.clone()
+    largest = []
+    model.lm_head.register_forward_hook(lambda module, args, out: largest.append(out[..., 0].numel()))
+
+    class OneRowAtATime(int):
+        def __floordiv__(self, other):
+            return 1
+
+    tokens = sum(map(len, responses))
+    monkeypatch.setattr(logprobs, "HEAD_LOGITS", {"cpu": 2 * 61})  # two rows of a vocabulary of 61
+    model.zero_grad()
+    chunked = sequence_logprobs(model, prompts, responses)[0]
+    chunked.sum().backward()
+    torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model.lm_head.weight.grad, gradient, rtol=1e-4, atol=1e-5)
+    assert max(largest) == 2 and sum(largest) == 2 * tokens  # each row once forward, once again in backward
+
+
+def test_the_model_is_left_as_it_was():
+    model, (prompts, responses) = tiny_model(), ragged()
+    before = model(input_ids=torch.tensor([prompts[0]])).logits
+    with pytest.raises(IndexError):
+        sequence_logprobs(model, prompts, [[10**6]] * 5)
+    sequence_logprobs(model, prompts, responses)
+    assert "forward" not in vars(model.get_decoder())
+    assert torch.equal(before, model(input_ids=torch.tensor([prompts[0]])).logits)
+
+
+def test_padding_order_and_batching_change_nothing():
+    model, (prompts, responses) = tiny_model("gpt2"), ragged(9)
+    want, counts = score(model, prompts, responses, max_tokens=10**6)
+    for max_tokens in (1, 20, 40):
+        got, _ = score(model, prompts, responses, max_tokens=max_tokens)
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
+    order = [4, 2, 8, 0, 1, 3, 7, 6, 5]
+    got, mixed = score(model, [prompts[i] for i in order], [responses[i] for i in order], max_tokens=30)
+    torch.testing.assert_close(got, want[order], rtol=1e-6, atol=1e-5)
+    assert mixed.tolist() == counts[order].tolist()
+
+
+def test_score_is_without_dropout_and_gives_the_mode_back():
+    model, (prompts, responses) = tiny_model("gpt2", resid_pdrop=0.5), ragged()
+    model.train()
+    first, second = (score(model, prompts, responses, max_tokens=64)[0] for _ in range(2))
+    assert torch.equal(first, second) and model.training and not first.requires_grad
+
+
+def test_score_of_nothing():
+    sums, counts = score(tiny_model(), [], [], max_tokens=8)
+    assert sums.shape == counts.shape == (0,)
+
+
+@pytest.mark.parametrize("x, y, what", [([], [3], "prompt"), ([3], [], "response")])
+def test_empty_rows_are_named(x, y, what):
+    with pytest.raises(ValueError, match=f"row 1: an empty {what}"):
+        sequence_logprobs(tiny_model(), [[3], x], [[4], y])
+
+
+def test_bfloat16_logits_are_summed_in_float32():
+    """A bf16 sum near 3,000 is off by whole nats: ours is that of the same logits in float32."""
+    model = tiny_model().to(torch.bfloat16)
+    prompts, responses = [[5]], [[7] * 100]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([[5] + [7] * 100])).logits[0, :-1]
+        want = logits.float().log_softmax(-1)[:, 7].sum()
+        naive = logits.log_softmax(-1)[:, 7].cumsum(0)[-1]
+    got = score(model, prompts, responses, max_tokens=512)[0][0]
+    assert (got - want).abs() < 0.2 < (naive.float() - want).abs() + 0.2
+
+
+def test_token_batches_hold_every_row_once_within_the_budget():
+    lengths = [random.Random(i).randint(1, 40) for i in range(50)]
+    batches = token_batches(lengths, 64)
+    assert sorted(i for batch in batches for i in batch) == list(range(50))
+    assert all(len(b) == 1 or len(b) * max(lengths[i] for i in b) <= 64 for b in batches)
+    assert [lengths[i] for b in batches for i in b] == sorted(lengths, reverse=True)
+    assert token_batches([100, 3], 8) == [[0], [1]]
+
+
+def test_implicit_reward_is_a_difference_and_per_token_on_request():
+    policy, reference = torch.tensor([-10.0, -4.0]), torch.tensor([-12.0, -3.0])
+    assert implicit_reward(policy, reference).tolist() == [2.0, -1.0]
+    assert implicit_reward(policy, reference, torch.tensor([4, 2])).tolist() == [0.5, -0.5]
