@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 TokenIds = list[int]
+HEAD_LOGITS = {"cuda": 2**26, "cpu": 2**23}  # per chunk: enough to keep a GPU busy; few enough to stay near a CPU's cache
 
 
 def sequence_logprobs(model, prompts: list[TokenIds], responses: list[TokenIds]) -> tuple[Tensor, Tensor]:
@@ -51,10 +52,9 @@ def sequence_logprobs(model, prompts: list[TokenIds], responses: list[TokenIds])
             logits = model(input_ids=y[None], use_cache=False, return_dict=True).logits[0]  # (r, V)
         return -F.cross_entropy(logits.float(), y, reduction="none")
 
-    # 2^26 logits keep a GPU busy, 2^23 stay near a CPU's cache; recomputing them costs one more product with the head.
-    r = max(1, (2**26 if device.type == "cuda" else 2**23) // model.get_output_embeddings().weight.shape[0])
+    r = max(1, HEAD_LOGITS.get(device.type, 2**26) // model.get_output_embeddings().weight.shape[0])  # rows of a chunk
     chunks = list(zip(hidden.split(r), targets.split(r)))
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled():  # logits are recomputed in backward: one more product with the head, no (R, V) kept
         logps = [checkpoint(token_logps, h, y, use_reentrant=False, preserve_rng_state=False) for h, y in chunks]
     else:
         logps = [token_logps(h, y) for h, y in chunks]

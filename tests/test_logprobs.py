@@ -39,11 +39,13 @@ def test_logprobs_and_gradients_are_the_float64_loop_s(family):
     torch.testing.assert_close(sums.double(), want, rtol=1e-5, atol=1e-5)
     (sums * weights).sum().backward()
     (want * weights).sum().backward()
+    whole = torch.stack([q.grad.norm() for q in exact.parameters() if q.grad is not None]).norm()
     for (name, p), q in zip(model.named_parameters(), exact.parameters()):
         if q.grad is None:
             assert p.grad is None or not p.grad.any(), name
             continue
-        error = (p.grad.double() - q.grad).norm() / (q.grad.norm() + 1e-3)
+        # opt's k_proj.bias shifts every attention score of a row alike: its gradient is 0, and so is the yardstick
+        error = (p.grad.double() - q.grad).norm() / (q.grad.norm() + 1e-3 * whole)
         assert error < 1e-5, f"{name}: {error}"
 
 
@@ -67,10 +69,6 @@ def test_chunks_change_nothing_and_full_logits_never_exist(monkeypatch):
     gradient = model.lm_head.weight.grad.clone()
     largest = []
     model.lm_head.register_forward_hook(lambda module, args, out: largest.append(out[..., 0].numel()))
-
-    class OneRowAtATime(int):
-        def __floordiv__(self, other):
-            return 1
 
     tokens = sum(map(len, responses))
     monkeypatch.setattr(logprobs, "HEAD_LOGITS", {"cpu": 2 * 61})  # two rows of a vocabulary of 61
@@ -123,15 +121,14 @@ def test_empty_rows_are_named(x, y, what):
 
 
 def test_bfloat16_logits_are_summed_in_float32():
-    """A bf16 sum near 3,000 is off by whole nats: ours is that of the same logits in float32."""
-    model = tiny_model().to(torch.bfloat16)
-    prompts, responses = [[5]], [[7] * 100]
+    """A bfloat16 sum of thousands is off by whole nats; ours is the sum of its own tokens, in float32."""
+    model, y = tiny_model().to(torch.bfloat16), [7] * 100
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([[5] + [7] * 100])).logits[0, :-1]
-        want = logits.float().log_softmax(-1)[:, 7].sum()
-        naive = logits.log_softmax(-1)[:, 7].cumsum(0)[-1]
-    got = score(model, prompts, responses, max_tokens=512)[0][0]
-    assert (got - want).abs() < 0.2 < (naive.float() - want).abs() + 0.2
+        logits = model(input_ids=torch.tensor([[5, *y]])).logits[0, :-1]  # (100, V)
+        want = logits.double().log_softmax(-1)[:, 7].sum()
+        naive = logits.log_softmax(-1)[:, 7].sum(dtype=torch.bfloat16)
+    got = score(model, [[5]], [y], max_tokens=512)[0][0]
+    assert got.dtype == torch.float32 and (got - want).abs() < 1e-3 * want.abs() < (naive - want).abs()
 
 
 def test_token_batches_hold_every_row_once_within_the_budget():

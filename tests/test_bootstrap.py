@@ -1,0 +1,100 @@
+"""Sampling from the model's own distribution, with our settings alone; pairing; another engine's samples."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from sera_min.bootstrap import best_worst_pairs, read_responses, sample_responses
+
+
+def sample(model, prompts, n=2, **changed):
+    settings = {"max_new_tokens": 6, "temperature": 1.0, "top_p": 1.0, "eos_token_id": 1, "pad_token_id": 0, "seed": 0}
+    return sample_responses(model, prompts, n, **{**settings, **changed})
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_frequencies_are_the_model_s_whatever_its_generation_config_says(family):
+    """Left padding, top_k = 50 by default, a repetition penalty: none of them may show in the samples."""
+    model = tiny_model(family)
+    model.generation_config.update(top_k=1, repetition_penalty=5.0, min_new_tokens=3, temperature=0.1, max_length=3)
+    before = model.generation_config.to_dict()
+    prompts = [[5, 6, 7, 8], [9]]
+    got = sample(model, prompts, n=4000, max_new_tokens=1, temperature=2.0)
+    assert model.generation_config.to_dict() == before
+    for x, row in zip(prompts, got):
+        with torch.no_grad():
+            want = (model(input_ids=torch.tensor([x])).logits[0, -1] / 2.0).softmax(-1)
+        share = torch.bincount(torch.tensor([y[0] for y, _ in row]), minlength=61) / 4000
+        assert (share - want).abs().max() < 0.04
+
+
+def test_a_sample_ends_at_its_first_end_or_not_at_all():
+    model, ends = tiny_model(), [1, 7, 9]
+    rows = sample(model, [[5, 6], [8]], n=64, eos_token_id=ends, temperature=5.0)
+    for y, ended in (s for row in rows for s in row):
+        assert ended == (y[-1] in ends) and not set(y[:-1]) & set(ends)
+        assert len(y) <= 6 and (ended or len(y) == 6)
+    assert {ended for row in rows for _, ended in row} == {True, False}
+
+
+def test_pad_may_be_the_end():
+    rows = sample(tiny_model(), [[5, 6], [8]], n=32, pad_token_id=1, temperature=5.0)
+    assert all(y.count(1) == ended for row in rows for y, ended in row)
+
+
+def test_the_seed_decides_and_nothing_else_does():
+    model, prompts = tiny_model(), [[5, 6, 7], [8], [9, 10]]
+    torch.manual_seed(1)
+    first, state = sample(model, prompts), torch.get_rng_state()
+    torch.manual_seed(1)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(2)
+    assert sample(model, prompts) == first != sample(model, prompts, seed=1)
+    assert [len(row) for row in sample(model, prompts, max_tokens=1)] == [2, 2, 2]
+    assert sample(model, []) == []
+
+
+def test_pairs_are_best_against_worst_and_every_drop_is_counted():
+    rewards = [[1.0, 5.0, -2.0, 9.0], [1.0, 1.0, 0.0, 0.0], [3.0, 4.0], [2.0, 2.0], [float("nan"), 1.0, 2.0]]
+    ended = [[True, True, True, False], [True] * 4, [True, False], [True, True], [False, True, True]]
+    responses = [[[3, 1], [4, 1], [5, 1], [6]], [[3, 1], [3, 1], [4, 1], [4, 1]], [[3, 1], [4]], [[3, 1], [4, 1]], [[9], [3, 1], [4, 1]]]
+    pairs, margins, dropped = best_worst_pairs(rewards, ended, responses)
+    assert pairs == [(0, 1, 2), (1, 0, 2), (4, 2, 1)]  # prompt 0: the cut-off 9.0 is not the best
+    assert margins.tolist() == [7.0, 1.0, 1.0]
+    assert dropped == {"cut-off samples": 3, "identical samples": 2, "prompts without a pair": 2}
+
+
+def test_a_finished_sample_must_have_a_number():
+    with pytest.raises(ValueError, match="prompt 0, sample 1: the reward is nan"):
+        best_worst_pairs([[1.0, float("nan")]], [[True, True]], [[[3], [4]]])
+    pairs, margins, dropped = best_worst_pairs([], [], [])
+    assert pairs == [] and margins.shape == (0,) and not dropped
+
+
+def encode(text):
+    return [ord(c) for c in text]
+
+
+def test_another_engine_s_samples(tmp_path):
+    rows = [
+        {"prompt": "p", "response": "ab", "finish_reason": "stop"}, {"prompt": "q", "response": "c"},
+        {"prompt": "p", "response": "d", "finish_reason": "length"}, {"prompt": "p", "response": "", "finish_reason": None},
+    ]  # fmt: skip
+    file = tmp_path / "samples.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    prompts, samples = read_responses(file, encode, 1)
+    assert prompts == ["p", "q"]
+    assert samples == [[([97, 98, 1], True), ([100], False), ([1], True)], [([99, 1], True)]]
+    responses, ended = ([[s[k] for s in row] for row in samples] for k in (0, 1))
+    pairs, _, _ = best_worst_pairs([[0.0, 9.0, 1.0], [0.0]], ended, responses)
+    assert pairs == [(0, 2, 0)]
+
+
+@pytest.mark.parametrize("line, what", [("{", "not JSON"), ("[]", "'prompt'"), ('{"prompt": "p"}', "'response'"), ('{"prompt": 3, "response": "a"}', "'prompt'")])
+def test_another_engine_s_mistakes_are_named(tmp_path, line, what):
+    file = tmp_path / "samples.jsonl"
+    file.write_text('{"prompt": "p", "response": "a"}\n' + line)
+    with pytest.raises(ValueError, match=f"line 2: .*{what}"):
+        read_responses(file, encode, 1)

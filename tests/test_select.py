@@ -1,0 +1,43 @@
+"""Selection against a brute-force sort, and what it refuses."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sera_min.select import ensemble_margin, select_top
+
+
+@given(st.lists(st.integers(-3, 3), max_size=12), st.data())
+def test_the_k_largest_ties_by_index(values, draw):
+    k = draw.draw(st.integers(0, len(values)))
+    want = sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]
+    assert select_top(torch.tensor(values, dtype=torch.float32), k).tolist() == want
+
+
+def test_permuting_the_pairs_permutes_the_choice():
+    margins, order = torch.randn(50), torch.randperm(50)
+    assert {*order[select_top(margins[order], 20)].tolist()} == {*select_top(margins, 20).tolist()}
+
+
+@pytest.mark.parametrize("k", [-1, 4])
+def test_k_out_of_range(k):
+    with pytest.raises(ValueError, match="of 3 pairs"):
+        select_top(torch.zeros(3), k)
+
+
+def test_nan_and_shape():
+    naive = torch.tensor([0.0, float("nan"), 1.0]).argsort(descending=True)[0]
+    assert naive == 1  # what would happen: the broken pair is the best of all
+    with pytest.raises(ValueError, match="pair 1 is NaN"):
+        select_top(torch.tensor([0.0, float("nan"), 1.0]), 1)
+    with pytest.raises(ValueError, match=r"\(N,\)"):
+        select_top(torch.zeros(2, 2), 1)
+
+
+def test_ensemble():
+    newest, previous = torch.tensor([1.0, 2.0]), torch.tensor([3.0, -2.0])
+    assert ensemble_margin(newest) is newest
+    assert ensemble_margin(newest, previous, 0.25).tolist() == [1.5, 1.0]
+    assert ensemble_margin(newest, previous, 0.0).tolist() == newest.tolist()
+    assert ensemble_margin(newest, previous, 1.0).tolist() == previous.tolist()
