@@ -18,16 +18,20 @@ Choices of ours, where the paper is silent or was not known to us:
   3. IPO's reward is per token, as in TRL; SimPO's is per token and without reference. Selection and bootstrapping
      use the reward of the loss in use. SimPO's target margin is γ/β = 0.5.
   4. Samples cut off by the length limit are never paired, identical ones neither.
-  5. `--select random` takes random pairs, offline and bootstrapped: the control. `--keep 1 --bootstrap 0`: the loss alone.
+  5. `--select random` takes random pairs, offline and bootstrapped: the control.
+     `--keep 1 --bootstrap 0` is the loss alone: as many steps on all of D, nothing reviewed.
+  6. Every pair's prompt is sampled for, so a prompt that D holds twice is sampled for twice.
 """
 
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+import transformers
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -37,7 +41,6 @@ from sera_min.data import InputError, Pair
 from sera_min.logprobs import implicit_reward, score, sequence_logprobs, token_batches
 from sera_min.losses import LOSSES
 from sera_min.select import ensemble_margin, select_top
-
 
 OWN_BETA = {name: loss.__defaults__[0] for name, (loss, _, _) in LOSSES.items()}  # type: ignore[attr-defined, index]
 
@@ -49,7 +52,7 @@ def flag(default, text: str):
 @dataclass(frozen=True)
 class Config:
     # data and model
-    model_name_or_path: str | None = flag(None, "SFT model, hub name or folder: first policy, and reference. None: the playground")
+    model_name_or_path: str | None = flag(None, "SFT model, a hub name or folder (None: the playground)")
     dataset_name: str | None = flag(None, "preferences: a hub name, a .json, .jsonl or .parquet file, or a folder")
     dataset_train_split: str = flag("train", "its split")
     max_train_pairs: int | None = flag(None, "use the first so many pairs (playground: make so many, 2000)")
@@ -72,10 +75,10 @@ class Config:
     loss_type: str = flag("dpo", "function of the margin: dpo, ipo, slic or simpo")
     beta: float | None = flag(None, f"β of the loss (None: {OWN_BETA}; playground: {playground.BETA})")
     label_smoothing: float = flag(0.0, "ε of dpo: the share of labels that the loss takes to be flipped")
-    learning_rate: float | None = flag(None, f"peak of the schedule (None: 1e-6; playground: {playground.LEARNING_RATE:g})")
+    learning_rate: float | None = flag(None, f"at its peak (None: 1e-6; playground: {playground.LEARNING_RATE:g})")
     epochs_per_iteration: int = flag(1, "passes over an iteration's pairs")
     per_device_train_batch_size: int = flag(32, "pairs per optimizer step")
-    max_tokens: int = flag(16384, "tokens per forward pass, padding included: lower it where memory runs out; changes no result")
+    max_tokens: int = flag(16384, "tokens per forward pass, padding included: lower it if memory runs out")
     gradient_checkpointing: bool = flag(False, "recompute activations in backward: less memory, a third more time")
     # the run
     output_dir: str = flag("runs/sera", "where all of it goes")
@@ -110,7 +113,7 @@ def resolve(config: Config) -> Config:
         (c.keep + c.bootstrap == 0, "--keep and --bootstrap are both 0: nothing would be left to train on"),
         (c.max_length <= c.max_prompt_length, "--max_length is not above --max_prompt_length: no room for a response"),
         (c.label_smoothing > 0 and c.loss_type != "dpo", f"--label_smoothing is dpo's: {c.loss_type} has none"),
-        ((c.dataset_name is None) != in_playground, "--model_name_or_path and --dataset_name go together: both or none"),
+        ((c.dataset_name is None) != in_playground, "--model_name_or_path and --dataset_name go together"),
         (c.device == "cuda" and not torch.cuda.is_available(), "--device is cuda, and there is no CUDA GPU"),
     ]:
         if wrong:
@@ -119,7 +122,8 @@ def resolve(config: Config) -> Config:
         c,
         beta=c.beta or (playground.BETA if in_playground else OWN_BETA)[c.loss_type],
         learning_rate=c.learning_rate or (playground.LEARNING_RATE if in_playground else 1e-6),
-        max_new_tokens=c.max_new_tokens or (playground.MAX_NEW_TOKENS if in_playground else c.max_length - c.max_prompt_length),
+        max_new_tokens=c.max_new_tokens
+        or (playground.MAX_NEW_TOKENS if in_playground else c.max_length - c.max_prompt_length),
         max_train_pairs=c.max_train_pairs or (2000 if in_playground else None),
         device=c.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         output_dir=str(Path(c.resume_from_checkpoint or c.output_dir)),
@@ -160,7 +164,8 @@ def preflight(policy, pairs: list[Pair], config: Config) -> None:
     policy.train()
     with torch.no_grad(), amp(config):
         trained = sequence_logprobs(policy, [x, x], ys)[0][None].cpu()  # (1, 2), as the policy is trained
-        logits = policy(input_ids=torch.tensor([x + ys[0]], device=config.device)).logits[0, len(x) - 1 : -1]  # (|y|, V)
+        ids = torch.tensor([x + ys[0]], device=config.device)
+        logits = policy(input_ids=ids).logits[0, len(x) - 1 : -1]  # (1, T, V) -> (|y|, V)
         plain = -cross_entropy(logits.float(), torch.tensor(ys[0], device=config.device), reduction="sum").cpu()
     allowed = (1e-4 if config.device == "cpu" else 2e-2) * max(map(len, ys))  # nats; bfloat16 keeps 8 bits
     for what, error in {"log π(y|x) differs from its logits'": scored[0, 0] - plain,
@@ -190,7 +195,8 @@ def train_on(policy, pairs: list[Pair], reference: torch.Tensor, t: int, resume,
         for micro in token_batches(lengths, config.max_tokens // 2):  # a pair is two rows
             some = [pairs[i] for i in batch[micro]]
             with amp(config):
-                sums, _ = sequence_logprobs(policy, [x for x, _, _ in some] * 2, [p[1] for p in some] + [p[2] for p in some])
+                x, y_w, y_l = zip(*some)
+                sums, _ = sequence_logprobs(policy, x + x, y_w + y_l)
                 logps = sums.view(2, -1).T  # (2b,) -> (2, b) -> (b, 2)
                 r = rewards(logps, reference[batch[micro]].to(logps.device), lengths_of(some), config)
                 losses = pair_losses(r, config)
@@ -199,19 +205,21 @@ def train_on(policy, pairs: list[Pair], reference: torch.Tensor, t: int, resume,
         norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         loss, r_w, r_l, logp_w, logp_l = torch.cat(parts).T.cpu()
         if not (math.isfinite(loss.mean()) and math.isfinite(norm)):
-            raise FloatingPointError(f"iteration {t}, step {step}: the loss is {loss.mean():.3g}, its gradient {norm:.3g}")
+            what = f"the loss is {loss.mean():.3g}, its gradient {norm:.3g}"
+            raise FloatingPointError(f"iteration {t}, step {step}: {what}; state/ holds the last checkpoint")
         optimizer.step()
         optimizer.zero_grad()
         margin = (r_w - r_l).mean().item()
         accuracy = ((r_w > r_l).float() + 0.5 * (r_w == r_l)).mean().item()
-        log(phase="train", iteration=t, step=step + 1, loss=loss.mean().item(), learning_rate=rate, grad_norm=norm.item(), **{
+        log(phase="train", iteration=t, step=step + 1, loss=loss.mean().item(), learning_rate=rate,
+            grad_norm=norm.item(), **{
             "rewards/chosen": config.beta * r_w.mean().item(), "rewards/rejected": config.beta * r_l.mean().item(),
             "rewards/accuracies": accuracy, "rewards/margins": config.beta * margin,
             "logps/chosen": logp_w.mean().item(), "logps/rejected": logp_l.mean().item(),
         })  # fmt: skip
         bar.set_postfix(loss=f"{loss.mean():.3f}", accuracy=f"{accuracy:.2f}", margin=f"{margin:.2f}")
         if (step + 1) % config.save_steps == 0 and step + 1 < len(batches):
-            save(step + 1, optimizer.state_dict())
+            save(step=step + 1, optimizer=optimizer.state_dict())
 
 
 def review(t: int, policy, tokenizer, offline: list[Pair], state, eos_ids: list[int], config: Config, out: Path):
@@ -286,10 +294,13 @@ def main(config: Config) -> dict:
 
     # The policy, its tokenizer, and the pairs D as token ids, some of them held out.
     source = folder or config.model_name_or_path
-    policy, tokenizer = run.load(source, config.device) if source else playground.make_sft_policy(config.seed, config.device)
+    if source:
+        policy, tokenizer = run.load(source, config.device)
+    else:
+        policy, tokenizer = playground.make_sft_policy(config.seed, config.device)
     ends = policy.generation_config.eos_token_id or []
     eos_ids = list(dict.fromkeys([tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)]))
-    limits = {"eos_ids": eos_ids, "max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
+    limits: dict = {"eos_ids": eos_ids, "max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
     if in_playground:
         noise = {"label_noise": config.label_noise, "length_bias": config.length_bias}
         rows = playground.preferences(config.max_train_pairs, "train", seed=config.seed, **noise)
@@ -345,7 +356,7 @@ def main(config: Config) -> dict:
         state["previous"], state["seconds"] = None, 0.0
         state["before"] = evaluate(-1)[1]
         state["table"] = [run.row(run.log(out, **evaluate(0)[0]))]
-        run.save_checkpoint(out, 0, None, policy, tokenizer, state)
+        run.save_checkpoint(out, 0, policy, tokenizer, state)
 
     first = state.get("iteration", 0) + (state.get("step") is None)
     for t in range(first, config.iterations + 1):
@@ -358,35 +369,43 @@ def main(config: Config) -> dict:
                 pairs, reference = offline, state["reference"]
                 margins, sources = torch.zeros(len(pairs)), ["offline"] * len(pairs)
             else:
-                pairs, reference, margins, sources = review(t, policy, tokenizer, offline, state, eos_ids, config, out)
+                reviewed = review(t, policy, tokenizer, offline, state, eos_ids, config, out)
+                pairs, reference, margins, sources = reviewed
             run.write_jsonl(out / f"iteration-{t}" / "pairs.jsonl", (
                 {"prompt": x, "chosen": w, "rejected": l, "margin": margin, "source": source}
                 for (x, w, l), margin, source in zip(readable(pairs), margins.tolist(), sources)
             ))  # fmt: skip
             k = sources.count("offline")
             state["kept"] = [k, len(pairs) - k]
-            state["precisions"] = {"select/precision": precision(pairs[:k]), "bootstrap/precision": precision(pairs[k:])}
+            own = precision(pairs[k:])
+            state["precisions"] = {"select/precision": precision(pairs[:k]), "bootstrap/precision": own}
 
-        def save(step: int, optimizer: dict) -> None:
-            now = {**state, "pairs": pairs, "pairs_reference": reference, "optimizer": optimizer}
-            run.save_checkpoint(out, t, step, policy, tokenizer, now)
-
-        train_on(policy, pairs, reference, t, unfinished, config, lambda **line: run.log(out, **line), save)
+        whole = {**state, "pairs": pairs, "pairs_reference": reference}
+        save = partial(run.save_checkpoint, out, t, policy=policy, tokenizer=tokenizer, state=whole)
+        train_on(policy, pairs, reference, t, unfinished, config, partial(run.log, out), save)
         result, answers = evaluate(t)
         state = {key: state[key] for key in state if key not in ("pairs", "pairs_reference", "optimizer", "step")}
         state["table"].append(run.row(run.log(out, **result), state["kept"], time.monotonic() - began))
         if t < config.iterations:
-            run.save_checkpoint(out, t, None, policy, tokenizer, state)
-    run.finish(out, state["table"], list(zip(questions, state["before"], answers))[:5], policy, tokenizer)
+            run.save_checkpoint(out, t, policy, tokenizer, state)
+    run.finish(out, state["table"], list(zip(questions, state["before"], answers, strict=True))[:5], policy, tokenizer)
     return result
 
 
-if __name__ == "__main__":
-    parser = HfArgumentParser(Config, usage="python train.py [--flag value ...]", description=__doc__, formatter_class=run.HelpFormatter)
+def command_line(arguments: list[str] | None = None) -> None:
+    """`main` from flags; what the user can mend ends in one line and exit status 1."""
+    usage = "python train.py [--flag value ...]"
+    parser = HfArgumentParser(Config, usage=usage, description=__doc__, formatter_class=run.HelpFormatter)  # type: ignore
     parser.error = lambda message: sys.exit(f"error: {message}")  # type: ignore[method-assign]
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     try:
-        main(Config(**vars(parser.parse_args())))
+        main(Config(**vars(parser.parse_args(arguments))))
     except (InputError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted: --resume_from_checkpoint goes on from the last checkpoint")
+
+
+if __name__ == "__main__":
+    command_line()

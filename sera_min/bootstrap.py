@@ -72,14 +72,15 @@ def sample_responses(
 def best_worst_pairs(
     rewards: list[list[float]], ended: list[list[bool]], responses: list[list[TokenIds]]
 ) -> tuple[list[tuple[int, int, int]], torch.Tensor, Counter]:
-    """(prompt, best, worst) index triples and their float32 (P,) margins r̄(best) − r̄(worst) > 0, in nats.
+    """(prompt, best, worst) index triples, their float32 (P,) margins r̄(best) − r̄(worst) > 0 in nats, and the drops.
 
     rewards, ended, responses: one list a prompt, one entry a sample. Samples that were cut off or say the same as an
-    earlier one are never paired, and a prompt left with fewer than two different rewards has no pair: the Counter counts
-    each.
+    earlier one are never paired, and a prompt left with fewer than two different rewards has no pair: each is counted.
     Raises ValueError where the reward of a finished sample is not a finite number.
     """
-    pairs, margins, dropped = [], [], Counter()
+    pairs: list[tuple[int, int, int]] = []
+    margins: list[float] = []
+    dropped: Counter = Counter()
     for i, (values, finished, texts) in enumerate(zip(rewards, ended, responses, strict=True)):
         seen: dict[tuple[int, ...], int] = {}  # response -> its first sample
         for j, (reward, is_whole, tokens) in enumerate(zip(values, finished, texts, strict=True)):

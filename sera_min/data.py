@@ -3,7 +3,7 @@
 | format | columns |
 |---|---|
 | strings, explicit prompt | `prompt`, `chosen`, `rejected` (taken as they are: no template, no separator)
-| messages, explicit prompt | `prompt`: messages (or a string: one user turn); `chosen`, `rejected`: the answer's message
+| messages, explicit prompt | `prompt`: messages, or a string (one user turn); `chosen`, `rejected`: the answer's
 | messages, implicit prompt | `chosen`, `rejected`: whole dialogues, the last turn the assistant's
 | HH-RLHF, implicit prompt | `chosen`, `rejected`: "\\n\\nHuman: … \\n\\nAssistant: …"
 | Alpaca | `instruction`, `input` (may be absent or empty), `chosen`, `rejected`
@@ -123,7 +123,9 @@ def normalise(row: dict[str, Any], where: str) -> tuple[str | list[dict[str, str
     return (x, chosen, rejected) if x == other_x else None
 
 
-def tokenise(tokenizer: Any, x: str | list[dict[str, str]], ys: list[str], eos_ids: list[int], where: str) -> list[list[int]]:
+def tokenise(
+    tokenizer: Any, x: str | list[dict[str, str]], ys: list[str], eos_ids: list[int], where: str
+) -> list[list[int]]:
     """Token ids of the prompt and of each response, which gets exactly one end of sequence. Raises InputError."""
     prompt, wholes = x, [str(x) + y for y in ys]
     if isinstance(x, list):
@@ -152,7 +154,13 @@ def tokenise(tokenizer: Any, x: str | list[dict[str, str]], ys: list[str], eos_i
 
 
 def encode(
-    rows: Iterable[dict[str, Any]], tokenizer: Any, *, name: str, eos_ids: list[int], max_length: int, max_prompt_length: int
+    rows: Iterable[dict[str, Any]],
+    tokenizer: Any,
+    *,
+    name: str,
+    eos_ids: list[int],
+    max_length: int,
+    max_prompt_length: int,
 ) -> tuple[list[Pair], Counter]:
     """Rows of any of the formats as pairs of token ids, and the count of rows read, kept, cut and dropped, with why.
 

@@ -12,6 +12,7 @@ Three things keep this exact and lean, for any `AutoModelForCausalLM`:
    caps (gemma2), scaled logits (cohere, granite) and biases (phi) are applied by the code that defines them.
 """
 
+from collections.abc import Sequence
 from unittest.mock import patch
 
 import torch
@@ -22,10 +23,10 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 TokenIds = list[int]
-HEAD_LOGITS = {"cuda": 2**26, "cpu": 2**23}  # per chunk: enough to keep a GPU busy; few enough to stay near a CPU's cache
+HEAD_LOGITS = {"cuda": 2**26, "cpu": 2**23}  # per chunk: enough to keep a GPU busy, few enough for a CPU's cache
 
 
-def sequence_logprobs(model, prompts: list[TokenIds], responses: list[TokenIds]) -> tuple[Tensor, Tensor]:
+def sequence_logprobs(model, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> tuple[Tensor, Tensor]:
     """log π(y|x) in nats for B (prompt, response) pairs of token ids; differentiable.
 
     Returns float32 (B,) sums and int64 (B,) token counts, apart, so that averaging is the caller's visible choice.
@@ -63,7 +64,7 @@ def sequence_logprobs(model, prompts: list[TokenIds], responses: list[TokenIds])
 
 
 def token_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Row numbers, longest first, in batches whose rows × longest row stay within `max_tokens`; a longer row is alone."""
+    """Row numbers, longest first, in batches of rows × longest row ≤ `max_tokens`; a longer row is alone."""
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= max_tokens:

@@ -11,6 +11,7 @@ who are on topic five times in eight and kind as often: a mean true reward of 0.
 """
 
 import random
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -28,8 +29,8 @@ UNKIND = "ugly stupid boring nasty rude useless".split()
 VERBS = "is looks seems".split()
 
 SHARE_ON_TOPIC = SHARE_KIND = 0.625  # mean true reward: (2·0.625 − 1 + 2·0.625 − 1) / 2 = 0.25
-BETA = {"dpo": 1.0, "ipo": 0.1, "slic": 1.0, "simpo": 2.0}  # what this world's small model is trained with
-LEARNING_RATE = 1e-4
+BETA = {"dpo": 1.0, "ipo": 1.0, "slic": 1.0, "simpo": 2.0}  # what this world's small model is trained with
+LEARNING_RATE = 3e-4
 MAX_NEW_TOKENS = 32  # five sentences of five words and the end, and room to ramble
 
 
@@ -86,7 +87,8 @@ def preferences(n: int, part: str, *, label_noise: float, length_bias: float, se
     length_bias: the share of pairs whose longer response is preferred, whatever it says. label_noise: the share then
     flipped.
     """
-    rng, rows, pool = random.Random(f"{seed} {part}"), [], prompts(part)
+    rng, pool = random.Random(f"{seed} {part}"), prompts(part)
+    rows: list[dict[str, str]] = []
     while len(rows) < n:
         x = rng.choice(pool)
         good, bad = sorted((write_response(x, rng) for _ in "ab"), key=lambda y: -true_reward(x, y))
@@ -110,7 +112,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def make_sft_policy(seed: int, device: str, steps: int = 1000, batch: int = 64):
+def make_sft_policy(seed: int, device: str, steps: int = 1400, batch: int = 64):
     """A llama of 2 layers, 64 wide, and its tokenizer, trained on fresh responses of the world's people."""
     tokenizer, rng = make_tokenizer(), random.Random(f"{seed} sft")
     with torch.random.fork_rng():
@@ -121,7 +123,8 @@ def make_sft_policy(seed: int, device: str, steps: int = 1000, batch: int = 64):
             num_attention_heads=4, max_position_embeddings=64, initializer_range=0.1, tie_word_embeddings=False,
             bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )  # fmt: skip
-        model = LlamaForCausalLM(config).to(device)
+        model: Any = LlamaForCausalLM(config)
+    model.to(device)
     optimizer, pool = torch.optim.AdamW(model.parameters(), weight_decay=0.0), prompts("train")
     for step in tqdm(range(steps), desc="SFT", unit="step"):
         optimizer.param_groups[0]["lr"] = 5e-3 * min((step + 1) / 50, 1 - step / steps)

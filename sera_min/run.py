@@ -65,7 +65,7 @@ def begin(out: Path, config: dict[str, Any]) -> None:
     replace(out / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def load(path: str | Path, device: str):
+def load(path: str | Path, device: str) -> tuple[Any, Any]:
     """A policy in float32, on `device` and without dropout, and its tokenizer; safetensors only, no remote code."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -73,7 +73,7 @@ def load(path: str | Path, device: str):
         for name, value in settings.to_dict().items():
             if "drop" in name and isinstance(value, float):
                 setattr(settings, name, 0.0)
-        policy = AutoModelForCausalLM.from_pretrained(path, config=settings, dtype=torch.float32, use_safetensors=True)
+        policy: Any = AutoModelForCausalLM.from_pretrained(path, config=settings, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: {' '.join(str(error).split())[:300]}") from None
     if tokenizer.eos_token_id is None:
@@ -101,13 +101,16 @@ def log(out: Path, **metrics: Any) -> dict[str, Any]:
     return metrics
 
 
-def save_checkpoint(out: Path, t: int, step: int | None, policy: Any, tokenizer: Any, state: dict[str, Any]) -> None:
+def save_checkpoint(
+    out: Path, t: int, policy: Any, tokenizer: Any, state: dict[str, Any], step: int | None = None, **more: Any
+) -> None:
     """state/<t>-<step>, or state/<t>-done after an iteration: the policy, and what goes on from here.
 
     Kept are the newest, and the ends of this iteration and the one before: the reward ensemble asks for both.
     """
     metrics = out / "metrics.jsonl"
-    state = {**state, "iteration": t, "step": step, "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0}
+    written = metrics.stat().st_size if metrics.exists() else 0
+    state = {**state, **more, "iteration": t, "step": step, "metrics_bytes": written}
     name = f"{t:03d}-done" if step is None else f"{t:03d}-{step:08d}"
     beside = out / "state" / f".{name}"
     shutil.rmtree(beside, ignore_errors=True)
@@ -154,9 +157,10 @@ def format_cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def finish(out: Path, rows: list[dict[str, Any]], answers: list[tuple[str, str, str]], policy: Any, tokenizer: Any) -> None:
+def finish(out: Path, rows: list[dict[str, Any]], answers: Iterable[tuple[str, str, str]], policy: Any, tokenizer: Any) -> None:
     """Save policy/ and report.md, print the table and the answers, and drop state/."""
-    report = [f"# {out.name}", "", table(rows), "", *(f"- {c}: {COLUMNS[c][1]}" for c in COLUMNS if c in table(rows)), ""]
+    shown = table(rows)
+    report = [f"# {out.name}", "", shown, "", *(f"- {c}: {COLUMNS[c][1]}" for c in COLUMNS if f" {c} " in shown), ""]
     for prompt, before, after in answers:
         report += [f"**{prompt.strip()}**", "", f"- SFT: {before.strip()}", f"- now: {after.strip()}", ""]
     print("\n" + "\n".join(report[2:]))

@@ -1,0 +1,298 @@
+"""The loop's contract: files, metrics, resuming, and the ways a run is refused or stopped."""
+
+import copy
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import bpe_tokenizer, tiny_model
+from datasets import load_dataset
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+from sera_min import playground, run
+from sera_min.data import InputError
+from sera_min.logprobs import sequence_logprobs
+from sera_min.losses import LOSSES
+from train import Config, main
+
+ROOT = Path(__file__).parent.parent
+STEP_KEYS = {
+    "phase", "iteration", "step", "loss", "learning_rate", "grad_norm", "rewards/chosen", "rewards/rejected",
+    "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
+}  # fmt: skip
+GOLD = {"gold/reward", "gold/win_rate", "gold/length", "select/precision", "bootstrap/precision", "data/label_accuracy"}
+
+
+@pytest.fixture(scope="session")
+def sft():
+    return playground.make_sft_policy(0, "cpu", steps=60)
+
+
+@pytest.fixture
+def world(sft, monkeypatch):
+    """The playground with an SFT policy of a few seconds, and fewer questions."""
+    monkeypatch.setattr(playground, "make_sft_policy", lambda seed, device: (copy.deepcopy(sft[0]), sft[1]))
+    every = playground.prompts
+    monkeypatch.setattr(playground, "prompts", lambda part: every(part)[:40])
+
+
+def small(out, **changed):
+    return Config(**{"output_dir": str(out), "max_train_pairs": 48, "per_device_train_batch_size": 16, "device": "cpu", **changed})
+
+
+@pytest.fixture
+def preferences(tmp_path):
+    file = tmp_path / "d.jsonl"
+    rows = [{"instruction": f"Say {i}", "chosen": f"The fox is {i}" * (1 + i % 3), "rejected": f"{i} no"} for i in range(20)]
+    file.write_text("\n".join(map(json.dumps, [*rows, {**rows[0], "rejected": rows[0]["chosen"]}])))
+    return file
+
+
+def real(model_dir, file, out, **changed):
+    return Config(**{
+        "model_name_or_path": str(model_dir), "dataset_name": str(file), "output_dir": str(out), "max_length": 60,
+        "max_prompt_length": 40, "eval_fraction": 0.2, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "beta": 0.5,
+        "device": "cpu", **changed,
+    })  # fmt: skip
+
+
+def lines(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_the_contract_in_the_playground(world, tmp_path, loss_type):
+    out = tmp_path / "run"
+    final = main(small(out, loss_type=loss_type, learning_rate=1e-3))
+    metrics = lines(out)
+    assert metrics[-1] == final and final["phase"] == "final" and GOLD <= final.keys()
+    steps = [m for m in metrics if m["phase"] == "train"]
+    assert all(m.keys() == STEP_KEYS for m in steps) and [m["iteration"] for m in steps] == [1] * 3 + [2] * 3 + [3] * 3
+    if loss_type == "dpo":
+        assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-5) and abs(steps[0]["rewards/margins"]) < 1e-4
+    assert [m["iteration"] for m in metrics if m["phase"] == "eval"] == [0, 1, 2]
+    for t, sources in [(1, {"offline"}), (2, {"offline", "bootstrap"}), (3, {"offline", "bootstrap"})]:
+        pairs = load_dataset("json", data_files=str(out / f"iteration-{t}/pairs.jsonl"), split="train", cache_dir=tmp_path / "c")
+        assert pairs.column_names == ["prompt", "chosen", "rejected", "margin", "source"] and {*pairs["source"]} == sources
+        for source in sources - {"offline"} if t > 1 else []:
+            margins = [row["margin"] for row in pairs if row["source"] == source]
+            assert margins == sorted(margins, reverse=True) and min(margins) > 0
+    assert pairs["source"].count("offline") == 34 and pairs["source"].count("bootstrap") == 14
+    samples = [json.loads(line) for line in (out / "iteration-2/samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 48 * 4 and samples[0].keys() == {"prompt", "response", "finish_reason", "reward"}
+    policy, tokenizer = AutoModelForCausalLM.from_pretrained(out / "policy"), AutoTokenizer.from_pretrained(out / "policy")
+    assert policy.dtype == torch.float32 and tokenizer.eos_token == "<eos>"
+    assert json.loads((out / "config.json").read_text())["beta"] == playground.BETA[loss_type]
+    assert "| iteration |" in (out / "report.md").read_text()
+    assert {p.name for p in out.iterdir()} == {"config.json", "metrics.jsonl", "policy", "report.md", *(f"iteration-{t}" for t in (1, 2, 3))}  # fmt: skip
+
+
+def test_selection_keeps_the_largest_margins_of_the_previous_policies(world, tmp_path, monkeypatch):
+    """The margins in pairs.jsonl are (1−γ) m_{t−1} + γ m_{t−2}, by an independent pass over the saved policies."""
+    out, saved = tmp_path / "run", tmp_path / "saved"
+    keep = run.save_checkpoint
+
+    def also(out, t, policy, *rest, **more):
+        policy.save_pretrained(saved / str(t))
+        keep(out, t, policy, *rest, **more)
+
+    monkeypatch.setattr(run, "save_checkpoint", also)
+    main(small(out, ensemble_gamma=0.25, learning_rate=1e-3))
+    policies = [AutoModelForCausalLM.from_pretrained(saved / str(t)).eval() for t in (0, 1, 2)]
+    tokenizer = playground.make_tokenizer()
+
+    def reward(policy, x, y):
+        x, y = tokenizer(x).input_ids, [*tokenizer(y).input_ids, tokenizer.eos_token_id]
+        ids = torch.tensor([x + y])
+        with torch.no_grad():
+            both = [p(ids).logits[0, len(x) - 1 : -1].double().log_softmax(-1).gather(1, torch.tensor(y)[:, None]).sum()
+                    for p in (policy, policies[0])]  # fmt: skip
+        return (both[0] - both[1]).item()
+
+    def margin(row, t):
+        return reward(policies[t], row["prompt"], row["chosen"]) - reward(policies[t], row["prompt"], row["rejected"])
+
+    first, third = ([json.loads(line) for line in (out / f"iteration-{t}/pairs.jsonl").read_text().splitlines()] for t in (1, 3))
+    for row in third[::7]:
+        assert row["margin"] == pytest.approx(0.75 * margin(row, 2) + 0.25 * margin(row, 1), abs=1e-4)
+    want = sorted((0.75 * margin(row, 2) + 0.25 * margin(row, 1) for row in first), reverse=True)[:34]
+    assert [row["margin"] for row in third if row["source"] == "offline"] == pytest.approx(want, abs=1e-4)
+
+
+def test_dpo_alone_and_the_random_control(world, tmp_path):
+    final = main(small(tmp_path / "dpo", keep=1.0, bootstrap=0.0, iterations=2))
+    assert final["bootstrap/precision"] is None and final["select/precision"] == final["data/label_accuracy"]
+    texts = {}
+    for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
+        main(small(tmp_path / name, select="random", seed=seed, iterations=2, bootstrap=0.0))
+        texts[name] = (tmp_path / name / "iteration-2/pairs.jsonl").read_text()
+    assert texts["a"] == texts["b"] != texts["c"]
+    margins = [json.loads(line)["margin"] for line in texts["a"].splitlines()]
+    assert len(margins) == 34 and margins != sorted(margins, reverse=True)
+
+
+def test_a_model_and_data_of_one_s_own(model_dir, preferences, tmp_path, capsys):
+    out = tmp_path / "run"
+    final = main(real(model_dir, preferences, out))
+    assert "21 read, 20 kept" in (printed := capsys.readouterr().out) and "1 dropped: chosen equals rejected" in printed
+    assert final["eval_rewards/accuracies"] > 0.5 and not any(key.startswith("gold") for key in final)
+    assert lines(out)[0] == {"phase": "eval", "iteration": 0, "eval_loss": pytest.approx(0.693147, abs=1e-4),
+                             "eval_rewards/accuracies": 0.5, "eval_rewards/margins": 0.0}  # fmt: skip
+    assert (out / "policy/model.safetensors").exists() and "- now:" in (out / "report.md").read_text()
+
+
+def test_micro_batches_and_checkpointing_change_nothing(model_dir, preferences, tmp_path):
+    """Lengths 1 to 3 apart, a last partial batch: the mean is over the step's pairs however they are split."""
+    ends = []
+    for name, changed in {"whole": {}, "split": {"max_tokens": 64}, "checkpointed": {"gradient_checkpointing": True}}.items():
+        main(real(model_dir, preferences, tmp_path / name, iterations=1, learning_rate=1e-4, per_device_train_batch_size=6, **changed))
+        ends.append(([m["loss"] for m in lines(tmp_path / name) if m["phase"] == "train"],
+                     load_file(tmp_path / name / "policy/model.safetensors")))  # fmt: skip
+    for losses, weights in ends[1:]:
+        assert losses == pytest.approx(ends[0][0], abs=1e-5) and len(losses) == 3
+        for key, value in weights.items():
+            torch.testing.assert_close(value, ends[0][1][key], rtol=0, atol=2e-5)
+
+
+def test_one_pair_is_overfitted(tmp_path):
+    model, pairs = tiny_model(), [([3, 4], [5, 6, 1], [7, 8, 1])]
+    reference = torch.stack([sequence_logprobs(model, [x, x], ys)[0].detach() for x, *ys in pairs])
+    config = train.resolve(real("m", "d", tmp_path, epochs_per_iteration=40, learning_rate=1e-2))
+    seen = []
+    train.train_on(model, pairs, reference, 1, None, config, lambda **line: seen.append(line), None)
+    assert seen[0]["loss"] == pytest.approx(0.6931, abs=1e-3) and seen[-1]["loss"] < 0.01 and seen[-1]["rewards/margins"] > 4
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("moment", [2, 5, 8, 12])  # the line of metrics.jsonl at which it dies
+def test_a_killed_run_goes_on_to_the_same_end(world, tmp_path, monkeypatch, moment):
+    whole, out, log = tmp_path / "whole", tmp_path / "out", run.log
+    main(small(whole, save_steps=2))
+
+    def dies(*args, **metrics):
+        if moment == len(lines(out) if (out / "metrics.jsonl").exists() else []):
+            raise Killed
+        return log(*args, **metrics)
+
+    monkeypatch.setattr(run, "log", dies)
+    with pytest.raises(Killed):
+        main(small(out, save_steps=2))
+    monkeypatch.setattr(run, "log", log)
+    with pytest.raises(InputError, match="begun with beta = 1.0, not 0.5"):
+        main(small(out, save_steps=2, resume_from_checkpoint=str(out), beta=0.5))
+    main(small(out, save_steps=2, resume_from_checkpoint=str(out)))
+    assert (out / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    assert (out / "policy/model.safetensors").read_bytes() == (whole / "policy/model.safetensors").read_bytes()
+    assert (out / "iteration-3/pairs.jsonl").read_text() == (whole / "iteration-3/pairs.jsonl").read_text()
+    with pytest.raises(InputError, match="this run has ended"):
+        main(small(out, save_steps=2, resume_from_checkpoint=str(out)))
+
+
+def test_a_loss_that_is_nan_stops_with_its_step_and_what_was_saved_stays(world, tmp_path, monkeypatch):
+    out, losses = tmp_path / "run", train.pair_losses
+    calls = iter(range(100))
+    monkeypatch.setattr(train, "pair_losses", lambda r, c: losses(r, c) * (float("nan") if next(calls) == 8 else 1))
+    with pytest.raises(FloatingPointError, match=r"iteration \d, step \d: the loss is nan"):
+        main(small(out))
+    folder, state = run.latest_checkpoint(out)
+    weights = load_file(folder / "model.safetensors")
+    assert state["iteration"] >= 0 and all(value.isfinite().all() for value in weights.values())
+
+
+WRONG = [
+    (["--loss_type", "foo"], "--loss_type is 'foo': expected one of dpo, ipo, slic, simpo"),
+    (["--keep", "1.5"], "--keep is 1.5: expected between 0 and 1"),
+    (["--bootstrap", "-0.1"], "--bootstrap is -0.1: expected between 0 and 1"),
+    (["--ensemble_gamma", "nan"], "--ensemble_gamma is nan: expected between 0 and 1"),
+    (["--keep", "0", "--bootstrap", "0"], "nothing would be left to train on"),
+    (["--iterations", "0"], "--iterations is 0: expected at least 1"),
+    (["--beta", "many"], "invalid float value: 'many'"),
+    (["--spelled_wrong", "1"], "unrecognized arguments: --spelled_wrong"),
+    (["--loss_type", "ipo", "--label_smoothing", "0.1"], "--label_smoothing is dpo's"),
+    (["--dataset_name", "d.jsonl"], "--model_name_or_path and --dataset_name go together"),
+    (["--max_length", "512"], "--max_length is not above --max_prompt_length"),
+    (["--temperature", "0"], "--temperature is 0.0: expected above 0"),
+    (["--model_name_or_path", "MODEL", "--dataset_name", "gone.jsonl"], "gone.jsonl: no such file"),
+    (["--model_name_or_path", "no/such-model", "--dataset_name", "DATA"], "no/such-model: "),
+    (["--model_name_or_path", "MODEL", "--dataset_name", "no/such-data"], "no/such-data, split 'train': cannot be read"),
+    (["--model_name_or_path", "NO-EOS", "--dataset_name", "DATA"], "its tokenizer has no EOS token"),
+    (["--model_name_or_path", "NARROW", "--dataset_name", "DATA"], "its tokenizer has 379 ids, the model embeds 300"),
+    (["--model_name_or_path", "PICKLED", "--dataset_name", "DATA"], "PICKLED: "),
+    (["--model_name_or_path", "MODEL", "--dataset_name", "ALIKE"], "no pair is left to train on"),
+    (["--model_name_or_path", "MODEL", "--dataset_name", "BAD"], "row 1: 'rejected' is missing"),
+    (["--output_dir", "TAKEN"], "already holds a run"),
+    (["--resume_from_checkpoint", "nowhere"], "nowhere: no run has begun there"),
+]
+
+
+@pytest.fixture(scope="module")
+def wrong_things(model_dir, tmp_path_factory):
+    """A folder of everything that WRONG names, to be the working directory."""
+    here = tmp_path_factory.mktemp("wrong")
+    for name, vocab in {"MODEL": 400, "NO-EOS": 400, "NARROW": 300, "PICKLED": 400}.items():
+        tokenizer = bpe_tokenizer()
+        tokenizer.save_pretrained(here / name)
+        tiny_model(vocab_size=vocab).save_pretrained(here / name)
+    settings = here / "NO-EOS/tokenizer_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token": None}))
+    torch.save(load_file(here / "PICKLED/model.safetensors"), here / "PICKLED/pytorch_model.bin")
+    (here / "PICKLED/model.safetensors").unlink()
+    row = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    for name, rows in {"DATA": [row], "ALIKE": [{**row, "rejected": "b"}], "BAD": [row, {"prompt": "a", "chosen": "b"}]}.items():
+        (here / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (here / "TAKEN").mkdir()
+    (here / "TAKEN/config.json").write_text("{}")
+    return here
+
+
+@pytest.mark.parametrize("flags, message", WRONG, ids=[" ".join(flags) for flags, _ in WRONG])
+def test_bad_input_is_one_line_and_nothing_is_written(wrong_things, monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(wrong_things)
+    before = sorted(Path().rglob("*"))
+    flags = [f + ".jsonl" if f in ("DATA", "ALIKE", "BAD") else f for f in flags]
+    with pytest.raises(SystemExit) as stop:
+        train.command_line(flags)
+    assert isinstance(stop.value.code, str) and stop.value.code.startswith("error: ") and message in stop.value.code
+    assert "\n" not in stop.value.code and sorted(Path().rglob("*")) == before
+
+
+def test_as_a_command():
+    """Exit status 1 and one line on stderr; --help names every flag."""
+    def command(*flags):
+        return subprocess.run([sys.executable, ROOT / "train.py", *flags], capture_output=True, text=True)
+
+    wrong = command("--keep", "7")
+    assert (wrong.returncode, wrong.stdout, wrong.stderr) == (1, "", "error: --keep is 7.0: expected between 0 and 1\n")
+    shown = command("--help").stdout
+    assert all(f"--{f.name}" in shown for f in fields(Config)) and "arXiv:2410.09362" in shown
+
+
+def test_every_field_is_read():
+    source = "".join(path.read_text() for path in [ROOT / "train.py", *(ROOT / "sera_min").glob("*.py")])
+    for f in fields(Config):
+        assert re.search(rf"\b(config|c)\.{f.name}\b", source), f"nothing reads {f.name}"
+
+
+@pytest.mark.parametrize("names, use", [
+    (["logprobs"], "m.implicit_reward(torch.ones(2), torch.zeros(2)).sum() == 2 and m.token_batches([1], 1) == [[0]]"),
+    (["losses"], "m.dpo_loss(torch.zeros(1)).item() > 0.69"),
+    (["select"], "m.select_top(m.ensemble_margin(torch.tensor([1., 2.])), 1).item() == 1"),
+    (["bootstrap"], "m.best_worst_pairs([[0., 1.]], [[True, True]], [[[1], [2]]])[0] == [(0, 1, 0)]"),
+])  # fmt: skip
+def test_a_concept_file_works_alone(tmp_path, names, use):
+    (tmp_path / "theirs").mkdir()
+    for name in names:
+        shutil.copy(ROOT / f"sera_min/{name}.py", tmp_path / "theirs")
+    code = f"import torch, sys; import theirs.{names[0]} as m; assert {use}; assert 'sera_min' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
