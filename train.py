@@ -57,8 +57,8 @@ class Config:
     dataset_train_split: str = flag("train", "its split")
     max_train_pairs: int | None = flag(None, "use the first so many pairs (playground: make so many, 2000)")
     eval_fraction: float = flag(0.05, "share of the prompts held out for evaluation (the playground has its own)")
-    max_length: int = flag(1024, "tokens of prompt and response together: a longer response loses its end")
-    max_prompt_length: int = flag(512, "tokens of the prompt: a longer one loses its beginning")
+    max_length: int | None = flag(None, "tokens of prompt and response: a longer response loses its end (None: 1024)")
+    max_prompt_length: int | None = flag(None, "tokens of a prompt: a longer one loses its beginning (None: 512)")
     label_noise: float = flag(0.3, "playground: share of flipped labels")
     length_bias: float = flag(0.0, "playground: share of pairs whose longer response is preferred, whatever it says")
     # the method
@@ -91,7 +91,7 @@ class Config:
 EXPECTED = [  # of flags, where they are given: names, check, what it expects
     ("eval_fraction label_noise length_bias keep bootstrap ensemble_gamma", lambda v: 0 <= v <= 1, "between 0 and 1"),
     ("iterations epochs_per_iteration per_device_train_batch_size max_tokens max_prompt_length max_new_tokens "
-     "max_train_pairs save_steps", lambda v: v >= 1, "at least 1"),
+     "max_length max_train_pairs save_steps", lambda v: v >= 1, "at least 1"),
     ("beta learning_rate temperature", lambda v: 0 < v < math.inf, "above 0"),
     ("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1"),
     ("samples_per_prompt", lambda v: v >= 2, "at least 2"),
@@ -105,13 +105,15 @@ EXPECTED = [  # of flags, where they are given: names, check, what it expects
 def resolve(config: Config) -> Config:
     """Every None that stands for a choice becomes that choice; what cannot be is an InputError."""
     c, in_playground = config, config.model_name_or_path is None
+    max_length = c.max_length or (playground.MAX_LENGTH if in_playground else 1024)
+    max_prompt_length = c.max_prompt_length or (playground.MAX_PROMPT_LENGTH if in_playground else 512)
     for names, holds, what in EXPECTED:
         for name in names.split():
             if (value := getattr(c, name)) is not None and not holds(value):
                 raise InputError(f"--{name} is {value!r}: expected {what}")
     for wrong, message in [
         (c.keep + c.bootstrap == 0, "--keep and --bootstrap are both 0: nothing would be left to train on"),
-        (c.max_length <= c.max_prompt_length, "--max_length is not above --max_prompt_length: no room for a response"),
+        (max_length <= max_prompt_length, "--max_length is not above --max_prompt_length: no room for a response"),
         (c.label_smoothing > 0 and c.loss_type != "dpo", f"--label_smoothing is dpo's: {c.loss_type} has none"),
         ((c.dataset_name is None) != in_playground, "--model_name_or_path and --dataset_name go together"),
         (c.device == "cuda" and not torch.cuda.is_available(), "--device is cuda, and there is no CUDA GPU"),
@@ -120,10 +122,12 @@ def resolve(config: Config) -> Config:
             raise InputError(message)
     return replace(
         c,
+        max_length=max_length,
+        max_prompt_length=max_prompt_length,
         beta=c.beta or (playground.BETA if in_playground else OWN_BETA)[c.loss_type],
         learning_rate=c.learning_rate or (playground.LEARNING_RATE if in_playground else 1e-6),
         max_new_tokens=c.max_new_tokens
-        or (playground.MAX_NEW_TOKENS if in_playground else c.max_length - c.max_prompt_length),
+        or (playground.MAX_NEW_TOKENS if in_playground else max_length - max_prompt_length),
         max_train_pairs=c.max_train_pairs or (2000 if in_playground else None),
         device=c.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         output_dir=str(Path(c.resume_from_checkpoint or c.output_dir)),
@@ -298,6 +302,10 @@ def main(config: Config) -> dict:
         policy, tokenizer = run.load(source, config.device)
     else:
         policy, tokenizer = playground.make_sft_policy(config.seed, config.device)
+    longest = max(config.max_length, config.max_prompt_length + config.max_new_tokens)
+    if longest > (positions := getattr(policy.config, "max_position_embeddings", None) or math.inf):
+        what = "--max_length or --max_prompt_length + --max_new_tokens"
+        raise InputError(f"{what} is {longest}: the model has {positions} positions")
     ends = policy.generation_config.eos_token_id or []
     eos_ids = list(dict.fromkeys([tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)]))
     limits: dict = {"eos_ids": eos_ids, "max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
@@ -311,6 +319,8 @@ def main(config: Config) -> dict:
     else:
         rows = data.read_rows(config.dataset_name, config.dataset_train_split)
         rows = rows.select(range(min(len(rows), config.max_train_pairs or len(rows))))
+        if tokenizer.chat_template is None:
+            print("template: the tokenizer has none, so dialogues read '\\n\\nHuman: … \\n\\nAssistant: …'")
         kept, counts = data.encode(rows, tokenizer, name=config.dataset_name, **limits)
         offline, held = data.split_by_prompt(kept, config.eval_fraction, config.seed)
         asked = [list(x) for x in dict.fromkeys(tuple(x) for x, _, _ in held or offline)][:5]

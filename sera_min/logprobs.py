@@ -44,7 +44,7 @@ def sequence_logprobs(model, prompts: Sequence[TokenIds], responses: Sequence[To
     positions = torch.cat([torch.arange(i, i + n) for i, n in zip(firsts, counts)]).to(device)  # (R,), R = Σ|y|
     targets = torch.cat([torch.tensor(y) for y in responses]).to(device)  # (R,)
 
-    body = model.get_decoder()
+    body = model.get_decoder() or model.base_model  # transformers 4.56 finds no decoder in most models
     output = body(input_ids=inputs.to(device), use_cache=False, return_dict=True)
     hidden = output.last_hidden_state.flatten(0, 1).index_select(0, positions)  # (B, T, H) -> (B·T, H) -> (R, H)
 

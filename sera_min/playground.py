@@ -31,6 +31,7 @@ VERBS = "is looks seems".split()
 SHARE_ON_TOPIC = SHARE_KIND = 0.625  # mean true reward: (2·0.625 − 1 + 2·0.625 − 1) / 2 = 0.25
 BETA = {"dpo": 1.0, "ipo": 1.0, "slic": 1.0, "simpo": 2.0}  # what this world's small model is trained with
 LEARNING_RATE = 3e-4
+MAX_LENGTH, MAX_PROMPT_LENGTH = 64, 16
 MAX_NEW_TOKENS = 32  # five sentences of five words and the end, and room to ramble
 
 

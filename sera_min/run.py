@@ -73,12 +73,14 @@ def load(path: str | Path, device: str) -> tuple[Any, Any]:
         for name, value in settings.to_dict().items():
             if "drop" in name and isinstance(value, float):
                 setattr(settings, name, 0.0)
-        policy: Any = AutoModelForCausalLM.from_pretrained(path, config=settings, dtype=torch.float32, use_safetensors=True)
+        options: dict[str, Any] = {"config": settings, "dtype": torch.float32, "use_safetensors": True}
+        policy: Any = AutoModelForCausalLM.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: {' '.join(str(error).split())[:300]}") from None
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path}: its tokenizer has no EOS token: no response could end")
-    if len(tokenizer) > (size := policy.get_input_embeddings().num_embeddings):
+    size = policy.get_input_embeddings().num_embeddings
+    if len(tokenizer) > size:
         raise InputError(f"{path}: its tokenizer has {len(tokenizer)} ids, the model embeds {size}")
     return policy.to(device), tokenizer
 
@@ -157,7 +159,9 @@ def format_cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def finish(out: Path, rows: list[dict[str, Any]], answers: Iterable[tuple[str, str, str]], policy: Any, tokenizer: Any) -> None:
+def finish(
+    out: Path, rows: list[dict[str, Any]], answers: Iterable[tuple[str, str, str]], policy: Any, tokenizer: Any
+) -> None:
     """Save policy/ and report.md, print the table and the answers, and drop state/."""
     shown = table(rows)
     report = [f"# {out.name}", "", shown, "", *(f"- {c}: {COLUMNS[c][1]}" for c in COLUMNS if f" {c} " in shown), ""]

@@ -55,7 +55,7 @@ def test_the_naive_head_is_wrong_where_the_model_has_its_own(family):
     model, (prompts, responses) = tiny_model(family), ragged(1)
     ids = torch.tensor([prompts[0] + responses[0]])
     with torch.no_grad():
-        naive = model.get_output_embeddings()(model.get_decoder()(input_ids=ids).last_hidden_state).log_softmax(-1)
+        naive = model.get_output_embeddings()(model.base_model(input_ids=ids).last_hidden_state).log_softmax(-1)
         rows = torch.arange(len(prompts[0]) - 1, ids.shape[1] - 1)
         naive = naive[0, rows, torch.tensor(responses[0])].sum()
         assert (naive - sequence_logprobs(model, prompts, responses)[0][0]).abs() > 0.1
@@ -86,7 +86,7 @@ def test_the_model_is_left_as_it_was():
     with pytest.raises(IndexError):
         sequence_logprobs(model, prompts, [[10**6]] * 5)
     sequence_logprobs(model, prompts, responses)
-    assert "forward" not in vars(model.get_decoder())
+    assert "forward" not in vars(model.base_model)
     assert torch.equal(before, model(input_ids=torch.tensor([prompts[0]])).logits)
 
 

@@ -210,6 +210,7 @@ def test_a_loss_that_is_nan_stops_with_its_step_and_what_was_saved_stays(world, 
     assert state["iteration"] >= 0 and all(value.isfinite().all() for value in weights.values())
 
 
+SHORT = ["--max_length", "99", "--max_prompt_length", "50"]
 WRONG = [
     (["--loss_type", "foo"], "--loss_type is 'foo': expected one of dpo, ipo, slic, simpo"),
     (["--keep", "1.5"], "--keep is 1.5: expected between 0 and 1"),
@@ -221,16 +222,17 @@ WRONG = [
     (["--spelled_wrong", "1"], "unrecognized arguments: --spelled_wrong"),
     (["--loss_type", "ipo", "--label_smoothing", "0.1"], "--label_smoothing is dpo's"),
     (["--dataset_name", "d.jsonl"], "--model_name_or_path and --dataset_name go together"),
-    (["--max_length", "512"], "--max_length is not above --max_prompt_length"),
+    (["--max_length", "16"], "--max_length is not above --max_prompt_length"),
+    (["--model_name_or_path", "MODEL", "--dataset_name", "DATA"], "is 1024: the model has 128 positions"),
     (["--temperature", "0"], "--temperature is 0.0: expected above 0"),
-    (["--model_name_or_path", "MODEL", "--dataset_name", "gone.jsonl"], "gone.jsonl: no such file"),
+    (["--model_name_or_path", "MODEL", "--dataset_name", "gone.jsonl", *SHORT], "gone.jsonl: no such file"),
     (["--model_name_or_path", "no/such-model", "--dataset_name", "DATA"], "no/such-model: "),
-    (["--model_name_or_path", "MODEL", "--dataset_name", "no/such-data"], "no/such-data, split 'train': cannot be read"),
+    (["--model_name_or_path", "MODEL", "--dataset_name", "no/such-data", *SHORT], "no/such-data, split 'train': cannot be read"),
     (["--model_name_or_path", "NO-EOS", "--dataset_name", "DATA"], "its tokenizer has no EOS token"),
     (["--model_name_or_path", "NARROW", "--dataset_name", "DATA"], "its tokenizer has 379 ids, the model embeds 300"),
     (["--model_name_or_path", "PICKLED", "--dataset_name", "DATA"], "PICKLED: "),
-    (["--model_name_or_path", "MODEL", "--dataset_name", "ALIKE"], "no pair is left to train on"),
-    (["--model_name_or_path", "MODEL", "--dataset_name", "BAD"], "row 1: 'rejected' is missing"),
+    (["--model_name_or_path", "MODEL", "--dataset_name", "ALIKE", *SHORT], "no pair is left to train on"),
+    (["--model_name_or_path", "MODEL", "--dataset_name", "BAD", *SHORT], "row 1: 'rejected' is missing"),
     (["--output_dir", "TAKEN"], "already holds a run"),
     (["--resume_from_checkpoint", "nowhere"], "nowhere: no run has begun there"),
 ]
