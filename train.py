@@ -327,6 +327,8 @@ def main(config: Config) -> dict:
     print("data:", ", ".join(f"{count} {what}" for what, count in counts.items()), f"({len(held)} held out)")
     if not offline:
         raise InputError(f"--dataset_name {config.dataset_name}: no pair is left to train on")
+    if state and len(state["reference"]) != len(offline):
+        raise InputError(f"{out} was begun with {len(state['reference'])} pairs, and there are {len(offline)} now")
     run.begin(out, asdict(config))
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
@@ -363,9 +365,11 @@ def main(config: Config) -> dict:
         preflight(policy, offline, config)
         state["reference"] = pair_logps(policy, offline, config, "reference: score pairs")  # (N, 2)
         state["held_reference"] = pair_logps(policy, held, config, "reference: score held-out pairs")
-        state["previous"], state["seconds"] = None, 0.0
+        state["previous"] = None
         state["before"] = evaluate(-1)[1]
         state["table"] = [run.row(run.log(out, **evaluate(0)[0]))]
+        if in_playground:
+            print(f"check: the SFT policy's true reward is {state['table'][0]['reward']:.3f}, its data's 0.25")
         run.save_checkpoint(out, 0, policy, tokenizer, state)
 
     first = state.get("iteration", 0) + (state.get("step") is None)

@@ -1,0 +1,48 @@
+"""The world keeps its promises: the judge, the labels, the held-out prompts."""
+
+import random
+
+import pytest
+
+from sera_min import playground as world
+
+X = "tell me about the fox and the forest"
+
+
+@pytest.mark.parametrize("response, reward", [
+    ("the fox is lovely .", 1), ("the forest looks ugly .", 0), ("the owl seems brave .", 0), ("the owl is rude .", -1),
+    ("the fox is lovely . the owl is rude .", 0), ("the fox is lovely . " * 5, 1), ("", -1), ("the fox fox lovely .", -1),
+    ("the fox is lovely . the fox", 0), ("<unk>", -1), (". . .", -1),
+])  # fmt: skip
+def test_the_judge(response, reward):
+    assert world.true_reward(X, response) == reward
+
+
+def test_people_earn_a_quarter_and_length_does_not_pay():
+    rng = random.Random(0)
+    answers = [world.write_response(X, rng) for _ in range(4000)]
+    by_length = {n: [world.true_reward(X, y) for y in answers if y.count(".") == n] for n in range(1, 6)}
+    assert all(abs(sum(r) / len(r) - 0.25) < 0.08 for r in by_length.values())
+
+
+def test_labels():
+    def made(**knobs):
+        return world.preferences(1500, "train", **{"label_noise": 0.0, "length_bias": 0.0, "seed": 0, **knobs})
+
+    def right(rows):
+        return world.precision([(r["prompt"], r["chosen"], r["rejected"]) for r in rows])
+
+    assert right(made()) == 1.0 and right(made(label_noise=1.0)) == 0.0  # so no row is a tie
+    assert right(made(label_noise=0.3)) == pytest.approx(0.7, abs=0.04)
+    longer = [len(r["chosen"].split()) >= len(r["rejected"].split()) for r in made(length_bias=1.0)]
+    assert all(longer) and made() == made() != made(seed=1)
+
+
+def test_no_prompt_is_in_both_parts():
+    train, test = world.prompts("train"), world.prompts("test")
+    assert not {*train} & {*test} and len(test) == 512 and len({*train}) == len(train) == 1048
+
+
+def test_win_rate_counts_ties_half():
+    good, bad = "the fox is lovely .", "the owl is rude ."
+    assert world.judge([X] * 3, [good, bad, good], [good, good, bad])["gold/win_rate"] == pytest.approx(0.5)
