@@ -16,7 +16,8 @@ Choices of ours, where the paper is silent or was not known to us:
   2. One epoch an iteration, warm start from the previous policy, a fresh AdamW without weight decay, and a linear
      schedule with 10 % warm-up for every iteration; gradient norms are clipped at 1.
   3. IPO's reward is per token, as in TRL; SimPO's is per token and without reference. Selection and bootstrapping
-     use the reward of the loss in use. SimPO's target margin is γ/β = 0.5.
+     use the reward of the loss in use. SimPO's target margin is half its β.
+     At t = 2 only θ_1's reward counts, though SimPO's reward of π_ref, being without reference, is not 0.
   4. Samples cut off by the length limit are never paired, identical ones neither.
   5. `--select random` takes random pairs, offline and bootstrapped: the control.
      `--keep 1 --bootstrap 0` is the loss alone: as many steps on all of D, nothing reviewed.
@@ -162,7 +163,7 @@ def pair_losses(r: torch.Tensor, config: Config) -> torch.Tensor:  # (N, 2) -> (
 
 
 def preflight(policy, pairs: list[Pair], config: Config) -> None:
-    """Before training, π_θ = π_ref: log-probs must be those of the model's logits, and every reward 0, as it trains."""
+    """Before training, π_θ = π_ref: log-probs must be the logits', and alike scored and training."""
     x, *ys = pairs[0]
     scored = pair_logps(policy, pairs[:1], config, desc=None)  # (1, 2), as the reference is scored
     policy.train()
@@ -172,12 +173,14 @@ def preflight(policy, pairs: list[Pair], config: Config) -> None:
         logits = policy(input_ids=ids).logits[0, len(x) - 1 : -1]  # (1, T, V) -> (|y|, V)
         plain = -cross_entropy(logits.float(), torch.tensor(ys[0], device=config.device), reduction="sum").cpu()
     allowed = (1e-4 if config.device == "cpu" else 2e-2) * max(map(len, ys))  # nats; bfloat16 keeps 8 bits
-    for what, error in {"log π(y|x) differs from its logits'": scored[0, 0] - plain,
-                        "a reward before training is not 0": trained - scored}.items():  # fmt: skip
+    for what, error in {
+        "log π(y|x) differs from its logits'": scored[0, 0] - plain,
+        "log π_θ as it trains differs from log π_ref as it is scored": trained - scored,
+    }.items():
         if not error.abs().max() <= allowed:
             raise InputError(f"{what}, by {error.abs().max():.3g} nats: this model cannot be trained here")
     loss = pair_losses(rewards(trained, scored, lengths_of(pairs[:1]), config), config).item()
-    print(f"check: log π(y|x) is the logits', every reward is 0, and the loss {loss:.4f} (ln 2 = {math.log(2):.4f})")
+    print(f"check: log π(y|x) is the logits', π_θ scores as π_ref, and the loss {loss:.4f} (ln 2 = {math.log(2):.4f})")
 
 
 def train_on(policy, pairs: list[Pair], reference: torch.Tensor, t: int, resume, config: Config, log, save) -> None:
@@ -294,7 +297,7 @@ def main(config: Config) -> dict:
     resuming, config = config.resume_from_checkpoint is not None, resolve(config)
     out, in_playground = Path(config.output_dir), config.model_name_or_path is None
     run.check(out, asdict(config), resuming)
-    folder, state = run.latest_checkpoint(out) if resuming else (None, {})
+    folder, state = (resuming and run.latest_checkpoint(out)) or (None, {})
 
     # The policy, its tokenizer, and the pairs D as token ids, some of them held out.
     source = folder or config.model_name_or_path
@@ -329,7 +332,6 @@ def main(config: Config) -> dict:
         raise InputError(f"--dataset_name {config.dataset_name}: no pair is left to train on")
     if state and len(state["reference"]) != len(offline):
         raise InputError(f"{out} was begun with {len(state['reference'])} pairs, and there are {len(offline)} now")
-    run.begin(out, asdict(config))
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     questions = [data.decode(tokenizer, x, eos_ids) for x in asked]
@@ -363,6 +365,7 @@ def main(config: Config) -> dict:
 
     if not state:  # Iteration 0. The reference's log-probs are computed once, by the policy, which it still is.
         preflight(policy, offline, config)
+        run.begin(out, asdict(config))
         state["reference"] = pair_logps(policy, offline, config, "reference: score pairs")  # (N, 2)
         state["held_reference"] = pair_logps(policy, held, config, "reference: score held-out pairs")
         state["previous"] = None
@@ -385,6 +388,8 @@ def main(config: Config) -> dict:
             else:
                 reviewed = review(t, policy, tokenizer, offline, state, eos_ids, config, out)
                 pairs, reference, margins, sources = reviewed
+                if not pairs:
+                    raise InputError(f"iteration {t}: no pair is left to train on; --keep and --bootstrap take too few")
             run.write_jsonl(out / f"iteration-{t}" / "pairs.jsonl", (
                 {"prompt": x, "chosen": w, "rejected": l, "margin": margin, "source": source}
                 for (x, w, l), margin, source in zip(readable(pairs), margins.tolist(), sources)
@@ -418,7 +423,7 @@ def command_line(arguments: list[str] | None = None) -> None:
     except (InputError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: --resume_from_checkpoint goes on from the last checkpoint")
+        sys.exit("interrupted: where output_dir holds a run, --resume_from_checkpoint goes on from its last checkpoint")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python experiments/claims.py --losses ipo slic simpo --seeds 0  the other losses
 
 Both methods take as many optimizer steps, with the same β and learning rate. A run that has been made is read from
-experiments/results/claims.json and not made again; delete the file to repeat everything. One process a core.
+experiments/results/claims.json and not made again: delete the file after a change of the code. One process a core.
 """
 
 import argparse
@@ -63,7 +63,7 @@ def table(runs: dict[str, dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--losses", nargs="+", default=["dpo"])
+    parser.add_argument("--losses", nargs="+", default=["dpo"], choices=["dpo", "ipo", "slic", "simpo"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     arguments = parser.parse_args()
     file = RESULTS / "claims.json"

@@ -164,7 +164,8 @@ def encode(
 ) -> tuple[list[Pair], Counter]:
     """Rows of any of the formats as pairs of token ids, and the count of rows read, kept, cut and dropped, with why.
 
-    eos_ids: the tokens that end a response, the one to append first.
+    eos_ids: the tokens that end a response, the one to append first. A tokenizer without a chat template is given
+    PLAIN_TEMPLATE, and keeps it where it is saved.
     A prompt keeps its last `max_prompt_length` tokens (and its BOS), a response the first max_length − |prompt|.
     A dialogue or response that spells a special token of the tokenizer is dropped: it would forge a turn or an end.
     """

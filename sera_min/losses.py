@@ -31,7 +31,8 @@ def ipo_loss(margin: Tensor, beta: float = 0.1) -> Tensor:
 def slic_loss(margin: Tensor, beta: float = 0.1, delta: float = 1.0) -> Tensor:
     """max(0, δ − βm): a hinge, silent once the pair is apart by δ/β nats.
 
-    margin: (B,) in nats, summed rewards. Source: SLiC-HF, arXiv:2305.10425; TRL's `hinge` (δ = 1).
+    margin: (B,) in nats, summed rewards against the reference, as TRL's `hinge` has it (δ = 1).
+    Source: SLiC-HF, arXiv:2305.10425, whose own regulariser is left out, as TRL does.
     """
     return torch.relu(delta - beta * margin)
 
