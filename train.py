@@ -344,6 +344,10 @@ def main(config: Config) -> dict:
 
     label_accuracy = precision(offline)
 
+    def answer(t: int) -> list[str]:
+        samples = sample(policy, tokenizer, asked, 1, eos_ids, 900 + t, config, f"iteration {t}: answer")
+        return [data.decode(tokenizer, y, eos_ids) for [(y, _)] in samples]
+
     def evaluate(t: int) -> tuple[dict, list[str]]:
         """Held-out pairs, and one fresh answer to every prompt of `asked`."""
         result: dict = {"phase": "final" if t == config.iterations else "eval", "iteration": t}
@@ -356,10 +360,9 @@ def main(config: Config) -> dict:
                 "eval_rewards/accuracies": ((m > 0).float() + 0.5 * (m == 0)).mean().item(),
                 "eval_rewards/margins": config.beta * m.mean().item(),
             }
-        samples = sample(policy, tokenizer, asked, 1, eos_ids, 900 + t, config, f"iteration {t}: answer")
-        answers = [data.decode(tokenizer, y, eos_ids) for [(y, _)] in samples]
+        answers = answer(t)
         if in_playground:
-            result |= playground.judge(questions, answers, state.get("before", answers))
+            result |= playground.judge(questions, answers, state["before"])
             result |= {"data/label_accuracy": label_accuracy, **state.get("precisions", {})}
         return result, answers
 
@@ -369,7 +372,7 @@ def main(config: Config) -> dict:
         state["reference"] = pair_logps(policy, offline, config, "reference: score pairs")  # (N, 2)
         state["held_reference"] = pair_logps(policy, held, config, "reference: score held-out pairs")
         state["previous"] = None
-        state["before"] = evaluate(-1)[1]
+        state["before"] = answer(-1)
         state["table"] = [run.row(run.log(out, **evaluate(0)[0]))]
         if in_playground:
             print(f"check: the SFT policy's true reward is {state['table'][0]['reward']:.3f}, its data's 0.25")
