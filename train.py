@@ -140,11 +140,21 @@ def amp(config: Config):  # float32 weights, bfloat16 products on a GPU; per for
     return torch.autocast(config.device, dtype=torch.bfloat16, enabled=config.device == "cuda")
 
 
+@run.timed("scoring")
+def logps_of(model, prompts, responses, config: Config, desc: str | None) -> torch.Tensor:
+    """log π(y|x) of N rows in nats, without gradients: float32 (N,), on the CPU."""
+    with amp(config):
+        return score(model, prompts, responses, max_tokens=config.max_tokens, desc=desc)[0]
+
+
+def rows_of(pairs: list[Pair]) -> tuple[list[list[int]], list[list[int]]]:
+    """Prompts and responses of N pairs as 2N rows: chosen, rejected, chosen, rejected, …"""
+    return [x for x, _, _ in pairs for _ in "wl"], [y for _, *both in pairs for y in both]
+
+
 def pair_logps(model, pairs: list[Pair], config: Config, desc: str | None) -> torch.Tensor:
     """log π(y|x) of each pair's chosen and rejected response, in nats: float32 (N, 2), on the CPU."""
-    with amp(config):
-        prompts, responses = [x for x, _, _ in pairs for _ in "wl"], [y for _, *both in pairs for y in both]
-        return score(model, prompts, responses, max_tokens=config.max_tokens, desc=desc)[0].view(-1, 2)  # (2N,)
+    return logps_of(model, *rows_of(pairs), config, desc).view(-1, 2)  # (2N,) -> (N, 2)
 
 
 def rewards(logps: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor, config: Config) -> torch.Tensor:
@@ -183,12 +193,47 @@ def preflight(policy, pairs: list[Pair], config: Config) -> None:
     print(f"check: log π(y|x) is the logits', π_θ scores as π_ref, and the loss {loss:.4f} (ln 2 = {math.log(2):.4f})")
 
 
+def train_step(policy, optimizer, pairs: list[Pair], reference: torch.Tensor, config: Config) -> dict[str, float]:
+    """One optimizer step on the mean loss of the pairs, against their reference log-probs (b, 2); TRL's metrics.
+
+    `max_tokens` tokens' activations are held at a time: a micro-batch of pairs. Within it chosen and rejected go
+    through the model by their length, whichever they are, a quarter of it at a time: there is little padding.
+    """
+    parts = []  # of the micro-batches: losses, rewards and log-probs, (m, 1 + 2 + 2)
+    for micro in token_batches([2 * len(x) + len(w) + len(l) for x, w, l in pairs], config.max_tokens):
+        some = [pairs[i] for i in micro]
+        x, y = rows_of(some)  # 2m rows
+        passes = token_batches([len(a) + len(b) for a, b in zip(x, y)], config.max_tokens // 4)
+        with amp(config):
+            sums = [sequence_logprobs(policy, [x[i] for i in rows], [y[i] for i in rows])[0] for rows in passes]
+            back = torch.tensor([i for rows in passes for i in rows]).argsort()
+            logps = torch.cat(sums)[back].view(-1, 2)  # (2m,) -> (m, 2)
+            r = rewards(logps, reference[micro].to(logps.device), lengths_of(some), config)
+            losses = pair_losses(r, config)
+        (losses.sum() / len(pairs)).backward()  # the mean over the step's pairs, however they are split
+        parts.append(torch.cat([losses[:, None], r, logps], 1).detach())
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item()
+    loss, r_w, r_l, logp_w, logp_l = torch.cat(parts).T.cpu()
+    if not (math.isfinite(loss.mean()) and math.isfinite(norm)):
+        raise FloatingPointError(f"the loss is {loss.mean():.3g}, its gradient {norm:.3g}")
+    optimizer.step()
+    optimizer.zero_grad()
+    return {
+        "loss": loss.mean().item(), "grad_norm": norm,
+        "rewards/chosen": config.beta * r_w.mean().item(), "rewards/rejected": config.beta * r_l.mean().item(),
+        "rewards/accuracies": ((r_w > r_l).float() + 0.5 * (r_w == r_l)).mean().item(),
+        "rewards/margins": config.beta * (r_w - r_l).mean().item(),
+        "logps/chosen": logp_w.mean().item(), "logps/rejected": logp_l.mean().item(),
+    }  # fmt: skip
+
+
+@run.timed("training")
 def train_on(policy, pairs: list[Pair], reference: torch.Tensor, t: int, resume, config: Config, log, save) -> None:
     """One iteration's gradient descent on the mean loss of the pairs, against their reference log-probs (N, 2)."""
     order = torch.Generator().manual_seed(1000 * config.seed + t)
     size, n = config.per_device_train_batch_size, len(pairs)
     batches = [b for _ in range(config.epochs_per_iteration) for b in torch.randperm(n, generator=order).split(size)]
-    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=config.device == "cuda")
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     if resume:
         optimizer.load_state_dict(resume["optimizer"])
     first, warm_up = resume["step"] if resume else 0, math.ceil(0.1 * len(batches))
@@ -197,34 +242,14 @@ def train_on(policy, pairs: list[Pair], reference: torch.Tensor, t: int, resume,
     for step, batch in enumerate(bar, first):
         rate = config.learning_rate * min((step + 1) / warm_up, (len(batches) - step) / (len(batches) - warm_up + 1))
         optimizer.param_groups[0]["lr"] = rate
-        lengths = [len(x) + max(len(w), len(l)) for x, w, l in (pairs[i] for i in batch)]
-        parts = []  # of this step's pairs: losses, rewards and log-probs, (b, 1 + 2 + 2)
-        for micro in token_batches(lengths, config.max_tokens // 2):  # a pair is two rows
-            some = [pairs[i] for i in batch[micro]]
-            with amp(config):
-                x, y_w, y_l = zip(*some)
-                sums, _ = sequence_logprobs(policy, x + x, y_w + y_l)
-                logps = sums.view(2, -1).T  # (2b,) -> (2, b) -> (b, 2)
-                r = rewards(logps, reference[batch[micro]].to(logps.device), lengths_of(some), config)
-                losses = pair_losses(r, config)
-            (losses.sum() / len(batch)).backward()  # the mean over the step's pairs, however they are split
-            parts.append(torch.cat([losses[:, None], r, logps], 1).detach())
-        norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        loss, r_w, r_l, logp_w, logp_l = torch.cat(parts).T.cpu()
-        if not (math.isfinite(loss.mean()) and math.isfinite(norm)):
-            what = f"the loss is {loss.mean():.3g}, its gradient {norm:.3g}"
-            raise FloatingPointError(f"iteration {t}, step {step}: {what}; state/ holds the last checkpoint")
-        optimizer.step()
-        optimizer.zero_grad()
-        margin = (r_w - r_l).mean().item()
-        accuracy = ((r_w > r_l).float() + 0.5 * (r_w == r_l)).mean().item()
-        log(phase="train", iteration=t, step=step + 1, loss=loss.mean().item(), learning_rate=rate,
-            grad_norm=norm.item(), **{
-            "rewards/chosen": config.beta * r_w.mean().item(), "rewards/rejected": config.beta * r_l.mean().item(),
-            "rewards/accuracies": accuracy, "rewards/margins": config.beta * margin,
-            "logps/chosen": logp_w.mean().item(), "logps/rejected": logp_l.mean().item(),
-        })  # fmt: skip
-        bar.set_postfix(loss=f"{loss.mean():.3f}", accuracy=f"{accuracy:.2f}", margin=f"{margin:.2f}")
+        try:
+            metrics = train_step(policy, optimizer, [pairs[i] for i in batch], reference[batch], config)
+        except FloatingPointError as error:
+            what = f"iteration {t}, step {step}: {error}; state/ holds the last checkpoint"
+            raise FloatingPointError(what) from None
+        log(phase="train", iteration=t, step=step + 1, learning_rate=rate, **metrics)
+        shown = "loss", "rewards/accuracies", "rewards/margins"
+        bar.set_postfix({name.split("/")[-1]: f"{metrics[name]:.3f}" for name in shown})
         if (step + 1) % config.save_steps == 0 and step + 1 < len(batches):
             save(step=step + 1, optimizer=optimizer.state_dict())
 
@@ -253,14 +278,15 @@ def review(t: int, policy, tokenizer, offline: list[Pair], state, eos_ids: list[
     n, prompts = config.samples_per_prompt, [x for x, _, _ in offline]
     samples = sample(policy, tokenizer, prompts, n, eos_ids, t, config, f"iteration {t}: sample")  # (P, n)
     responses, ended = ([[one[k] for one in row] for row in samples] for k in (0, 1))
-    flat_x, flat_y = [x for x in prompts for _ in range(n)], [y for row in responses for y in row]
+    whole = torch.tensor(ended)  # (P, n): only samples that ended, W of them, are scored
+    flat_x = [x for x, row in zip(prompts, ended) for is_whole in row if is_whole]
+    flat_y = [y for row in samples for y, is_whole in row if is_whole]
 
-    def logps_under(model, who: str) -> torch.Tensor:  # (P·n,) -> (P, n)
-        with amp(config):
-            sums, _ = score(model, flat_x, flat_y, max_tokens=config.max_tokens, desc=f"iteration {t}: {who} scores")
-        return sums.view(-1, n)
+    def logps_under(model, who: str) -> torch.Tensor:  # (W,) -> (P, n)
+        logps = logps_of(model, flat_x, flat_y, config, f"iteration {t}: {who} scores")
+        return torch.full(whole.shape, math.nan).masked_scatter(whole, logps)
 
-    lengths = torch.tensor([len(y) for y in flat_y]).view(-1, n)  # (P, n)
+    lengths = torch.tensor([[len(y) for y in row] for row in responses])  # (P, n)
     own_reference = logps_under(run.load(out / "state" / "000-done", config.device)[0], "reference")
     r = rewards(logps_under(policy, "policy"), own_reference, lengths, config)
     if t > 2:
@@ -277,12 +303,13 @@ def review(t: int, policy, tokenizer, offline: list[Pair], state, eos_ids: list[
     reference = torch.cat([reference, *(own_reference[i, [best, worst]][None] for i, best, worst in taken)])
     run.write_jsonl(out / f"iteration-{t}" / "samples.jsonl", (
         {"prompt": data.decode(tokenizer, x, eos_ids), "response": data.decode(tokenizer, y, eos_ids),
-         "finish_reason": "stop" if whole else "length", "reward": reward}
-        for x, row, values in zip(prompts, samples, r.tolist()) for (y, whole), reward in zip(row, values)
+         "finish_reason": "stop" if ended else "length", "reward": reward if ended else None}
+        for x, row, values in zip(prompts, samples, r.tolist()) for (y, ended), reward in zip(row, values)
     ))  # fmt: skip
     return pairs, reference, torch.cat([margins, own_margins[own]]), sources + ["bootstrap"] * len(own)
 
 
+@run.timed("sampling")
 def sample(policy, tokenizer, prompts, n: int, eos_ids: list[int], seed: int, config: Config, desc: str):
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with amp(config):
@@ -304,7 +331,7 @@ def main(config: Config) -> dict:
     if source:
         policy, tokenizer = run.load(source, config.device)
     else:
-        policy, tokenizer = playground.make_sft_policy(config.seed, config.device)
+        policy, tokenizer = run.timed("SFT")(playground.make_sft_policy)(config.seed, config.device)
     longest = max(config.max_length, config.max_prompt_length + config.max_new_tokens)
     if longest > (positions := getattr(policy.config, "max_position_embeddings", None) or math.inf):
         what = "--max_length or --max_prompt_length + --max_new_tokens"

@@ -17,6 +17,8 @@ import torch
 from tqdm import tqdm
 
 TokenIds = list[int]
+CACHE_TOKENS = {"cuda": 2**17, "cpu": 2**14}  # sampled side by side, key-value cache: what keeps the device busy
+STRIDE = 32
 
 
 def sample_responses(
@@ -30,43 +32,91 @@ def sample_responses(
     eos_token_id: int | list[int],
     pad_token_id: int,
     seed: int,
-    max_tokens: int = 2**17,
+    max_tokens: int | None = None,
     desc: str | None = None,
 ) -> list[list[tuple[TokenIds, bool]]]:
     """n samples y ~ π(·|x) a prompt, as (token ids, ended): ended samples hold their end of sequence, others none.
 
-    Prompts of like length are sampled together, within `max_tokens` tokens of key-value cache. The result depends on
-    the seed and on nothing drawn before, and torch's generators are left as they were. Every setting is ours: the
-    model's own `generation_config` (top_k = 50 where it says nothing!) is put aside meanwhile.
+    Prompts of like length are sampled together, within `max_tokens` tokens of key-value cache (None: CACHE_TOKENS).
+    The result depends on the seed and on nothing drawn before, and torch's generators are left as they were. Every
+    setting is ours: the model's own `generation_config` (top_k = 50 where it says nothing!) is put aside meanwhile.
     """
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    device = next(model.parameters()).device
     own_settings, was_training = model.generation_config, model.training
     model.generation_config = type(own_settings)(
-        do_sample=True, temperature=temperature, top_p=top_p, top_k=0, repetition_penalty=1.0, num_beams=1,
-        num_return_sequences=n, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad_token_id,
+        do_sample=False, repetition_penalty=1.0, num_beams=1, eos_token_id=ends, pad_token_id=pad_token_id,
+        return_dict_in_generate=True,
     )  # fmt: skip
     model.eval()
     samples: list[list[tuple[TokenIds, bool]]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    per_batch = max(1, max_tokens // (n * (max(map(len, prompts), default=0) + max_new_tokens)))
+    longest = max(map(len, prompts), default=0) + max_new_tokens
+    size = max(1, (max_tokens or CACHE_TOKENS[model.device.type]) // (n * longest))  # prompts of a batch
+
+    def draw(_, logits: torch.Tensor) -> torch.Tensor:
+        """One token a row, by the inverse of its distribution function; `generate` then has nothing else to choose.
+
+        torch.multinomial, which it would use, draws a random number for every word of the vocabulary.
+        """
+        p, words = (logits.float() / temperature).softmax(-1), None  # (B, V)
+        if top_p < 1:  # the fewest words that hold top_p of the probability
+            p, words = p.sort(-1, descending=True)
+            p = p * (p.cumsum(-1) - p < top_p)
+        cdf = p.cumsum(-1)
+        u = cdf[:, -1:] * (1 - torch.rand(len(p), 1, device=p.device))  # in (0, 1] of it: no word of probability 0
+        token = torch.searchsorted(cdf, u)  # (B, 1)
+        token = token if words is None else words.gather(1, token)
+        return torch.full_like(logits, -torch.inf).scatter_(1, token, 0.0)
+
     try:
         with torch.random.fork_rng(), tqdm(total=len(prompts), desc=desc, unit="prompt", disable=desc is None) as bar:
             torch.manual_seed(seed)
-            for batch in (order[start : start + per_batch] for start in range(0, len(order), per_batch)):
-                width = max(len(prompts[i]) for i in batch)
-                # Left padding, so that all rows go on from the same column; masked, hence without effect.
-                ids = torch.tensor([[pad_token_id] * (width - len(prompts[i])) + prompts[i] for i in batch])  # (b, P)
-                mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])  # (b, P)
-                output = model.generate(input_ids=ids.to(device), attention_mask=mask.to(device))  # (b·n, P+L)
-                for row, tokens in enumerate(output[:, width:].tolist()):
-                    end = next((j + 1 for j, token in enumerate(tokens) if token in ends), None)
-                    samples[batch[row // n]].append((tokens[:end], end is not None))
+            for batch in (order[start : start + size] for start in range(0, len(order), size)):
+                written = continue_all(model, [prompts[i] for i in batch], n, max_new_tokens, ends, pad_token_id, draw)
+                for row, tokens in enumerate(written):
+                    samples[batch[row // n]].append((tokens, tokens[-1] in ends))
                 bar.update(len(batch))
     finally:
         model.generation_config = own_settings
         model.train(was_training)
     return samples
+
+
+@torch.no_grad()
+def continue_all(model, prompts: list[TokenIds], n: int, max_new_tokens: int, ends, pad: int, draw) -> list[TokenIds]:
+    """n continuations of each of b prompts, side by side: (b·n) lists, each up to its end of sequence.
+
+    A prompt is read once for all its n continuations, and those that have ended leave the batch, every STRIDE tokens.
+    """
+    width = max(map(len, prompts))
+    # Left padding, so that all rows go on from the same column; masked, hence without effect.
+    ids = torch.tensor([[pad] * (width - len(x)) + x for x in prompts], device=model.device)  # (b, P)
+    mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts], device=model.device)  # (b, P)
+    cache = None
+    if width > 1:  # all but the last token, which `generate` reads
+        read = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        body = model.get_decoder() or model.base_model
+        cache = body(**{name: value[:, :-1] for name, value in read.items()}, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(n)
+    ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)  # (b·n, P)
+    written: list[TokenIds] = [[] for _ in ids]
+    rows = list(range(len(ids)))  # of those that go on, B of them
+    for start in range(0, max_new_tokens, STRIDE):
+        stride = min(STRIDE, max_new_tokens - start)
+        output = model.generate(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=stride, logits_processor=[draw]
+        )
+        ids, cache = output.sequences, output.past_key_values  # (B, P) -> (B, P + stride)
+        for row, tokens in zip(rows, ids[:, mask.shape[1] :].tolist()):
+            end = next((j + 1 for j, token in enumerate(tokens) if token in ends), None)
+            written[row] += tokens[:end]
+        alive = [k for k, row in enumerate(rows) if written[row][-1] not in ends]
+        if not alive:
+            break
+        rows, ids = [rows[k] for k in alive], ids[alive]
+        mask = torch.cat([mask[alive], mask.new_ones(len(alive), ids.shape[1] - mask.shape[1])], 1)
+        cache.batch_select_indices(torch.tensor(alive, device=model.device))
+    return written
 
 
 def best_worst_pairs(

@@ -15,7 +15,10 @@ import argparse
 import json
 import math
 import shutil
-from collections.abc import Iterable
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,26 @@ COLUMNS = {  # of the table: heading -> where it comes from, and what it is
     "margin": ("eval_rewards/margins", "β times their mean implicit reward margin"),
     "seconds": ("seconds", "review, training and evaluation"),
 }
+
+
+SECONDS: Counter[str] = Counter()  # of this process, by phase
+
+
+def timed(phase: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator: what the function takes is counted as this phase's."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(function)
+        def timing(*args: Any, **kwargs: Any) -> Any:
+            began = time.monotonic()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                SECONDS[phase] += time.monotonic() - began  # type: ignore[assignment]
+
+        return timing
+
+    return decorate
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -174,4 +197,5 @@ def finish(
     tokenizer.save_pretrained(beside)
     beside.rename(out / "policy")
     shutil.rmtree(out / "state")
+    print("Seconds:", ", ".join(f"{seconds:.0f} {phase}" for phase, seconds in SECONDS.most_common()))
     print(f"The policy is in {out / 'policy'}, the rest of the run in {out}.")
