@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import FAMILIES, tiny_model
+from transformers import TopPLogitsWarper
 
+from sera_min import bootstrap
 from sera_min.bootstrap import best_worst_pairs, read_responses, sample_responses
 
 
@@ -28,6 +30,32 @@ def test_frequencies_are_the_model_s_whatever_its_generation_config_says(family)
             want = (model(input_ids=torch.tensor([x])).logits[0, -1] / 2.0).softmax(-1)
         share = torch.bincount(torch.tensor([y[0] for y, _ in row]), minlength=61) / 4000
         assert (share - want).abs().max() < 0.04
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_at_no_temperature_samples_are_the_model_s_own_greedy_answers(family, monkeypatch):
+    """Read once for all samples, ended ones taken out, the rest gone on with: as if each prompt were alone."""
+    monkeypatch.setattr(bootstrap, "STRIDE", 4)
+    model, ends = tiny_model(family), list(range(1, 61, 4))
+    prompts = [list(range(i, i + 1 + i % 5)) for i in range(2, 50, 3)]
+    got = sample(model, prompts, n=3, max_new_tokens=22, temperature=1e-6, eos_token_id=ends)
+    lengths = set()
+    for x, row in zip(prompts, got):
+        want = model.generate(input_ids=torch.tensor([x]), do_sample=False, max_new_tokens=22, eos_token_id=ends, pad_token_id=0)
+        want = want[0, len(x) :].tolist()
+        assert row == [(want, want[-1] in ends)] * 3
+        lengths.add(len(want))
+    assert len(lengths) > 1
+
+
+def test_the_nucleus_is_transformers_own():
+    model, x = tiny_model(), [5, 6]
+    got = sample(model, [x], n=4000, max_new_tokens=1, top_p=0.7, temperature=1.5)[0]
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([x])).logits[:, -1] / 1.5
+    want = TopPLogitsWarper(0.7)(None, logits).softmax(-1)[0]
+    share = torch.bincount(torch.tensor([y[0] for y, _ in got]), minlength=61) / 4000
+    assert 1 < (want > 0).sum() < 61 and not share[want == 0].any() and (share - want).abs().max() < 0.04
 
 
 def test_a_sample_ends_at_its_first_end_or_not_at_all():

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -160,6 +161,40 @@ def test_micro_batches_and_checkpointing_change_nothing(model_dir, preferences, 
         assert losses == pytest.approx(ends[0][0], abs=1e-5) and len(losses) == 3
         for key, value in weights.items():
             torch.testing.assert_close(value, ends[0][1][key], rtol=0, atol=2e-5)
+
+
+def test_fifty_steps_are_the_naive_trainer_s(tmp_path):
+    """Every trick on and off: against a padding mask, (B, T, V) logits, one batch in the order of the pairs."""
+    rng = random.Random(0)
+    pairs = [tuple([rng.randrange(3, 61) for _ in range(rng.randint(1, 30))] for _ in "xwl") for _ in range(24)]
+    config = train.resolve(real("m", "d", tmp_path, max_tokens=128))  # several micro-batches, and passes in each
+
+    def naive(model, x, y):
+        rows = [a + b for a, b in zip(x, y)]
+        ids = torch.tensor([row + [0] * (60 - len(row)) for row in rows])
+        column, ends = torch.arange(60), torch.tensor([[len(row)] for row in rows])
+        logps = model(input_ids=ids, attention_mask=(column < ends).long()).logits[:, :-1].log_softmax(-1)
+        logps = logps.gather(2, ids[:, 1:, None])[:, :, 0]
+        mask = (column >= torch.tensor([[len(a)] for a in x])) & (column < ends)
+        return logps.masked_fill(~mask[:, 1:], 0).sum(1)
+
+    ours, theirs = tiny_model(), tiny_model()
+    reference = train.pair_logps(ours, pairs, config, None)
+    ours.train(), theirs.train()
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, weight_decay=0.0) for m in (ours, theirs)]
+    losses = []
+    for step in range(50):
+        batch = [(8 * step + i) % 24 for i in range(8)]
+        x, w, l = zip(*(pairs[i] for i in batch))
+        got = train.train_step(ours, optimizers[0], [pairs[i] for i in batch], reference[batch], config)
+        r = naive(theirs, x + x, w + l).view(2, -1).T - reference[batch]
+        loss = -torch.nn.functional.logsigmoid(config.beta * (r[:, 0] - r[:, 1])).mean()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizers[1].step(), optimizers[1].zero_grad()
+        assert got["loss"] == pytest.approx(loss.item(), abs=1e-4) and got["grad_norm"] == pytest.approx(norm.item(), rel=1e-2)
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(0.6931, abs=1e-4) and max(losses[-3:]) < 0.5
 
 
 def test_one_pair_is_overfitted(tmp_path):

@@ -1,0 +1,540 @@
+"""How fast, and how lean: sera_min beside TRL's DPOTrainer in one process, and every trick removed in turn.
+
+    python experiments/bench.py                        all parts, on the CUDA GPU if there is one, else on the CPU
+    python experiments/bench.py --parts train score    some of them
+    python experiments/bench.py --shape 1.1B           a model of that shape, with random weights
+
+Both sides take their steps in turn, A B A B …, from the same weights, on the same pairs in the same order. A rate is
+real (unpadded) tokens by the median of the timed steps. Peak memory is a fresh process's: how far it grows above the
+model's weights while it trains. TRL is timed twice: as fair as we know how (FAIR), and as it comes (SHIPPED).
+Writes experiments/results/bench-<device>-<shape>.json and .md after each part; a part not asked for keeps its rows.
+"""
+
+import argparse
+import contextlib
+import copy
+import gc
+import json
+import math
+import multiprocessing
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+import torch.nn.functional as F
+import transformers
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from tqdm import tqdm
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import train
+from sera_min import bootstrap, logprobs, run
+
+SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, vocabulary
+    "small": (256, 688, 4, 4, 4, 32_000), "135M": (576, 1536, 30, 9, 3, 49_152),
+    "1.1B": (2048, 5632, 22, 32, 4, 32_000), "7B": (4096, 14336, 32, 32, 8, 32_768),
+}  # fmt: skip
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Prompt and response lengths are log-normal about these means, so that random batches of 8 pairs are half padding.
+PROMPT, RESPONSE, MAX_TOKENS, PAIRS = (200, 300, 16384, 32) if DEVICE == "cuda" else (100, 150, 4096, 16)
+LEARNING_RATE, TRL_BATCH, N = 1e-6, 8, 4
+FAIR = {"precompute_ref_log_probs": True, "gradient_checkpointing": False, "logging_strategy": "no"}
+SHIPPED: dict = {}
+
+
+def made_model(shape: str, vocabulary: int | None = None):
+    hidden, intermediate, layers, heads, kv_heads, size = SHAPES[shape]
+    config = LlamaConfig(
+        vocab_size=vocabulary or size, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=2048,
+        pad_token_id=0, bos_token_id=None, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).to(DEVICE)
+
+
+def made_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """Words w2, w3, …, one a token."""
+    words = ["<pad>", "<eos>", *(f"w{i}" for i in range(2, vocabulary))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def made_pairs(n: int, vocabulary: int, response: int = RESPONSE) -> list[train.Pair]:
+    rng = random.Random(0)
+
+    def ids(mean: int, sigma: float, cap: int) -> list[int]:
+        length = round(rng.lognormvariate(math.log(mean) - sigma**2 / 2, sigma))
+        return [rng.randrange(2, vocabulary) for _ in range(max(8, min(cap, length)))]
+
+    return [
+        (ids(PROMPT, 0.8, 512), ids(response, 0.6, 4 * response), ids(response, 0.6, 4 * response)) for _ in range(n)
+    ]
+
+
+def padded(rows: list[list[int]]) -> torch.Tensor:
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(DEVICE)
+
+
+def tokens_of(pairs) -> int:
+    return sum(2 * len(x) + len(w) + len(l) for x, w, l in pairs)
+
+
+def settings(**changed) -> train.Config:
+    config = train.resolve(train.Config(model_name_or_path="made", dataset_name="made", device=DEVICE))
+    return replace(config, max_tokens=MAX_TOKENS, learning_rate=LEARNING_RATE, **changed)
+
+
+def median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def clock() -> float:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def turns(sides: dict, repeats: int, desc: str) -> dict[str, list[float]]:
+    """Seconds of every side, called in turn; the first round is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for i in tqdm(range(repeats + 1), desc, leave=False):
+        for name, side in sides.items():
+            began = clock()
+            side()
+            seconds[name] += [clock() - began] if i else []
+    return seconds
+
+
+class Ours:
+    """train.py's own step, on `pairs` in order, against reference log-probs made once."""
+
+    def __init__(self, model, pairs, config: train.Config):
+        self.model, self.pairs, self.config, self.at, self.losses = model.train(), pairs, config, 0, []
+        self.reference = train.pair_logps(model, pairs, config, desc=None)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
+
+    def step(self) -> None:
+        some = slice(self.at % len(self.pairs), self.at % len(self.pairs) + PAIRS)
+        self.at += PAIRS
+        metrics = train.train_step(self.model, self.optimizer, self.pairs[some], self.reference[some], self.config)
+        self.losses.append(metrics["loss"])
+
+
+def trl_trainer(model, pairs, steps: int, **options):
+    """TRL's DPOTrainer on token ids, in the pairs' order; `losses` are its optimizer steps'."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+    from trl import DPOConfig, DPOTrainer
+
+    class Trainer(DPOTrainer):
+        losses: list  # of the micro-batches
+
+        def _prepare_dataset(self, dataset, *_):
+            return dataset
+
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            self.losses.append(loss.detach())
+            return loss
+
+    rows = Dataset.from_list([{"prompt_ids": x, "chosen_ids": w, "rejected_ids": l} for x, w, l in pairs])
+    config = DPOConfig(
+        output_dir=tempfile.mkdtemp(), max_steps=steps, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
+        per_device_train_batch_size=TRL_BATCH, gradient_accumulation_steps=PAIRS // TRL_BATCH,
+        train_sampling_strategy="sequential", max_length=4096, save_strategy="no", report_to="none",
+        use_cpu=DEVICE == "cpu", bf16=DEVICE == "cuda", disable_tqdm=True, **options,
+    )  # fmt: skip
+    reference = None if config.precompute_ref_log_probs else copy.deepcopy(model)
+    trainer = Trainer(model, reference, args=config, train_dataset=rows, processing_class=made_tokenizer(2))
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+    trainer.losses = []
+    return trainer
+
+
+@contextlib.contextmanager
+def compact_head(on: bool):
+    """TRL's head scores only response positions where it has Triton; elsewhere it is made to, for it is the faster."""
+    import trl.trainer.utils as utils
+
+    with mock.patch.object(utils, "_use_triton", lambda device: True) if on else contextlib.nullcontext():
+        yield
+
+
+def side_by_side(shape: str, options: dict, warm_up: int, steps: int, desc: str) -> dict:
+    """Ours takes its step in a callback at the beginning of each of TRL's: A B A B …, in one process."""
+    model = made_model(shape)
+    pairs = made_pairs(4 * PAIRS, model.config.vocab_size)
+    ours, seconds = Ours(copy.deepcopy(model), pairs, settings()), {"ours": [], "TRL": []}
+    bar = tqdm(total=warm_up + steps, desc=desc, leave=False)
+
+    class Turns(transformers.TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            began = clock()
+            ours.step()
+            self.began = clock()
+            seconds["ours"].append(self.began - began)
+
+        def on_step_end(self, *args, **kwargs):
+            seconds["TRL"].append(clock() - self.began)
+            bar.update()
+
+    with compact_head(options is FAIR):
+        trainer = trl_trainer(model, pairs, warm_up + steps, **options)
+        trainer.add_callback(Turns())
+        trainer.train()
+    bar.close()
+    micro = torch.stack(trainer.losses).view(warm_up + steps, -1)  # (S, PAIRS / TRL_BATCH)
+    theirs = micro.mean(1)
+    difference = (theirs.cpu() - torch.tensor(ours.losses)).abs().max().item()
+    starts = [i * PAIRS % len(pairs) for i in range(warm_up + steps)]
+    tokens = [tokens_of(pairs[i : i + PAIRS]) for i in starts]
+    rate = {k: median([n / s for n, s in list(zip(tokens, v))[warm_up:]]) for k, v in seconds.items()}
+    ratio = median([b / a for a, b in list(zip(seconds["ours"], seconds["TRL"]))[warm_up:]])
+    print(f"losses of the first and last step: {ours.losses[0]:.6f}, {ours.losses[-1]:.6f};",
+          f"TRL's: {theirs[0]:.6f}, {theirs[-1]:.6f}")  # fmt: skip
+    return {"rate": rate, "ratio": ratio, "loss difference": difference}
+
+
+def resident(what: str) -> int:
+    return 1024 * int(Path("/proc/self/status").read_text().split(what)[1].split()[0])
+
+
+def growth(shape: str, side: str, pairs_: int, vocabulary: int | None = None, response: int = RESPONSE) -> dict:
+    """Bytes by which memory peaks above model and pairs, and seconds, of training on all the pairs. A process's own."""
+    transformers.logging.set_verbosity_error()
+    model = made_model(shape, vocabulary)
+    pairs = made_pairs(pairs_, model.config.vocab_size, response)
+    before = torch.cuda.memory_allocated() if DEVICE == "cuda" else resident("VmRSS:")
+    steps = pairs_ // PAIRS
+    with compact_head(side == "fair"):
+        if side == "ours":
+            ours = Ours(model, pairs, settings())
+        else:
+            trainer = trl_trainer(model, pairs, steps, **(FAIR if side == "fair" else SHIPPED))
+        gc.collect()
+        if DEVICE == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        began = clock()
+        for _ in range(steps if side == "ours" else 0):
+            ours.step()
+        if side != "ours":
+            trainer.train()
+        seconds = clock() - began
+    peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else resident("VmHWM:")
+    return {"bytes": peak - before, "seconds": seconds}
+
+
+def in_a_process_of_its_own(function, *args):
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(function, *args).result()
+
+
+def train_part(shape: str, steps: int) -> list[tuple]:
+    rows = []
+    for name, options in {"fair": FAIR, "shipped": SHIPPED}.items():
+        got = side_by_side(shape, options, 5, steps, f"train step beside TRL, {name}")
+        grew = {who: in_a_process_of_its_own(growth, shape, who, 3 * PAIRS)["bytes"] for who in ("ours", name)}
+        rows += [
+            (f"train step, TRL {name}: real tokens/s", got["rate"]["ours"], got["rate"]["TRL"], got["ratio"]),
+            (f"train step, TRL {name}: peak memory growth, MiB", grew["ours"] / 2**20, grew[name] / 2**20,
+             grew["ours"] / grew[name]),
+            (f"train step, TRL {name}: largest difference of a step's loss", got["loss difference"], None, None),
+        ]  # fmt: skip
+        if DEVICE == "cuda" and name == "fair":
+            share = mfu(shape, got["rate"]["ours"])
+            rows.append(("train step: model FLOPs utilisation (of 790 TFLOP/s)", share, None, None))
+    return rows
+
+
+def mfu(shape: str, tokens_per_second: float) -> float:
+    """6 FLOPs a parameter and token (the head's only at response tokens), and causal attention's."""
+    hidden, intermediate, layers, heads, kv_heads, vocabulary = SHAPES[shape]
+    body = layers * (hidden * hidden * 2 * (1 + kv_heads / heads) + 3 * hidden * intermediate)
+    head = hidden * vocabulary * RESPONSE / (PROMPT + RESPONSE)
+    attention = layers * hidden * (PROMPT + RESPONSE)
+    return tokens_per_second * 6 * (body + head + attention) / 790e12
+
+
+@torch.no_grad()
+def score_part(shape: str, repeats: int) -> list[tuple]:
+    model, config = made_model(shape).eval(), settings()
+    pairs = made_pairs(8 * PAIRS, model.config.vocab_size)
+    x, y = train.rows_of(pairs)
+    batches = logprobs.token_batches([len(a) + len(b) for a, b in zip(x, y)], MAX_TOKENS)
+    inputs = [padded([(x[i] + y[i])[:-1] for i in b]) for b in batches]
+    responses = [sum(len(y[i]) for i in b) for b in batches]
+    chunk = logprobs.HEAD_LOGITS[DEVICE] // model.config.vocab_size
+
+    def bare(head: bool) -> None:
+        with train.amp(config):
+            for ids, count in zip(inputs, responses):
+                hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[:count]
+                for h in hidden.split(chunk) if head else ():
+                    F.linear(h, model.lm_head.weight)
+
+    seconds = turns({
+        "ours": lambda: train.pair_logps(model, pairs, config, desc=None), "body": lambda: bare(False),
+        "body and head": lambda: bare(True),
+    }, repeats, "scoring pass")  # fmt: skip
+    rate = {name: tokens_of(pairs) / median(s) for name, s in seconds.items()}
+    over = {name: median([a / b for a, b in zip(seconds["ours"], s)]) for name, s in seconds.items()}
+    return [
+        ("scoring, floor the body's forward: real tokens/s", rate["ours"], rate["body"], 1 / over["body"]),
+        ("scoring, floor body and head's product: real tokens/s", rate["ours"], rate["body and head"],
+         1 / over["body and head"]),
+    ]  # fmt: skip
+
+
+def sampling_settings(model) -> dict:
+    ends = list(range(1, model.config.vocab_size, RESPONSE))  # ends of random text: RESPONSE tokens on average
+    return {"max_new_tokens": 2 * RESPONSE, "eos_token_id": ends, "pad_token_id": 0}
+
+
+def sample_ours(model, prompts, n=N, **changed) -> int:
+    with train.amp(settings()):
+        rows = bootstrap.sample_responses(
+            model, prompts, n, temperature=1.0, top_p=1.0, seed=0, **{**sampling_settings(model), **changed}
+        )
+    return sum(len(y) for row in rows for y, _ in row)
+
+
+def sample_plain(model, prompts) -> int:
+    """What one writes first: 8 prompts at a time, in the order they come."""
+    config = GenerationConfig(do_sample=True, top_k=0, num_return_sequences=N, **sampling_settings(model))
+    count = 0
+    for i in range(0, len(prompts), 8):
+        some = prompts[i : i + 8]
+        width = max(map(len, some))
+        ids = torch.tensor([[0] * (width - len(x)) + x for x in some], device=DEVICE)
+        mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in some], device=DEVICE)
+        with train.amp(settings()):
+            output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:]
+        ends = torch.isin(output, torch.tensor(config.eos_token_id, device=DEVICE)).int()
+        count += ((ends.cumsum(1) - ends) == 0).sum().item()  # up to the first end
+    return count
+
+
+def sample_continuous(model, prompts) -> int:
+    """transformers' continuous batching."""
+    config = GenerationConfig(do_sample=True, top_k=0, **sampling_settings(model))
+    outputs = model.generate_batch([x for x in prompts for _ in range(N)], generation_config=config, progress_bar=False)
+    return sum(len(o.generated_tokens) for o in outputs.values())
+
+
+def sample_part(shape: str, repeats: int) -> list[tuple]:
+    model = made_model(shape).eval()
+    prompts = [x for x, _, _ in made_pairs(64 if DEVICE == "cpu" else 512, model.config.vocab_size)]
+    rows, tokens = [], {}
+
+    def counted(key, side) -> None:
+        tokens[key] = side(model, prompts)
+
+    for name, other in {"generate, 8 prompts at a time": sample_plain, "generate_batch": sample_continuous}.items():
+        sides = {"ours": partial(counted, "ours", sample_ours), name: partial(counted, name, other)}
+        try:
+            seconds = turns(sides, repeats, f"sampling beside {name}")
+            rate = {key: tokens[key] / median(s) for key, s in seconds.items()}
+            rows.append((f"sampling, {name}: new tokens/s", rate["ours"], rate[name], rate["ours"] / rate[name]))
+        except Exception as error:  # where it does not run, the row says so
+            print(f"{name} does not run here: {error!r}"[:300])
+            rows.append((f"sampling, {name} (does not run here: {type(error).__name__})", None, None, None))
+    return rows
+
+
+def iteration_part(shape: str) -> list[tuple]:
+    """train.py itself, two iterations from files, by phase: seconds, and pairs a second."""
+    model = made_model(shape)
+    tokenizer = made_tokenizer(model.config.vocab_size)
+    model.generation_config.eos_token_id = sampling_settings(model)["eos_token_id"]
+    ends = set(model.generation_config.eos_token_id)
+    n = 4 * PAIRS if DEVICE == "cpu" else 1024
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(f"{folder}/model")
+        tokenizer.save_pretrained(f"{folder}/model")
+        keys = "prompt", "chosen", "rejected"
+        rows = [{k: " ".join(f"w{i}" for i in ids if i not in ends) for k, ids in zip(keys, pair)}
+                for pair in made_pairs(n, len(tokenizer))]  # fmt: skip
+        Path(f"{folder}/pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        run.SECONDS.clear()
+        with open(os.devnull, "w") as silent, contextlib.redirect_stdout(silent):
+            train.main(train.Config(
+                model_name_or_path=f"{folder}/model", dataset_name=f"{folder}/pairs.jsonl", device=DEVICE, iterations=2,
+                output_dir=f"{folder}/run", max_tokens=MAX_TOKENS, max_new_tokens=2 * RESPONSE,
+                learning_rate=LEARNING_RATE, per_device_train_batch_size=PAIRS,
+            ))  # fmt: skip
+    return [(f"train.py, 2 iterations of {n} pairs, {phase}: seconds", seconds, None, None)
+            for phase, seconds in run.SECONDS.most_common()]  # fmt: skip
+
+
+def growth_part(shape: str) -> list[tuple]:
+    def of(name: str, *args) -> dict:
+        got = in_a_process_of_its_own(growth, shape, "ours", *args)
+        got["name"] = f"training on {name}"
+        return got
+
+    rows, hidden = [], SHAPES[shape][0]
+    runs = [of(f"{k * 4 * PAIRS} pairs", k * 4 * PAIRS) for k in (1, 2, 4)]
+    n = 4 * PAIRS
+    runs += [of(f"{n} pairs, responses of {2 * RESPONSE} tokens instead of {RESPONSE}", n, None, 2 * RESPONSE)]
+    for size in (32_000, 128_000):
+        got = of(f"{n} pairs, vocabulary {size:,}, less embedding's and head's gradients and Adam states", n, size)
+        got["bytes"] -= 3 * 2 * 4 * size * hidden  # gradient and two moments, of embedding and head, float32
+        runs.append(got)
+    for got in runs:
+        rows += [(f"{got['name']}: peak memory growth, MiB", got["bytes"] / 2**20, None, None)]
+        rows += [(f"{got['name']}: seconds", got["seconds"], None, None)] if "vocabulary" not in got["name"] else []
+    return rows
+
+
+def naive(model, prompts, responses):
+    """log π(y|x) as it is first written: padding mask, (B, T, V) logits, log_softmax, gather."""
+    rows = [x + y for x, y in zip(prompts, responses)]
+    ids = padded(rows)  # (B, T)
+    column = torch.arange(ids.shape[1], device=DEVICE)
+    ends = torch.tensor([[len(row)] for row in rows], device=DEVICE)
+    starts = torch.tensor([[len(x)] for x in prompts], device=DEVICE)
+    logits = model(input_ids=ids, attention_mask=(column < ends).long()).logits[:, :-1].float()  # (B, T-1, V)
+    logps = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[:, :, 0]
+    return logps.where((column >= starts)[:, 1:] & (column < ends)[:, 1:], 0.0).sum(1), None
+
+
+def in_order(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Batches of `max_tokens`, padding included, of rows as they come."""
+    batches: list[list[int]] = []
+    for i in range(len(lengths)):
+        if batches and (len(batches[-1]) + 1) * max(lengths[j] for j in [*batches[-1], i]) <= max_tokens:
+            batches[-1].append(i)
+        else:
+            batches.append([i])
+    return batches
+
+
+def with_mask(model):
+    forward = model.model.forward
+    return mock.patch.object(model.model, "forward", lambda *args, **kwargs: forward(
+        *args, **kwargs, attention_mask=(kwargs["input_ids"] != 0).long()))  # fmt: skip
+
+
+def one_pass(lengths: list[int], max_tokens: int, real=logprobs.token_batches) -> list[list[int]]:
+    return real(lengths, max_tokens) if max_tokens == MAX_TOKENS else real(lengths, 10**9)
+
+
+def ablation_part(shape: str, repeats: int) -> list[tuple]:
+    """Every trick removed in turn: how much longer the step or the sampling takes."""
+    model, config = made_model(shape), settings()
+    pairs = made_pairs(PAIRS, model.config.vocab_size)
+    ours = Ours(model, pairs, config)
+    patch = mock.patch.object
+    removed = {
+        "with a padding mask": lambda: with_mask(model),
+        "a micro-batch in one pass": lambda: patch(train, "token_batches", one_pass),
+        "pairs and rows as they come, not sorted by length": lambda: patch(train, "token_batches", in_order),
+        "the head's logits kept, not recomputed": lambda: patch(logprobs, "checkpoint", lambda f, *args, **_: f(*args)),
+        "the head in one chunk": lambda: patch(logprobs, "HEAD_LOGITS", {DEVICE: 2**62}),
+        "mask, full logits, log_softmax": lambda: patch(train, "sequence_logprobs", naive),
+    }  # fmt: skip
+
+    def without(context):
+        def step():
+            with context():
+                ours.step()
+        return step
+
+    sides = {"ours": ours.step, **{name: without(context) for name, context in removed.items()}}
+    sides["the reference scored in every step"] = lambda: (train.pair_logps(model, pairs, config, None), ours.step())
+    seconds = turns(sides, repeats, "training without each trick")
+    rows = ratios("training", seconds)
+    prompts = [x for x, _, _ in made_pairs(32 if DEVICE == "cpu" else 512, model.config.vocab_size)]
+
+    def multinomial(cdf, u):  # what `generate` uses
+        return torch.multinomial(torch.diff(cdf, prepend=torch.zeros_like(cdf[:, :1])).clamp(min=0), 1)
+
+    def drawn() -> None:
+        with patch(torch, "searchsorted", multinomial):
+            sample_ours(model, prompts)
+
+    def stays() -> None:
+        with patch(bootstrap, "STRIDE", 2 * RESPONSE):
+            sample_ours(model, prompts)
+
+    seconds = turns({
+        "ours": lambda: sample_ours(model, prompts),
+        "a prompt read for each of its samples": lambda: sample_ours(model, [x for x in prompts for _ in range(N)], 1),
+        "what has ended stays in the batch": stays, "drawn by torch.multinomial": drawn,
+        "a quarter of the batch": lambda: sample_ours(model, prompts, max_tokens=bootstrap.CACHE_TOKENS[DEVICE] // 4),
+    }, max(1, repeats // 2), "sampling without each trick")  # fmt: skip
+    return rows + ratios("sampling", seconds)
+
+
+def ratios(what: str, seconds: dict[str, list[float]]) -> list[tuple]:
+    return [(f"{what}: {name}", None, None, median([b / a for a, b in zip(seconds["ours"], s)]))
+            for name, s in seconds.items() if name != "ours"]  # fmt: skip
+
+
+def table(results: dict) -> str:
+    """Markdown: what was measured, ours, the other's, and ours against it."""
+    def cell(value: float | None) -> str:
+        if value is None:
+            return "–"
+        return f"{value:.1e}" if abs(value) < 0.01 else f"{value:,.2f}" if abs(value) < 100 else f"{value:,.0f}"
+
+    lines = []
+    for part, rows in results["parts"].items():
+        if part == "ablation":
+            lines += ["", "| without the trick | time, ours 1 |", "|---|--:|"]
+            lines += [f"| {name} | {cell(ratio)} |" for name, _, _, ratio in rows]
+        else:
+            lines += ["", "| measured | ours | other | ratio |", "|---|--:|--:|--:|"]
+            lines += [f"| {name} | {cell(ours)} | {cell(other)} | {cell(ratio)} |" for name, ours, other, ratio in rows]
+    return "\n".join(lines).strip()
+
+
+PARTS = {
+    "train": lambda a: train_part(a.shape, a.steps), "score": lambda a: score_part(a.shape, 5),
+    "sample": lambda a: sample_part(a.shape, 3), "iteration": lambda a: iteration_part(a.shape),
+    "growth": lambda a: growth_part(a.shape), "ablation": lambda a: ablation_part(a.shape, 5),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="all of them")
+    parser.add_argument("--shape", choices=SHAPES, default="135M" if DEVICE == "cuda" else "small")
+    parser.add_argument("--steps", type=int, default=20, help="timed train steps of each side, after 5 of warm-up")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    file = ROOT / "experiments" / "results" / f"bench-{DEVICE}-{arguments.shape}.json"
+    results = json.loads(file.read_text()) if file.exists() else {"parts": {}}
+    cpu = f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
+    where = torch.cuda.get_device_name() if DEVICE == "cuda" else cpu
+    results["machine"] = f"{where}, torch {torch.__version__}, transformers {transformers.__version__}"
+    for part in arguments.parts:
+        results["parts"][part] = PARTS[part](arguments)
+        file.write_text(json.dumps(results, indent=1) + "\n")
+        file.with_suffix(".md").write_text(f"{results['machine']}\n\n{table(results)}\n")
+        gc.collect()
+    print(f"{results['machine']}\n\n{table(results)}")
+
+
+if __name__ == "__main__":
+    main()
