@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 TokenIds = list[int]
-CACHE_TOKENS = {"cuda": 2**17, "cpu": 2**14}  # sampled side by side, key-value cache: what keeps the device busy
+CACHE_TOKENS = {"cuda": 2**17, "cpu": 2**15}  # sampled side by side, key-value cache: what keeps the device busy
 STRIDE = 32
 
 

@@ -51,7 +51,8 @@ def sequence_logprobs(model, prompts: Sequence[TokenIds], responses: Sequence[To
     def token_logps(h: Tensor, y: Tensor) -> Tensor:  # (r, H), (r,) -> (r,)
         with patch.object(body, "forward", lambda *args, **kwargs: type(output)(last_hidden_state=h[None])):
             logits = model(input_ids=y[None], use_cache=False, return_dict=True).logits[0]  # (r, V)
-        return -F.cross_entropy(logits.float(), y, reduction="none")
+        quarters = zip(logits.chunk(4), y.chunk(4))  # float32 copies of a quarter: small enough to be used again
+        return -torch.cat([F.cross_entropy(part.float(), ids, reduction="none") for part, ids in quarters])
 
     r = max(1, HEAD_LOGITS.get(device.type, 2**26) // model.get_output_embeddings().weight.shape[0])  # rows of a chunk
     chunks = list(zip(hidden.split(r), targets.split(r)))
