@@ -438,18 +438,25 @@ def one_pass(lengths: list[int], max_tokens: int, real=logprobs.token_batches) -
     return real(lengths, max_tokens) if max_tokens == MAX_TOKENS else real(lengths, 10**9)
 
 
+def one_part(tensor, parts: int, *args, real=torch.Tensor.chunk):
+    return real(tensor, 1 if parts == 4 else parts, *args)
+
+
 def ablation_part(shape: str, repeats: int) -> list[tuple]:
     """Every trick removed in turn: how much longer the step or the sampling takes."""
     model, config = made_model(shape), settings()
     pairs = made_pairs(PAIRS, model.config.vocab_size)
     ours = Ours(model, pairs, config)
     patch = mock.patch.object
+    group = ours.optimizer.param_groups[0]
     removed = {
         "with a padding mask": lambda: with_mask(model),
         "a micro-batch in one pass": lambda: patch(train, "token_batches", one_pass),
         "pairs and rows as they come, not sorted by length": lambda: patch(train, "token_batches", in_order),
         "the head's logits kept, not recomputed": lambda: patch(logprobs, "checkpoint", lambda f, *args, **_: f(*args)),
         "the head in one chunk": lambda: patch(logprobs, "HEAD_LOGITS", {DEVICE: 2**62}),
+        "a chunk's losses in one part, not four": lambda: patch(torch.Tensor, "chunk", one_part),
+        "AdamW not fused": lambda: mock.patch.dict(group, fused=False, foreach=True),
         "mask, full logits, log_softmax": lambda: patch(train, "sequence_logprobs", naive),
     }  # fmt: skip
 
