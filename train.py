@@ -25,8 +25,10 @@ Choices of ours, where the paper is silent or was not known to us:
 """
 
 import math
+import signal
 import sys
 import time
+import zlib
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -144,7 +146,11 @@ def amp(config: Config):  # float32 weights, bfloat16 products on a GPU; per for
 def logps_of(model, prompts, responses, config: Config, desc: str | None) -> torch.Tensor:
     """log π(y|x) of N rows in nats, without gradients: float32 (N,), on the CPU."""
     with amp(config):
-        return score(model, prompts, responses, max_tokens=config.max_tokens, desc=desc)[0]
+        logps = score(model, prompts, responses, max_tokens=config.max_tokens, desc=desc)[0]
+    if not logps.isfinite().all():
+        row = int((~logps.isfinite()).nonzero()[0])
+        raise FloatingPointError(f"{desc or 'check'}: log π(y|x) of response {row} is {logps[row]}")
+    return logps
 
 
 def rows_of(pairs: list[Pair]) -> tuple[list[list[int]], list[list[int]]]:
@@ -200,7 +206,8 @@ def train_step(policy, optimizer, pairs: list[Pair], reference: torch.Tensor, co
     through the model by their length, whichever they are, a quarter of it at a time: there is little padding.
     """
     parts = []  # of the micro-batches: losses, rewards and log-probs, (m, 1 + 2 + 2)
-    for micro in token_batches([2 * len(x) + len(w) + len(l) for x, w, l in pairs], config.max_tokens):
+    micros = token_batches([2 * len(x) + len(w) + len(l) for x, w, l in pairs], config.max_tokens)
+    for micro in micros:
         some = [pairs[i] for i in micro]
         x, y = rows_of(some)  # 2m rows
         passes = token_batches([len(a) + len(b) for a, b in zip(x, y)], config.max_tokens // 4)
@@ -215,8 +222,12 @@ def train_step(policy, optimizer, pairs: list[Pair], reference: torch.Tensor, co
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item()
     loss, r_w, r_l, logp_w, logp_l = torch.cat(parts).T.cpu()
     if not (math.isfinite(loss.mean()) and math.isfinite(norm)):
-        raise FloatingPointError(f"the loss is {loss.mean():.3g}, its gradient {norm:.3g}")
-    optimizer.step()
+        wrong = [i for i, value in zip((i for micro in micros for i in micro), loss) if not value.isfinite()]
+        raise FloatingPointError(f"the loss is {loss.mean():.3g}, its gradient {norm:.3g}", wrong)
+    try:
+        optimizer.step()
+    except torch.OutOfMemoryError:
+        raise InputError("AdamW's two moments of every weight do not fit the GPU beside the model") from None
     optimizer.zero_grad()
     return {
         "loss": loss.mean().item(), "grad_norm": norm,
@@ -227,6 +238,19 @@ def train_step(policy, optimizer, pairs: list[Pair], reference: torch.Tensor, co
     }  # fmt: skip
 
 
+def fitting_step(policy, optimizer, pairs: list[Pair], reference, config: Config) -> tuple[dict[str, float], Config]:
+    """`train_step`, and where the GPU's memory runs out again with half the `max_tokens`: the sums are the same."""
+    while True:
+        try:
+            return train_step(policy, optimizer, pairs, reference, config), config
+        except torch.OutOfMemoryError:
+            if config.max_tokens <= max(2 * len(x) + len(w) + len(l) for x, w, l in pairs):
+                raise
+            config = replace(config, max_tokens=config.max_tokens // 2)
+            optimizer.zero_grad()
+            tqdm.write(f"out of memory: this step again, and from here on --max_tokens {config.max_tokens}")
+
+
 @run.timed("training")
 def train_on(policy, pairs: list[Pair], reference: torch.Tensor, t: int, resume, config: Config, log, save) -> None:
     """One iteration's gradient descent on the mean loss of the pairs, against their reference log-probs (N, 2)."""
@@ -234,28 +258,37 @@ def train_on(policy, pairs: list[Pair], reference: torch.Tensor, t: int, resume,
     size, n = config.per_device_train_batch_size, len(pairs)
     batches = [b for _ in range(config.epochs_per_iteration) for b in torch.randperm(n, generator=order).split(size)]
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
-    if resume:
+    if resume["optimizer"]:
         optimizer.load_state_dict(resume["optimizer"])
-    first, warm_up = resume["step"] if resume else 0, math.ceil(0.1 * len(batches))
+    first, warm_up = resume["step"] or 0, math.ceil(0.1 * len(batches))
     policy.train()
     bar = tqdm(batches[first:], f"iteration {t}: train", initial=first, total=len(batches), unit="step")
-    for step, batch in enumerate(bar, first):
-        rate = config.learning_rate * min((step + 1) / warm_up, (len(batches) - step) / (len(batches) - warm_up + 1))
-        optimizer.param_groups[0]["lr"] = rate
-        try:
-            metrics = train_step(policy, optimizer, [pairs[i] for i in batch], reference[batch], config)
-        except FloatingPointError as error:
-            what = f"iteration {t}, step {step}: {error}; state/ holds the last checkpoint"
-            raise FloatingPointError(what) from None
-        log(phase="train", iteration=t, step=step + 1, learning_rate=rate, **metrics)
-        shown = "loss", "rewards/accuracies", "rewards/margins"
-        bar.set_postfix({name.split("/")[-1]: f"{metrics[name]:.3f}" for name in shown})
-        if (step + 1) % config.save_steps == 0 and step + 1 < len(batches):
-            save(step=step + 1, optimizer=optimizer.state_dict())
+    with run.stop_after_step() as asked:
+        for step, batch in enumerate(bar, first):
+            rise, fall = (step + 1) / warm_up, (len(batches) - step) / (len(batches) - warm_up + 1)
+            rate = optimizer.param_groups[0]["lr"] = config.learning_rate * min(rise, fall)
+            try:
+                some, its_reference = [pairs[i] for i in batch], reference[batch]
+                metrics, config = fitting_step(policy, optimizer, some, its_reference, config)
+            except FloatingPointError as error:
+                what, wrong = error.args
+                lines = [int(batch[i]) + 1 for i in wrong]
+                raise FloatingPointError(f"iteration {t}, step {step + 1}, pairs.jsonl lines {lines}: {what}") from None
+            log(phase="train", iteration=t, step=step + 1, learning_rate=rate, **metrics)
+            shown = "loss", "rewards/accuracies", "rewards/margins"
+            bar.set_postfix({name.split("/")[-1]: f"{metrics[name]:.3f}" for name in shown})
+            if asked or ((step + 1) % config.save_steps == 0 and step + 1 < len(batches)):
+                save(step=step + 1, optimizer=optimizer.state_dict())
+            if asked:
+                raise KeyboardInterrupt
 
 
 def review(t: int, policy, tokenizer, offline: list[Pair], state, eos_ids: list[int], config: Config, out: Path):
-    """Steps 3 to 6 of the algorithm. Returns the pairs to train on, their reference log-probs, margins and sources."""
+    """Steps 3 to 6 of the algorithm. Returns the pairs to train on, their reference log-probs, margins and sources.
+
+    What the policy has scored or written is asked for `once`: a run resumed within the iteration reads it again.
+    """
+    once = partial(run.once, out, t)
     random = torch.Generator().manual_seed(1000 * config.seed + 500 + t)
 
     def choose(margins: torch.Tensor, k: int) -> list[int]:
@@ -263,7 +296,7 @@ def review(t: int, policy, tokenizer, offline: list[Pair], state, eos_ids: list[
         return select_top(by, min(k, len(margins))).tolist()
 
     # 3, 4: the margins of D under the last two policies, and the K pairs with the largest
-    logps = pair_logps(policy, offline, config, f"iteration {t}: score pairs")  # (N, 2)
+    logps = once("pairs", lambda: pair_logps(policy, offline, config, f"iteration {t}: score pairs"))  # (N, 2)
     r = rewards(logps, state["reference"], lengths_of(offline), config)
     newest = r[:, 0] - r[:, 1]  # (N,)
     margins = ensemble_margin(newest, state["previous"], config.ensemble_gamma)
@@ -276,22 +309,26 @@ def review(t: int, policy, tokenizer, offline: list[Pair], state, eos_ids: list[
 
     # 5: N responses a prompt, scored under the same two policies and the reference
     n, prompts = config.samples_per_prompt, [x for x, _, _ in offline]
-    samples = sample(policy, tokenizer, prompts, n, eos_ids, t, config, f"iteration {t}: sample")  # (P, n)
+    desc = f"iteration {t}: sample"
+    samples = once("samples", lambda: sample(policy, tokenizer, prompts, n, eos_ids, t, config, desc))  # (P, n)
     responses, ended = ([[one[k] for one in row] for row in samples] for k in (0, 1))
     whole = torch.tensor(ended)  # (P, n): only samples that ended, W of them, are scored
     flat_x = [x for x, row in zip(prompts, ended) for is_whole in row if is_whole]
     flat_y = [y for row in samples for y, is_whole in row if is_whole]
 
-    def logps_under(model, who: str) -> torch.Tensor:  # (W,) -> (P, n)
-        logps = logps_of(model, flat_x, flat_y, config, f"iteration {t}: {who} scores")
-        return torch.full(whole.shape, math.nan).masked_scatter(whole, logps)
+    def logps_under(i: int, who: str) -> torch.Tensor:  # of π_θi, (W,) -> (P, n)
+        def scored() -> torch.Tensor:
+            model = policy if i == t - 1 else run.load(out / "state" / f"{i:03d}-done", config.device)[0]
+            return logps_of(model, flat_x, flat_y, config, f"iteration {t}: {who} scores")
+
+        return torch.full(whole.shape, math.nan).masked_scatter(whole, once(f"samples-under-{i}", scored))
 
     lengths = torch.tensor([[len(y) for y in row] for row in responses])  # (P, n)
-    own_reference = logps_under(run.load(out / "state" / "000-done", config.device)[0], "reference")
-    r = rewards(logps_under(policy, "policy"), own_reference, lengths, config)
+    own_reference = logps_under(0, "reference")
+    r = rewards(logps_under(t - 1, "policy"), own_reference, lengths, config)
     if t > 2:
-        older = logps_under(run.load(out / "state" / f"{t - 2:03d}-done", config.device)[0], "older policy")
-        r = ensemble_margin(r, rewards(older, own_reference, lengths, config), config.ensemble_gamma)
+        older = rewards(logps_under(t - 2, "older policy"), own_reference, lengths, config)
+        r = ensemble_margin(r, older, config.ensemble_gamma)
 
     # 6: best against worst, and the K̃ pairs with the largest margin
     triples, own_margins, dropped = bootstrap.best_worst_pairs(r.tolist(), ended, responses)
@@ -357,8 +394,6 @@ def main(config: Config) -> dict:
     print("data:", ", ".join(f"{count} {what}" for what, count in counts.items()), f"({len(held)} held out)")
     if not offline:
         raise InputError(f"--dataset_name {config.dataset_name}: no pair is left to train on")
-    if state and len(state["reference"]) != len(offline):
-        raise InputError(f"{out} was begun with {len(state['reference'])} pairs, and there are {len(offline)} now")
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     questions = [data.decode(tokenizer, x, eos_ids) for x in asked]
@@ -393,51 +428,52 @@ def main(config: Config) -> dict:
             result |= {"data/label_accuracy": label_accuracy, **state.get("precisions", {})}
         return result, answers
 
+    steps = math.ceil(len(offline) / config.per_device_train_batch_size) * config.epochs_per_iteration
+    fingerprint = f"{len(offline)} + {len(held)} pairs, CRC {zlib.crc32(repr((offline, held)).encode()):08x}"
     if not state:  # Iteration 0. The reference's log-probs are computed once, by the policy, which it still is.
         preflight(policy, offline, config)
-        run.begin(out, asdict(config))
-        state["reference"] = pair_logps(policy, offline, config, "reference: score pairs")  # (N, 2)
-        state["held_reference"] = pair_logps(policy, held, config, "reference: score held-out pairs")
-        state["previous"] = None
-        state["before"] = answer(-1)
-        state["table"] = [run.row(run.log(out, **evaluate(0)[0]))]
-        if in_playground:
-            print(f"check: the SFT policy's true reward is {state['table'][0]['reward']:.3f}, its data's 0.25")
+    run.begin(out, asdict(config), fingerprint, policy, within=steps > config.save_steps)
+    if not state:
+        once = partial(run.once, out, 0)
+        desc = "reference: score"
+        state["reference"] = once("pairs", lambda: pair_logps(policy, offline, config, f"{desc} pairs"))  # (N, 2)
+        state["held_reference"] = once("held", lambda: pair_logps(policy, held, config, f"{desc} held-out pairs"))
+        state |= {"before": answer(-1), "previous": None, "table": [], "kept": None}
         run.save_checkpoint(out, 0, policy, tokenizer, state)
+        state |= {"iteration": 0, "step": None}
 
-    first = state.get("iteration", 0) + (state.get("step") is None)
-    for t in range(first, config.iterations + 1):
-        began = time.monotonic()
-        unfinished = state if state.get("step") is not None else None
-        if unfinished:
-            pairs, reference = state["pairs"], state["pairs_reference"]
+    t, began = state["iteration"], time.monotonic()
+    while True:  # from the end of iteration t, or from a step within it
+        if state["step"] is None:
+            result, answers = evaluate(t)
+            state["table"].append(run.row(run.log(out, **result), state["kept"], time.monotonic() - began))
+            if t == 0 and in_playground:
+                print(f"check: the SFT policy's true reward is {result['gold/reward']:.3f}, its data's 0.25")
+            if t == config.iterations:
+                break
+            t, began = t + 1, time.monotonic()
+        within = {key: state.pop(key, None) for key in ("step", "optimizer")}
+        save = partial(run.save_checkpoint, out, t, policy=policy, tokenizer=tokenizer)
+        save_step = partial(save, state=dict(state))  # before the review, which a resumed run does again
+        if t == 1:
+            pairs, reference, margins = offline, state["reference"], torch.zeros(len(offline))
+            sources = ["offline"] * len(pairs)
         else:
-            if t == 1:
-                pairs, reference = offline, state["reference"]
-                margins, sources = torch.zeros(len(pairs)), ["offline"] * len(pairs)
-            else:
-                reviewed = review(t, policy, tokenizer, offline, state, eos_ids, config, out)
-                pairs, reference, margins, sources = reviewed
-                if not pairs:
-                    raise InputError(f"iteration {t}: no pair is left to train on; --keep and --bootstrap take too few")
-            run.write_jsonl(out / f"iteration-{t}" / "pairs.jsonl", (
-                {"prompt": x, "chosen": w, "rejected": l, "margin": margin, "source": source}
-                for (x, w, l), margin, source in zip(readable(pairs), margins.tolist(), sources)
-            ))  # fmt: skip
-            k = sources.count("offline")
-            state["kept"] = [k, len(pairs) - k]
-            own = precision(pairs[k:])
-            state["precisions"] = {"select/precision": precision(pairs[:k]), "bootstrap/precision": own}
-
-        whole = {**state, "pairs": pairs, "pairs_reference": reference}
-        save = partial(run.save_checkpoint, out, t, policy=policy, tokenizer=tokenizer, state=whole)
-        train_on(policy, pairs, reference, t, unfinished, config, partial(run.log, out), save)
-        result, answers = evaluate(t)
-        state = {key: state[key] for key in state if key not in ("pairs", "pairs_reference", "optimizer", "step")}
-        state["table"].append(run.row(run.log(out, **result), state["kept"], time.monotonic() - began))
-        if t < config.iterations:
-            run.save_checkpoint(out, t, policy, tokenizer, state)
-    run.finish(out, state["table"], list(zip(questions, state["before"], answers, strict=True))[:5], policy, tokenizer)
+            reviewed = review(t, policy, tokenizer, offline, state, eos_ids, config, out)
+            pairs, reference, margins, sources = reviewed
+            if not pairs:
+                raise InputError(f"iteration {t}: no pair is left to train on; --keep and --bootstrap take too few")
+        run.write_jsonl(out / f"iteration-{t}" / "pairs.jsonl", (
+            {"prompt": x, "chosen": w, "rejected": l, "margin": margin, "source": source}
+            for (x, w, l), margin, source in zip(readable(pairs), margins.tolist(), sources)
+        ))  # fmt: skip
+        k = sources.count("offline")
+        state["kept"] = [k, len(pairs) - k]
+        state["precisions"] = {"select/precision": precision(pairs[:k]), "bootstrap/precision": precision(pairs[k:])}
+        train_on(policy, pairs, reference, t, within, config, partial(run.log, out), save_step)
+        save(state=state)
+        state["step"] = None
+    run.finish(out, t, state["table"], list(zip(questions, state["before"], answers))[:5])
     return result
 
 
@@ -448,12 +484,23 @@ def command_line(arguments: list[str] | None = None) -> None:
     parser.error = lambda message: sys.exit(f"error: {message}")  # type: ignore[method-assign]
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    config = Config(**vars(parser.parse_args(arguments)))
+    out = Path(config.resume_from_checkpoint or config.output_dir)
+    go_on = f"the same flags and --resume_from_checkpoint {out} go on from the last checkpoint"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        main(Config(**vars(parser.parse_args(arguments))))
-    except (InputError, OSError, FloatingPointError) as error:
+        main(config)
+    except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
+    except FloatingPointError as error:
+        sys.exit(f"error: {error}; {go_on}")
+    except torch.OutOfMemoryError:
+        sys.exit(
+            f"error: out of GPU memory: a smaller --max_tokens, --gradient_checkpointing, or a smaller model; {go_on}"
+        )
     except KeyboardInterrupt:
-        sys.exit("interrupted: where output_dir holds a run, --resume_from_checkpoint goes on from its last checkpoint")
+        print(f"interrupted; {go_on}" if (out / "config.json").exists() else "interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

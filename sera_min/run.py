@@ -6,7 +6,9 @@
       iteration-<t>/pairs.jsonl, samples.jsonl
       policy/                   the final policy and its tokenizer, for `from_pretrained`
       report.md                 the table of iterations, and prompts answered before and after
-      state/                    while it runs: what `--resume_from_checkpoint` needs
+      state/                    while it runs, what `--resume_from_checkpoint` needs:
+        <t>-done, <t>-<step>    policy, optimizer and state, after iteration t or within it; at 0 the reference
+        <t>-<phase>.pt          what a finished phase of iteration t returned: log-probs, samples
 
 Whatever may be read again is written beside and renamed: a run that dies leaves the last whole version.
 """
@@ -14,10 +16,13 @@ Whatever may be read again is written beside and renamed: a run that dies leaves
 import argparse
 import json
 import math
+import os
 import shutil
+import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -66,8 +71,16 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """--help: the file's header as it is written, and every flag with its default."""
 
 
+def existing(path: Path) -> Path:
+    """The path itself, or what is there of it."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
 def check(out: Path, config: dict[str, Any], resume: bool) -> None:
     """`out` is free for a run of this configuration, or holds one begun with it. Writes nothing; raises InputError."""
+    there = existing(out)
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"--output_dir {out}: {there} is no folder that can be written to")
     if not resume:
         if (out / "config.json").exists():
             raise InputError(f"{out} already holds a run: --resume_from_checkpoint {out}, or another --output_dir")
@@ -75,24 +88,74 @@ def check(out: Path, config: dict[str, Any], resume: bool) -> None:
     if not (out / "config.json").is_file():
         raise InputError(f"--resume_from_checkpoint {out}: no run has begun there")
     before = json.loads((out / "config.json").read_text())
-    for name in sorted((config.keys() | before.keys()) - {"output_dir"}):
+    for name in sorted((config.keys() | before.keys()) - {"output_dir", "data"}):
         if config.get(name) != before.get(name):
             raise InputError(f"{out} was begun with {name} = {before.get(name)!r}, not {config.get(name)!r}")
     if (out / "policy").exists():
         raise InputError(f"{out}: this run has ended, its policy is in {out / 'policy'}")
 
 
-def begin(out: Path, config: dict[str, Any]) -> None:
-    """Claim `out`: from here on it holds a run."""
+def begin(out: Path, config: dict[str, Any], data: str, policy: Any, within: bool) -> None:
+    """Claim `out`, where there is room: from here on it holds a run on this data. Raises InputError.
+
+    At once there are at most the reference, the last policy, this one and the next, and where checkpoints are taken
+    `within` an iteration two optimizers, twice a policy each.
+    """
+    if (out / "config.json").exists():
+        if (before := json.loads((out / "config.json").read_text()).get("data")) != data:
+            raise InputError(f"{out} was begun with other pairs: {before}, not {data}")
+        return
+    needed = (8 if within else 4) * sum(p.nbytes for p in policy.parameters())
+    if (free := shutil.disk_usage(existing(out)).free) < needed:
+        raise InputError(f"--output_dir {out}: {free / 1e9:.1f} GB free, and checkpoints take {needed / 1e9:.1f}")
     (out / "state").mkdir(parents=True, exist_ok=True)
-    replace(out / "config.json", json.dumps(config, indent=2) + "\n")
+    replace(out / "config.json", json.dumps({**config, "data": data}, indent=2) + "\n")
+
+
+def once(out: Path, t: int, phase: str, compute: Callable[[], Any]) -> Any:
+    """compute(), kept in state/ until iteration t is done: a resumed run does not do it again."""
+    file = out / "state" / f"{t:03d}-{phase}.pt"
+    if file.exists():
+        return torch.load(file, weights_only=True)
+    result = compute()
+    with writing(file):
+        torch.save(result, file.with_suffix(".tmp"))
+        file.with_suffix(".tmp").replace(file)
+    return result
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What fails here is an OSError of one line."""
+    try:
+        yield
+    except Exception as error:  # safetensors and torch each raise their own
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
+
+
+@contextmanager
+def stop_after_step() -> Iterator[list[int]]:
+    """Meanwhile SIGINT and SIGTERM are only noted, in the list given, that a step may end; a second stops at once."""
+    asked: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def load(path: str | Path, device: str) -> tuple[Any, Any]:
     """A policy in float32, on `device` and without dropout, and its tokenizer; safetensors only, no remote code."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        settings = AutoConfig.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
         for name, value in settings.to_dict().items():
             if "drop" in name and isinstance(value, float):
                 setattr(settings, name, 0.0)
@@ -131,7 +194,8 @@ def save_checkpoint(
 ) -> None:
     """state/<t>-<step>, or state/<t>-done after an iteration: the policy, and what goes on from here.
 
-    Kept are the newest, and the ends of this iteration and the one before: the reward ensemble asks for both.
+    Kept are the newest, the ends of this iteration and the one before, for the reward ensemble, and the reference's.
+    Raises OSError where it cannot be written: the one before it stays.
     """
     metrics = out / "metrics.jsonl"
     written = metrics.stat().st_size if metrics.exists() else 0
@@ -139,12 +203,15 @@ def save_checkpoint(
     name = f"{t:03d}-done" if step is None else f"{t:03d}-{step:08d}"
     beside = out / "state" / f".{name}"
     shutil.rmtree(beside, ignore_errors=True)
-    policy.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    torch.save(state, beside / "state.pt")
-    beside.rename(out / "state" / name)
+    with writing(out / "state" / name):
+        policy.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)
+        torch.save(state, beside / "state.pt")
+        beside.rename(out / "state" / name)
     for other in (out / "state").iterdir():
-        if other.name not in (name, f"{t:03d}-done", f"{t - 1:03d}-done", "000-done"):
+        if other.suffix and step is None:  # of phases of an iteration that is done
+            other.unlink()
+        elif not other.suffix and other.name not in (name, f"{t:03d}-done", f"{t - 1:03d}-done", "000-done"):
             shutil.rmtree(other)
 
 
@@ -182,20 +249,16 @@ def format_cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def finish(
-    out: Path, rows: list[dict[str, Any]], answers: Iterable[tuple[str, str, str]], policy: Any, tokenizer: Any
-) -> None:
-    """Save policy/ and report.md, print the table and the answers, and drop state/."""
+def finish(out: Path, t: int, rows: list[dict[str, Any]], answers: Iterable[tuple[str, str, str]]) -> None:
+    """Write report.md, print the table and the answers; the last checkpoint becomes policy/, and state/ goes."""
     shown = table(rows)
     report = [f"# {out.name}", "", shown, "", *(f"- {c}: {COLUMNS[c][1]}" for c in COLUMNS if f" {c} " in shown), ""]
     for prompt, before, after in answers:
         report += [f"**{prompt.strip()}**", "", f"- SFT: {before.strip()}", f"- now: {after.strip()}", ""]
     print("\n" + "\n".join(report[2:]))
     replace(out / "report.md", "\n".join(report))
-    beside = out / ".policy"
-    policy.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    beside.rename(out / "policy")
+    (out / "state" / f"{t:03d}-done").rename(out / "policy")
+    (out / "policy" / "state.pt").unlink()
     shutil.rmtree(out / "state")
     print("Seconds:", ", ".join(f"{seconds:.0f} {phase}" for phase, seconds in SECONDS.most_common()))
     print(f"The policy is in {out / 'policy'}, the rest of the run in {out}.")
