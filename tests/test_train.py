@@ -202,7 +202,8 @@ def test_one_pair_is_overfitted(tmp_path):
     reference = torch.stack([sequence_logprobs(model, [x, x], ys)[0].detach() for x, *ys in pairs])
     config = train.resolve(real("m", "d", tmp_path, epochs_per_iteration=40, learning_rate=1e-2))
     seen = []
-    train.train_on(model, pairs, reference, 1, None, config, lambda **line: seen.append(line), None)
+    resume = {"optimizer": None, "step": None}
+    train.train_on(model, pairs, reference, 1, resume, config, lambda **line: seen.append(line), None)
     assert seen[0]["loss"] == pytest.approx(0.6931, abs=1e-3) and seen[-1]["loss"] < 0.01 and seen[-1]["rewards/margins"] > 4
 
 
@@ -238,11 +239,56 @@ def test_a_loss_that_is_nan_stops_with_its_step_and_what_was_saved_stays(world, 
     out, losses = tmp_path / "run", train.pair_losses
     calls = iter(range(100))
     monkeypatch.setattr(train, "pair_losses", lambda r, c: losses(r, c) * (float("nan") if next(calls) == 8 else 1))
-    with pytest.raises(FloatingPointError, match=r"iteration \d, step \d: the loss is nan"):
+    with pytest.raises(FloatingPointError, match=r"iteration \d, step \d, pairs.jsonl lines \[\d+, [\d, ]+\]: the loss is nan"):
         main(small(out))
     folder, state = run.latest_checkpoint(out)
     weights = load_file(folder / "model.safetensors")
     assert state["iteration"] >= 0 and all(value.isfinite().all() for value in weights.values())
+
+
+def test_a_pair_that_is_nan_is_named(tmp_path):
+    """By its line of pairs.jsonl, whatever micro-batch it is in."""
+    model, pairs = tiny_model(), [([3] * (1 + i % 5), [5] * (1 + i % 7), [6, 7, 8]) for i in range(12)]
+    reference = torch.zeros(12, 2)
+    reference[4, 0] = float("nan")
+    config = train.resolve(real("m", "d", tmp_path, per_device_train_batch_size=12, max_tokens=40))
+    resume = {"optimizer": None, "step": None}
+    with pytest.raises(FloatingPointError, match=r"iteration 2, step 1, pairs.jsonl lines \[5\]: the loss is nan"):
+        train.train_on(model, pairs, reference, 2, resume, config, None, None)
+
+
+def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(tmp_path, monkeypatch, capsys):
+    """The GPU is played by a model that holds 60 tokens at a time; the steps are those of one that holds any."""
+    rng, real_pass = random.Random(0), train.sequence_logprobs
+    pairs = [tuple([rng.randrange(3, 61) for _ in range(rng.randint(2, 8))] for _ in "xwl") for _ in range(16)]
+    config = train.resolve(real("m", "d", tmp_path, per_device_train_batch_size=8))
+    reference, steps, held = torch.zeros(16, 2), {}, [0]
+
+    def limited(model, x, y):
+        held[0] += sum(map(len, [*x, *y]))
+        if held[0] > 60:
+            held[0] = 0
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real_pass(model, x, y)
+
+    def backward(loss, *args, real=torch.Tensor.backward, **kwargs):
+        held[0] = 0
+        return real(loss, *args, **kwargs)
+
+    for name in ("any", "sixty"):
+        if name == "sixty":
+            monkeypatch.setattr(train, "sequence_logprobs", limited)
+            monkeypatch.setattr(torch.Tensor, "backward", backward)
+        steps[name] = []
+        resume = {"optimizer": None, "step": None}
+        train.train_on(tiny_model(), pairs, reference, 1, resume, config, lambda **line: steps[name].append(line), None)
+    said = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
+    assert 1 <= len(said) <= 10 and said[-1].endswith(("--max_tokens 64", "--max_tokens 32"))
+    for a, b in zip(steps["any"], steps["sixty"], strict=True):
+        assert b == {key: pytest.approx(value, rel=1e-4, abs=1e-5) for key, value in a.items()}
+    monkeypatch.setattr(train, "sequence_logprobs", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    with pytest.raises(torch.OutOfMemoryError):  # not for ever
+        train.train_on(tiny_model(), pairs, reference, 1, {"optimizer": None, "step": None}, config, None, None)
 
 
 SHORT = ["--max_length", "99", "--max_prompt_length", "50"]
