@@ -214,10 +214,13 @@ def train_step(policy, optimizer, pairs: list[Pair], reference: torch.Tensor, co
         with amp(config):
             sums = [sequence_logprobs(policy, [x[i] for i in rows], [y[i] for i in rows])[0] for rows in passes]
             back = torch.tensor([i for rows in passes for i in rows]).argsort()
-            logps = torch.cat(sums)[back].view(-1, 2)  # (2m,) -> (m, 2)
+            leaf = torch.cat(sums).detach().requires_grad_()  # (2m,)
+            logps = leaf[back].view(-1, 2)  # (2m,) -> (m, 2)
             r = rewards(logps, reference[micro].to(logps.device), lengths_of(some), config)
             losses = pair_losses(r, config)
         (losses.sum() / len(pairs)).backward()  # the mean over the step's pairs, however they are split
+        for part, gradient in zip(sums, leaf.grad.split([len(rows) for rows in passes])):  # type: ignore[union-attr]
+            part.backward(gradient)  # a pass at a time: its (V, H) gradients do not wait for the next one's
         parts.append(torch.cat([losses[:, None], r, logps], 1).detach())
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item()
     loss, r_w, r_l, logp_w, logp_l = torch.cat(parts).T.cpu()

@@ -396,8 +396,9 @@ def growth_part(shape: str) -> list[tuple]:
     n = 4 * PAIRS
     runs += [of(f"{n} pairs, responses of {2 * RESPONSE} tokens instead of {RESPONSE}", n, None, 2 * RESPONSE)]
     for size in (32_000, 128_000):
-        got = of(f"{n} pairs, vocabulary {size:,}, less embedding's and head's gradients and Adam states", n, size)
-        got["bytes"] -= 3 * 2 * 4 * size * hidden  # gradient and two moments, of embedding and head, float32
+        got = of(f"{n} pairs, vocabulary {size:,}, less gradients and Adam's moments of embedding and head", n, size)
+        # Of both, in float32: the gradient, one chunk's or pass's on its way into it, and two moments.
+        got["bytes"] -= (1 + 1 + 2) * 2 * 4 * size * hidden
         runs.append(got)
     for got in runs:
         rows += [(f"{got['name']}: peak memory growth, MiB", got["bytes"] / 2**20, None, None)]

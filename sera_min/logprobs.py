@@ -27,7 +27,7 @@ HEAD_LOGITS = {"cuda": 2**26, "cpu": 2**23}  # per chunk: enough to keep a GPU b
 
 
 def sequence_logprobs(model, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> tuple[Tensor, Tensor]:
-    """log π(y|x) in nats for B (prompt, response) pairs of token ids; differentiable.
+    """log π(y|x) in nats for B (prompt, response) pairs of token ids; differentiable by `.backward()`.
 
     Returns float32 (B,) sums and int64 (B,) token counts, apart, so that averaging is the caller's visible choice.
     Dropout is the model's: call `model.eval()`, or set it to 0, where policy and reference must agree.
@@ -56,8 +56,10 @@ def sequence_logprobs(model, prompts: Sequence[TokenIds], responses: Sequence[To
 
     r = max(1, HEAD_LOGITS.get(device.type, 2**26) // model.get_output_embeddings().weight.shape[0])  # rows of a chunk
     chunks = list(zip(hidden.split(r), targets.split(r)))
-    if torch.is_grad_enabled():  # logits are recomputed in backward: one more product with the head, no (R, V) kept
-        logps = [checkpoint(token_logps, h, y, use_reentrant=False, preserve_rng_state=False) for h, y in chunks]
+    # Logits are recomputed in backward: one more product with the head, and no (R, V) is kept. Reentrant, so that a
+    # chunk's gradient of the head is added to .grad at once: its alternative holds two more (V, H).
+    if torch.is_grad_enabled():
+        logps = [checkpoint(token_logps, h, y, use_reentrant=True, preserve_rng_state=False) for h, y in chunks]
     else:
         logps = [token_logps(h, y) for h, y in chunks]
     sums = torch.stack([row.sum() for row in torch.cat(logps).split(counts)])  # (R,) -> (B,)
