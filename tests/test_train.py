@@ -2,9 +2,11 @@
 
 import copy
 import json
+import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import fields
@@ -233,6 +235,51 @@ def test_a_killed_run_goes_on_to_the_same_end(world, tmp_path, monkeypatch, mome
     assert (out / "iteration-3/pairs.jsonl").read_text() == (whole / "iteration-3/pairs.jsonl").read_text()
     with pytest.raises(InputError, match="this run has ended"):
         main(small(out, save_steps=2, resume_from_checkpoint=str(out)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_and_saves_it(world, tmp_path, monkeypatch, capsys, number):
+    """In step 2 of iteration 2: exit status 130, how to go on, and then the end of a run that was left alone."""
+    whole, out, step = tmp_path / "whole", tmp_path / "out", train.train_step
+    main(small(whole))
+    count = iter(range(1, 100))
+
+    def signalled(*args):
+        if next(count) == 5:
+            os.kill(os.getpid(), number)
+        return step(*args)
+
+    monkeypatch.setattr(train, "train_step", signalled)
+    flags = ["--max_train_pairs", "48", "--per_device_train_batch_size", "16", "--device", "cpu"]
+    with pytest.raises(SystemExit) as stop:
+        train.command_line([*flags, "--output_dir", str(out)])
+    assert stop.value.code == 130 and f"--resume_from_checkpoint {out}" in capsys.readouterr().err
+    assert (out / "state/002-00000002/state.pt").exists() and lines(out)[-1]["step"] == 2
+    train.command_line([*flags, "--resume_from_checkpoint", str(out)])
+    assert (out / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    assert (out / "policy/model.safetensors").read_bytes() == (whole / "policy/model.safetensors").read_bytes()
+
+
+def test_a_disk_that_is_full(world, tmp_path, monkeypatch):
+    """Too small from the start: nothing is written. Full on the way: the last checkpoint is whole, and the run goes on."""
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+        with pytest.raises(InputError, match=r"0.0 GB free, and checkpoints take"):
+            main(small(tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
+    with monkeypatch.context() as patch:
+        save = torch.save
+
+        def full(what, path):
+            if path.name == "state.pt" and "002-done" in str(path):
+                path.write_bytes(b"PK half")
+                raise RuntimeError("PytorchStreamWriter failed writing file data/3: No space left on device\nand more")
+            save(what, path)
+
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match=r"002-done cannot be written: .*No space left on device$"):
+            main(small(tmp_path / "full"))
+    assert run.latest_checkpoint(tmp_path / "full")[1]["iteration"] == 1
 
 
 def test_a_loss_that_is_nan_stops_with_its_step_and_what_was_saved_stays(world, tmp_path, monkeypatch):
