@@ -275,15 +275,18 @@ def train_on(policy, pairs: list[Pair], reference: torch.Tensor, t: int, resume,
                 metrics, config = fitting_step(policy, optimizer, some, its_reference, config)
             except FloatingPointError as error:
                 what, wrong = error.args
-                lines = [int(batch[i]) + 1 for i in wrong]
-                raise FloatingPointError(f"iteration {t}, step {step + 1}, pairs.jsonl lines {lines}: {what}") from None
+                lines = f"pairs.jsonl lines {[int(batch[i]) + 1 for i in wrong or range(len(batch))]}"
+                stays = "state/ holds the last good checkpoint"
+                raise FloatingPointError(f"iteration {t}, step {step + 1}, {lines}: {what}; {stays}") from None
             log(phase="train", iteration=t, step=step + 1, learning_rate=rate, **metrics)
             shown = "loss", "rewards/accuracies", "rewards/margins"
             bar.set_postfix({name.split("/")[-1]: f"{metrics[name]:.3f}" for name in shown})
             if asked or ((step + 1) % config.save_steps == 0 and step + 1 < len(batches)):
                 save(step=step + 1, optimizer=optimizer.state_dict())
             if asked:
-                raise KeyboardInterrupt
+                break
+    if asked:
+        raise KeyboardInterrupt
 
 
 def review(t: int, policy, tokenizer, offline: list[Pair], state, eos_ids: list[int], config: Config, out: Path):
@@ -489,14 +492,14 @@ def command_line(arguments: list[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     config = Config(**vars(parser.parse_args(arguments)))
     out = Path(config.resume_from_checkpoint or config.output_dir)
-    go_on = f"the same flags and --resume_from_checkpoint {out} go on from the last checkpoint"
+    go_on = f"these flags and --resume_from_checkpoint {out} go on from the last checkpoint"
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(config)
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except FloatingPointError as error:
-        sys.exit(f"error: {error}; {go_on}")
+        sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
         sys.exit(
             f"error: out of GPU memory: a smaller --max_tokens, --gradient_checkpointing, or a smaller model; {go_on}"

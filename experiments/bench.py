@@ -396,7 +396,7 @@ def growth_part(shape: str) -> list[tuple]:
     n = 4 * PAIRS
     runs += [of(f"{n} pairs, responses of {2 * RESPONSE} tokens instead of {RESPONSE}", n, None, 2 * RESPONSE)]
     for size in (32_000, 128_000):
-        got = of(f"{n} pairs, vocabulary {size:,}, less gradients and Adam's moments of embedding and head", n, size)
+        got = of(f"{n} pairs, vocabulary {size:,}, less 2 gradients and 2 moments of embedding and head", n, size)
         # Of both, in float32: the gradient, one chunk's or pass's on its way into it, and two moments.
         got["bytes"] -= (1 + 1 + 2) * 2 * 4 * size * hidden
         runs.append(got)

@@ -30,6 +30,7 @@ def sequence_logprobs(model, prompts: Sequence[TokenIds], responses: Sequence[To
     """log π(y|x) in nats for B (prompt, response) pairs of token ids; differentiable by `.backward()`.
 
     Returns float32 (B,) sums and int64 (B,) token counts, apart, so that averaging is the caller's visible choice.
+    Not by `torch.autograd.grad`, nor into a head alone above a frozen body; DDP needs `static_graph=True`.
     Dropout is the model's: call `model.eval()`, or set it to 0, where policy and reference must agree.
     Raises ValueError where a prompt or a response is empty: then nothing predicts, or nothing is predicted.
     """

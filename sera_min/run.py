@@ -88,7 +88,8 @@ def check(out: Path, config: dict[str, Any], resume: bool) -> None:
     if not (out / "config.json").is_file():
         raise InputError(f"--resume_from_checkpoint {out}: no run has begun there")
     before = json.loads((out / "config.json").read_text())
-    for name in sorted((config.keys() | before.keys()) - {"output_dir", "data"}):
+    free = {"output_dir", "data", "max_tokens", "gradient_checkpointing", "save_steps"}  # nothing but rounding
+    for name in sorted((config.keys() | before.keys()) - free):
         if config.get(name) != before.get(name):
             raise InputError(f"{out} was begun with {name} = {before.get(name)!r}, not {config.get(name)!r}")
     if (out / "policy").exists():
@@ -108,7 +109,9 @@ def begin(out: Path, config: dict[str, Any], data: str, policy: Any, within: boo
     needed = (8 if within else 4) * sum(p.nbytes for p in policy.parameters())
     if (free := shutil.disk_usage(existing(out)).free) < needed:
         raise InputError(f"--output_dir {out}: {free / 1e9:.1f} GB free, and checkpoints take {needed / 1e9:.1f}")
-    (out / "state").mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out / "state", ignore_errors=True)  # of a run whose config.json was taken away
+    (out / "metrics.jsonl").unlink(missing_ok=True)
+    (out / "state").mkdir(parents=True)
     replace(out / "config.json", json.dumps({**config, "data": data}, indent=2) + "\n")
 
 
@@ -168,6 +171,9 @@ def load(path: str | Path, device: str) -> tuple[Any, Any]:
     size = policy.get_input_embeddings().num_embeddings
     if len(tokenizer) > size:
         raise InputError(f"{path}: its tokenizer has {len(tokenizer)} ids, the model embeds {size}")
+    sampling = policy.generation_config
+    if (sampling.temperature or 1) != 1 or (sampling.top_p or 1) != 1:
+        sampling.do_sample = True  # what they mean, and without it transformers would not save them
     return policy.to(device), tokenizer
 
 
@@ -202,7 +208,8 @@ def save_checkpoint(
     state = {**state, **more, "iteration": t, "step": step, "metrics_bytes": written}
     name = f"{t:03d}-done" if step is None else f"{t:03d}-{step:08d}"
     beside = out / "state" / f".{name}"
-    shutil.rmtree(beside, ignore_errors=True)
+    for rest in (out / "state").glob(".*"):  # of a write that died
+        shutil.rmtree(rest)
     with writing(out / "state" / name):
         policy.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
