@@ -4,7 +4,8 @@
     python experiments/bench.py --parts train score    some of them
     python experiments/bench.py --shape 1.1B           a model of that shape, with random weights
 
-Both sides take their steps in turn, A B A B …, from the same weights, on the same pairs in the same order. A rate is
+Both sides take their steps in turn, A B A B …, from the same weights, on the same pairs in the same order; at 7B, one
+side after the other. A rate is
 real (unpadded) tokens by the median of the timed steps. Peak memory is a fresh process's: how far it grows above the
 model's weights while it trains. TRL is timed twice: as fair as we know how (FAIR), and as it comes (SHIPPED).
 Writes experiments/results/bench-<device>-<shape>.json and .md after each part; a part not asked for keeps its rows.
@@ -218,6 +219,7 @@ def resident(what: str) -> int:
 def growth(shape: str, side: str, pairs_: int, vocabulary: int | None = None, response: int = RESPONSE) -> dict:
     """Bytes by which memory peaks above model and pairs, and seconds, of training on all the pairs. A process's own."""
     transformers.logging.set_verbosity_error()
+    fit(shape)
     model = made_model(shape, vocabulary)
     pairs = made_pairs(pairs_, model.config.vocab_size, response)
     before = torch.cuda.memory_allocated() if DEVICE == "cuda" else resident("VmRSS:")
@@ -248,7 +250,29 @@ def in_a_process_of_its_own(function, *args):
         return pool.submit(function, *args).result()
 
 
+def fit(shape: str) -> None:
+    """Of a 7B model with float32 masters, 116 GB, only little else fits one GPU: for both sides alike."""
+    global MAX_TOKENS, TRL_BATCH
+    if shape == "7B":
+        MAX_TOKENS, TRL_BATCH = 4096, 1
+
+
+def train_apart(shape: str, steps: int) -> list[tuple]:
+    """For a shape of which two do not fit: one side after the other, its first steps included."""
+    tokens = tokens_of(made_pairs(steps * PAIRS, SHAPES[shape][-1]))
+    ours, fair = (in_a_process_of_its_own(growth, shape, side, steps * PAIRS) for side in ("ours", "fair"))
+    rates = [tokens / got["seconds"] for got in (ours, fair)]
+    mib = [got["bytes"] / 2**20 for got in (ours, fair)]
+    return [
+        ("train step, TRL fair, one after the other: real tokens/s", *rates, rates[0] / rates[1]),
+        ("train step, TRL fair: peak memory growth, MiB", *mib, mib[0] / mib[1]),
+        ("train step: model FLOPs utilisation (of 790 TFLOP/s)", mfu(shape, rates[0]), None, None),
+    ]
+
+
 def train_part(shape: str, steps: int) -> list[tuple]:
+    if shape == "7B":
+        return train_apart(shape, steps)
     rows = []
     for name, options in {"fair": FAIR, "shipped": SHIPPED}.items():
         got = side_by_side(shape, options, 5, steps, f"train step beside TRL, {name}")
@@ -531,6 +555,7 @@ def main() -> None:
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    fit(arguments.shape)
     file = ROOT / "experiments" / "results" / f"bench-{DEVICE}-{arguments.shape}.json"
     results = json.loads(file.read_text()) if file.exists() else {"parts": {}}
     cpu = f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
