@@ -458,7 +458,7 @@ def main(config: Config) -> dict:
             if t == config.iterations:
                 break
             t, began = t + 1, time.monotonic()
-        within = {key: state.pop(key, None) for key in ("step", "optimizer")}
+        resume = {key: state.pop(key, None) for key in ("step", "optimizer")}
         save = partial(run.save_checkpoint, out, t, policy=policy, tokenizer=tokenizer)
         save_step = partial(save, state=dict(state))  # before the review, which a resumed run does again
         if t == 1:
@@ -476,7 +476,7 @@ def main(config: Config) -> dict:
         k = sources.count("offline")
         state["kept"] = [k, len(pairs) - k]
         state["precisions"] = {"select/precision": precision(pairs[:k]), "bootstrap/precision": precision(pairs[k:])}
-        train_on(policy, pairs, reference, t, within, config, partial(run.log, out), save_step)
+        train_on(policy, pairs, reference, t, resume, config, partial(run.log, out), save_step)
         save(state=state)
         state["step"] = None
     run.finish(out, t, state["table"], list(zip(questions, state["before"], answers))[:5])
@@ -496,14 +496,10 @@ def command_line(arguments: list[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(config)
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except FloatingPointError as error:
+    except (InputError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
-        sys.exit(
-            f"error: out of GPU memory: a smaller --max_tokens, --gradient_checkpointing, or a smaller model; {go_on}"
-        )
+        sys.exit(f"error: out of GPU memory: with a smaller --max_tokens, or --gradient_checkpointing, {go_on}")
     except KeyboardInterrupt:
         print(f"interrupted; {go_on}" if (out / "config.json").exists() else "interrupted", file=sys.stderr)
         sys.exit(130)
