@@ -413,7 +413,7 @@ def main(config: Config) -> dict:
     label_accuracy = precision(offline)
 
     def answer(t: int) -> list[str]:
-        samples = sample(policy, tokenizer, asked, 1, eos_ids, 900 + t, config, f"iteration {t}: answer")
+        samples = sample(policy, tokenizer, asked, 1, eos_ids, 900 + t, config, f"iteration {max(t, 0)}: answer")
         return [data.decode(tokenizer, y, eos_ids) for [(y, _)] in samples]
 
     def evaluate(t: int) -> tuple[dict, list[str]]:
@@ -434,11 +434,10 @@ def main(config: Config) -> dict:
             result |= {"data/label_accuracy": label_accuracy, **state.get("precisions", {})}
         return result, answers
 
-    steps = math.ceil(len(offline) / config.per_device_train_batch_size) * config.epochs_per_iteration
     fingerprint = f"{len(offline)} + {len(held)} pairs, CRC {zlib.crc32(repr((offline, held)).encode()):08x}"
     if not state:  # Iteration 0. The reference's log-probs are computed once, by the policy, which it still is.
         preflight(policy, offline, config)
-    run.begin(out, asdict(config), fingerprint, policy, within=steps > config.save_steps)
+    run.begin(out, asdict(config), fingerprint, policy)
     if not state:
         once = partial(run.once, out, 0)
         desc = "reference: score"

@@ -216,7 +216,9 @@ def resident(what: str) -> int:
     return 1024 * int(Path("/proc/self/status").read_text().split(what)[1].split()[0])
 
 
-def growth(shape: str, side: str, pairs_: int, vocabulary: int | None = None, response: int = RESPONSE) -> dict:
+def growth(
+    shape: str, side: str, pairs_: int, vocabulary: int | None = None, response: int = RESPONSE, trick: str = "ours"
+) -> dict:
     """Bytes by which memory peaks above model and pairs, and seconds, of training on all the pairs. A process's own."""
     transformers.logging.set_verbosity_error()
     fit(shape)
@@ -227,6 +229,7 @@ def growth(shape: str, side: str, pairs_: int, vocabulary: int | None = None, re
     with compact_head(side == "fair"):
         if side == "ours":
             ours = Ours(model, pairs, settings())
+            context = without(ours)[trick]
         else:
             trainer = trl_trainer(model, pairs, steps, **(FAIR if side == "fair" else SHIPPED))
         gc.collect()
@@ -236,7 +239,8 @@ def growth(shape: str, side: str, pairs_: int, vocabulary: int | None = None, re
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         began = clock()
         for _ in range(steps if side == "ours" else 0):
-            ours.step()
+            with context():
+                ours.step()
         if side != "ours":
             trainer.train()
         seconds = clock() - began
@@ -467,15 +471,13 @@ def one_part(tensor, parts: int, *args, real=torch.Tensor.chunk):
     return real(tensor, 1 if parts == 4 else parts, *args)
 
 
-def ablation_part(shape: str, repeats: int) -> list[tuple]:
-    """Every trick removed in turn: how much longer the step or the sampling takes."""
-    model, config = made_model(shape), settings()
-    pairs = made_pairs(PAIRS, model.config.vocab_size)
-    ours = Ours(model, pairs, config)
-    patch = mock.patch.object
-    group = ours.optimizer.param_groups[0]
-    removed = {
-        "with a padding mask": lambda: with_mask(model),
+def without(ours: Ours) -> dict:
+    """The tricks of a train step: what it is like without each, and a context in which it is."""
+    patch, group = mock.patch.object, ours.optimizer.param_groups[0]
+    return {
+        "ours": contextlib.nullcontext,
+        "with a padding mask": lambda: with_mask(ours.model),
+        "a step in one micro-batch": lambda: patch(ours, "config", replace(ours.config, max_tokens=2**30)),
         "a micro-batch in one pass": lambda: patch(train, "token_batches", one_pass),
         "pairs and rows as they come, not sorted by length": lambda: patch(train, "token_batches", in_order),
         "the head's logits kept, not recomputed": lambda: patch(logprobs, "checkpoint", lambda f, *args, **_: f(*args)),
@@ -485,40 +487,41 @@ def ablation_part(shape: str, repeats: int) -> list[tuple]:
         "mask, full logits, log_softmax": lambda: patch(train, "sequence_logprobs", naive),
     }  # fmt: skip
 
-    def without(context):
-        def step():
-            with context():
-                ours.step()
-        return step
 
-    sides = {"ours": ours.step, **{name: without(context) for name, context in removed.items()}}
+def ablation_part(shape: str, repeats: int) -> list[tuple]:
+    """Every trick removed in turn: the time of the step or the sampling, and how far the step's memory grows."""
+    model, config = made_model(shape), settings()
+    pairs = made_pairs(PAIRS, model.config.vocab_size)
+    ours = Ours(model, pairs, config)
+
+    def step(context) -> None:
+        with context():
+            ours.step()
+
+    sides = {name: partial(step, context) for name, context in without(ours).items()}
     sides["the reference scored in every step"] = lambda: (train.pair_logps(model, pairs, config, None), ours.step())
     seconds = turns(sides, repeats, "training without each trick")
-    rows = ratios("training", seconds)
+    grew = {name: in_a_process_of_its_own(growth, shape, "ours", 2 * PAIRS, None, RESPONSE, name)["bytes"]
+            for name in tqdm(without(ours), "memory without each trick", leave=False)}  # fmt: skip
+    rows = ratios("training", seconds, {name: bytes_ / grew["ours"] for name, bytes_ in grew.items()})
     prompts = [x for x, _, _ in made_pairs(32 if DEVICE == "cpu" else 512, model.config.vocab_size)]
 
-    def multinomial(cdf, u):  # what `generate` uses
-        return torch.multinomial(torch.diff(cdf, prepend=torch.zeros_like(cdf[:, :1])).clamp(min=0), 1)
-
-    def drawn() -> None:
-        with patch(torch, "searchsorted", multinomial):
-            sample_ours(model, prompts)
-
-    def stays() -> None:
-        with patch(bootstrap, "STRIDE", 2 * RESPONSE):
+    def sample(**patched) -> None:
+        with mock.patch.multiple(bootstrap, **patched) if patched else contextlib.nullcontext():
             sample_ours(model, prompts)
 
     seconds = turns({
-        "ours": lambda: sample_ours(model, prompts),
+        "ours": sample,
         "a prompt read for each of its samples": lambda: sample_ours(model, [x for x in prompts for _ in range(N)], 1),
-        "what has ended stays in the batch": stays, "drawn by torch.multinomial": drawn,
+        "what has ended stays in the batch": partial(sample, STRIDE=2 * RESPONSE),
+        "drawn by torch.multinomial": partial(sample, draw=partial(torch.multinomial, num_samples=1)),
         "a quarter of the batch": lambda: sample_ours(model, prompts, max_tokens=bootstrap.CACHE_TOKENS[DEVICE] // 4),
     }, max(1, repeats // 2), "sampling without each trick")  # fmt: skip
-    return rows + ratios("sampling", seconds)
+    return rows + ratios("sampling", seconds, {})
 
 
-def ratios(what: str, seconds: dict[str, list[float]]) -> list[tuple]:
-    return [(f"{what}: {name}", None, None, median([b / a for a, b in zip(seconds["ours"], s)]))
+def ratios(what: str, seconds: dict[str, list[float]], grew: dict[str, float]) -> list[tuple]:
+    return [(f"{what}: {name}", None, grew.get(name), median([b / a for a, b in zip(seconds["ours"], s)]))
             for name, s in seconds.items() if name != "ours"]  # fmt: skip
 
 
@@ -532,8 +535,8 @@ def table(results: dict) -> str:
     lines = []
     for part, rows in results["parts"].items():
         if part == "ablation":
-            lines += ["", "| without the trick | time, ours 1 |", "|---|--:|"]
-            lines += [f"| {name} | {cell(ratio)} |" for name, _, _, ratio in rows]
+            lines += ["", "| without the trick | time, ours 1 | peak memory growth, ours 1 |", "|---|--:|--:|"]
+            lines += [f"| {name} | {cell(ratio)} | {cell(grew)} |" for name, _, grew, ratio in rows]
         else:
             lines += ["", "| measured | ours | other | ratio |", "|---|--:|--:|--:|"]
             lines += [f"| {name} | {cell(ours)} | {cell(other)} | {cell(ratio)} |" for name, ours, other, ratio in rows]

@@ -51,28 +51,21 @@ def sample_responses(
     samples: list[list[tuple[TokenIds, bool]]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     longest = max(map(len, prompts), default=0) + max_new_tokens
-    size = max(1, (max_tokens or CACHE_TOKENS[model.device.type]) // (n * longest))  # prompts of a batch
+    size = max(1, (max_tokens or CACHE_TOKENS.get(model.device.type, 2**15)) // (n * longest))  # prompts of a batch
 
-    def draw(_, logits: torch.Tensor) -> torch.Tensor:
-        """One token a row, by the inverse of its distribution function; `generate` then has nothing else to choose.
-
-        torch.multinomial, which it would use, draws a random number for every word of the vocabulary.
-        """
+    def pick(_, logits: torch.Tensor) -> torch.Tensor:  # the one of each row that `generate` may choose
         p, words = (logits.float() / temperature).softmax(-1), None  # (B, V)
         if top_p < 1:  # the fewest words that hold top_p of the probability
             p, words = p.sort(-1, descending=True)
             p = p * (p.cumsum(-1) - p < top_p)
-        cdf = p.cumsum(-1)
-        u = cdf[:, -1:] * (1 - torch.rand(len(p), 1, device=p.device))  # in (0, 1] of it: no word of probability 0
-        token = torch.searchsorted(cdf, u)  # (B, 1)
-        token = token if words is None else words.gather(1, token)
-        return torch.full_like(logits, -torch.inf).scatter_(1, token, 0.0)
+        drawn = draw(p) if words is None else words.gather(1, draw(p))  # (B, 1)
+        return torch.full_like(logits, -torch.inf).scatter_(1, drawn, 0.0)
 
     try:
         with torch.random.fork_rng(), tqdm(total=len(prompts), desc=desc, unit="prompt", disable=desc is None) as bar:
             torch.manual_seed(seed)
             for batch in (order[start : start + size] for start in range(0, len(order), size)):
-                written = continue_all(model, [prompts[i] for i in batch], n, max_new_tokens, ends, pad_token_id, draw)
+                written = continue_all(model, [prompts[i] for i in batch], n, max_new_tokens, ends, pad_token_id, pick)
                 for row, tokens in enumerate(written):
                     samples[batch[row // n]].append((tokens, tokens[-1] in ends))
                 bar.update(len(batch))
@@ -82,8 +75,21 @@ def sample_responses(
     return samples
 
 
+def draw(p: torch.Tensor) -> torch.Tensor:
+    """One word a row, as likely as p (B, V) says: (B, 1), by the inverse of its distribution function.
+
+    torch.multinomial draws a random number for every word of the vocabulary; this, one a row. In float64: in float32
+    a sum of 100,000 words loses the improbable ones. Raises FloatingPointError where p is not numbers.
+    """
+    cdf = p.cumsum(-1, dtype=torch.float64)  # (B, V)
+    if not cdf[:, -1].isfinite().all():
+        raise FloatingPointError("sampling: the model's probabilities are not finite numbers")
+    u = 1 - torch.rand(len(p), 1, dtype=torch.float64, device=p.device)  # in (0, 1]: no word of probability 0
+    return torch.searchsorted(cdf, cdf[:, -1:] * u)
+
+
 @torch.no_grad()
-def continue_all(model, prompts: list[TokenIds], n: int, max_new_tokens: int, ends, pad: int, draw) -> list[TokenIds]:
+def continue_all(model, prompts: list[TokenIds], n: int, max_new_tokens: int, ends, pad: int, pick) -> list[TokenIds]:
     """n continuations of each of b prompts, side by side: (b·n) lists, each up to its end of sequence.
 
     A prompt is read once for all its n continuations, and those that have ended leave the batch, every STRIDE tokens.
@@ -104,7 +110,7 @@ def continue_all(model, prompts: list[TokenIds], n: int, max_new_tokens: int, en
     for start in range(0, max_new_tokens, STRIDE):
         stride = min(STRIDE, max_new_tokens - start)
         output = model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=stride, logits_processor=[draw]
+            input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=stride, logits_processor=[pick]
         )
         ids, cache = output.sequences, output.past_key_values  # (B, P) -> (B, P + stride)
         for row, tokens in zip(rows, ids[:, mask.shape[1] :].tolist()):

@@ -48,9 +48,11 @@ def sequence_logprobs(model, prompts: Sequence[TokenIds], responses: Sequence[To
     body = model.get_decoder() or model.base_model  # transformers 4.56 finds no decoder in most models
     output = body(input_ids=inputs.to(device), use_cache=False, return_dict=True)
     hidden = output.last_hidden_state.flatten(0, 1).index_select(0, positions)  # (B, T, H) -> (B·T, H) -> (R, H)
+    kind = type(output)
+    del output  # (B, T, H) need not wait for backward
 
     def token_logps(h: Tensor, y: Tensor) -> Tensor:  # (r, H), (r,) -> (r,)
-        with patch.object(body, "forward", lambda *args, **kwargs: type(output)(last_hidden_state=h[None])):
+        with patch.object(body, "forward", lambda *args, **kwargs: kind(last_hidden_state=h[None])):
             logits = model(input_ids=y[None], use_cache=False, return_dict=True).logits[0]  # (r, V)
         quarters = zip(logits.chunk(4), y.chunk(4))  # float32 copies of a quarter: small enough to be used again
         return -torch.cat([F.cross_entropy(part.float(), ids, reduction="none") for part, ids in quarters])

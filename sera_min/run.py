@@ -43,7 +43,7 @@ COLUMNS = {  # of the table: heading -> where it comes from, and what it is
     "words": ("gold/length", "mean length of those samples"),
     "accuracy": ("eval_rewards/accuracies", "share of held-out pairs with a positive implicit reward margin, ties ½"),
     "margin": ("eval_rewards/margins", "β times their mean implicit reward margin"),
-    "seconds": ("seconds", "review, training and evaluation"),
+    "seconds": ("seconds", "review, training and evaluation, since the last resume"),
 }
 
 
@@ -77,7 +77,7 @@ def existing(path: Path) -> Path:
 
 
 def check(out: Path, config: dict[str, Any], resume: bool) -> None:
-    """`out` is free for a run of this configuration, or holds one begun with it. Writes nothing; raises InputError."""
+    """`out` is free for a run of this configuration, or holds one begun with it. Raises InputError."""
     there = existing(out)
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"--output_dir {out}: {there} is no folder that can be written to")
@@ -93,20 +93,21 @@ def check(out: Path, config: dict[str, Any], resume: bool) -> None:
         if config.get(name) != before.get(name):
             raise InputError(f"{out} was begun with {name} = {before.get(name)!r}, not {config.get(name)!r}")
     if (out / "policy").exists():
+        tidy(out)
         raise InputError(f"{out}: this run has ended, its policy is in {out / 'policy'}")
 
 
-def begin(out: Path, config: dict[str, Any], data: str, policy: Any, within: bool) -> None:
+def begin(out: Path, config: dict[str, Any], data: str, policy: Any) -> None:
     """Claim `out`, where there is room: from here on it holds a run on this data. Raises InputError.
 
-    At once there are at most the reference, the last policy, this one and the next, and where checkpoints are taken
-    `within` an iteration two optimizers, twice a policy each.
+    At once there are at most the reference, the last policy, and two checkpoints within an iteration, each with its
+    optimizer, twice a policy.
     """
     if (out / "config.json").exists():
         if (before := json.loads((out / "config.json").read_text()).get("data")) != data:
             raise InputError(f"{out} was begun with other pairs: {before}, not {data}")
         return
-    needed = (8 if within else 4) * sum(p.nbytes for p in policy.parameters())
+    needed = 8 * sum(p.nbytes for p in policy.parameters())
     if (free := shutil.disk_usage(existing(out)).free) < needed:
         raise InputError(f"--output_dir {out}: {free / 1e9:.1f} GB free, and checkpoints take {needed / 1e9:.1f}")
     shutil.rmtree(out / "state", ignore_errors=True)  # of a run whose config.json was taken away
@@ -256,6 +257,12 @@ def format_cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
+def tidy(out: Path) -> None:
+    """Once there is a policy/, nothing is left to resume."""
+    (out / "policy" / "state.pt").unlink(missing_ok=True)
+    shutil.rmtree(out / "state", ignore_errors=True)
+
+
 def finish(out: Path, t: int, rows: list[dict[str, Any]], answers: Iterable[tuple[str, str, str]]) -> None:
     """Write report.md, print the table and the answers; the last checkpoint becomes policy/, and state/ goes."""
     shown = table(rows)
@@ -265,7 +272,6 @@ def finish(out: Path, t: int, rows: list[dict[str, Any]], answers: Iterable[tupl
     print("\n" + "\n".join(report[2:]))
     replace(out / "report.md", "\n".join(report))
     (out / "state" / f"{t:03d}-done").rename(out / "policy")
-    (out / "policy" / "state.pt").unlink()
-    shutil.rmtree(out / "state")
+    tidy(out)
     print("Seconds:", ", ".join(f"{seconds:.0f} {phase}" for phase, seconds in SECONDS.most_common()))
     print(f"The policy is in {out / 'policy'}, the rest of the run in {out}.")

@@ -67,6 +67,19 @@ def test_a_sample_ends_at_its_first_end_or_not_at_all():
     assert {ended for row in rows for _, ended in row} == {True, False}
 
 
+def test_a_draw_is_as_likely_as_it_says_and_only_of_numbers():
+    """Words of probability 0 never, at either end of the row; and no NaN becomes a word."""
+    torch.manual_seed(0)
+    p = torch.tensor([0.0, 0.1, 0.0, 0.6, 0.3, 0.0])
+    share = torch.bincount(bootstrap.draw(p.expand(20_000, 6))[:, 0], minlength=6) / 20_000
+    assert not share[p == 0].any() and (share - p).abs().max() < 0.02
+    model = tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    with pytest.raises(FloatingPointError, match="probabilities are not finite"):
+        sample(model, [[5, 6]])
+
+
 def test_pad_may_be_the_end():
     rows = sample(tiny_model(), [[5, 6], [8]], n=32, pad_token_id=1, temperature=5.0)
     assert all(y.count(1) == ended for row in rows for y, ended in row)

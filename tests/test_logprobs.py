@@ -44,9 +44,9 @@ def test_logprobs_and_gradients_are_the_float64_loop_s(family):
         if q.grad is None:
             assert p.grad is None or not p.grad.any(), name
             continue
-        # opt's k_proj.bias shifts every attention score of a row alike: its gradient is 0, and so is the yardstick
-        error = (p.grad.double() - q.grad).norm() / (q.grad.norm() + 1e-3 * whole)
-        assert error < 1e-5, f"{name}: {error}"
+        # opt's k_proj.bias shifts every attention score of a row alike: its gradient is 0, but for float32's rounding
+        error, allowed = (p.grad.double() - q.grad).norm(), 1e-5 * q.grad.norm() + torch.finfo(torch.float32).eps * whole
+        assert error < allowed, f"{name}: {error} > {allowed}"
 
 
 @pytest.mark.parametrize("family", ["gemma2", "cohere", "granite"])
