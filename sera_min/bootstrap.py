@@ -98,21 +98,21 @@ def continue_all(model, prompts: list[TokenIds], n: int, max_new_tokens: int, en
     # Left padding, so that all rows go on from the same column; masked, hence without effect.
     ids = torch.tensor([[pad] * (width - len(x)) + x for x in prompts], device=model.device)  # (b, P)
     mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts], device=model.device)  # (b, P)
-    cache = None
+    cache = {}
     if width > 1:  # all but the last token, which `generate` reads
         read = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
         body = model.get_decoder() or model.base_model
-        cache = body(**{name: value[:, :-1] for name, value in read.items()}, use_cache=True).past_key_values
-        cache.batch_repeat_interleave(n)
+        cache = cache_of(body(**{name: value[:, :-1] for name, value in read.items()}, use_cache=True))
+        for keys_and_values in cache.values():
+            keys_and_values.batch_repeat_interleave(n)
     ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)  # (b·n, P)
     written: list[TokenIds] = [[] for _ in ids]
     rows = list(range(len(ids)))  # of those that go on, B of them
     for start in range(0, max_new_tokens, STRIDE):
         stride = min(STRIDE, max_new_tokens - start)
-        output = model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=stride, logits_processor=[pick]
-        )
-        ids, cache = output.sequences, output.past_key_values  # (B, P) -> (B, P + stride)
+        read = {"input_ids": ids, "attention_mask": mask, **cache}
+        output = model.generate(**read, max_new_tokens=stride, logits_processor=[pick])
+        ids, cache = output.sequences, cache_of(output)  # (B, P) -> (B, P + stride)
         for row, tokens in zip(rows, ids[:, mask.shape[1] :].tolist()):
             end = next((j + 1 for j, token in enumerate(tokens) if token in ends), None)
             written[row] += tokens[:end]
@@ -121,8 +121,15 @@ def continue_all(model, prompts: list[TokenIds], n: int, max_new_tokens: int, en
             break
         rows, ids = [rows[k] for k in alive], ids[alive]
         mask = torch.cat([mask[alive], mask.new_ones(len(alive), ids.shape[1] - mask.shape[1])], 1)
-        cache.batch_select_indices(torch.tensor(alive, device=model.device))
+        for keys_and_values in cache.values():
+            keys_and_values.batch_select_indices(torch.tensor(alive, device=model.device))
     return written
+
+
+def cache_of(output) -> dict:
+    """The key-value cache, by the name that this version of transformers gives it."""
+    name = "cache" if "cache" in output else "past_key_values"
+    return {name: output[name]}
 
 
 def best_worst_pairs(
