@@ -232,11 +232,7 @@ def growth(
             context = without(ours)[trick]
         else:
             trainer = trl_trainer(model, pairs, steps, **(FAIR if side == "fair" else SHIPPED))
-        gc.collect()
-        if DEVICE == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        start_of_peak()
         began = clock()
         for _ in range(steps if side == "ours" else 0):
             with context():
@@ -244,8 +240,21 @@ def growth(
         if side != "ours":
             trainer.train()
         seconds = clock() - began
-    peak = torch.cuda.max_memory_allocated() if DEVICE == "cuda" else resident("VmHWM:")
-    return {"bytes": peak - before, "seconds": seconds}
+    return {"bytes": peak() - before, "seconds": seconds}
+
+
+def start_of_peak() -> int:
+    """Bytes in use; the peak is counted from here."""
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident("VmRSS:")
+
+
+def peak() -> int:
+    return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else resident("VmHWM:")
 
 
 def in_a_process_of_its_own(function, *args):
@@ -434,6 +443,36 @@ def growth_part(shape: str) -> list[tuple]:
     return rows
 
 
+def saving(shape: str, save_steps: int) -> dict:
+    """Seconds of 101 steps of 4 pairs, those of them spent in checkpoints, and how far memory grows. A process's own."""
+    model = made_model(shape)
+    pairs = made_pairs(404, model.config.vocab_size)
+    config = settings(per_device_train_batch_size=4, save_steps=save_steps)
+    seconds, before = [0.0], start_of_peak()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "state").mkdir()
+
+        def save(**state) -> None:
+            began = clock()
+            run.save_checkpoint(Path(folder), 1, model, made_tokenizer(2), {}, **state)
+            seconds[0] += clock() - began
+
+        began = clock()
+        resume = {"step": None, "optimizer": None}
+        train.train_on(model, pairs, torch.zeros(404, 2), 1, resume, config, lambda **_: None, save)
+    return {"seconds": clock() - began, "saving": seconds[0], "bytes": peak() - before}
+
+
+def checkpoint_part(shape: str) -> list[tuple]:
+    often, never = (in_a_process_of_its_own(saving, shape, save_steps) for save_steps in (50, 10**9))
+    mib = [got["bytes"] / 2**20 for got in (often, never)]
+    name = "101 steps of 4 pairs, checkpoints every 50 steps"
+    return [
+        (f"{name}: share of the time", often["saving"] / often["seconds"], None, None),
+        (f"{name}, beside none: peak memory growth, MiB", *mib, mib[0] / mib[1]),
+    ]
+
+
 def naive(model, prompts, responses):
     """log π(y|x) as it is first written: padding mask, (B, T, V) logits, log_softmax, gather."""
     rows = [x + y for x, y in zip(prompts, responses)]
@@ -546,7 +585,8 @@ def table(results: dict) -> str:
 PARTS = {
     "train": lambda a: train_part(a.shape, a.steps), "score": lambda a: score_part(a.shape, 5),
     "sample": lambda a: sample_part(a.shape, 3), "iteration": lambda a: iteration_part(a.shape),
-    "growth": lambda a: growth_part(a.shape), "ablation": lambda a: ablation_part(a.shape, 5),
+    "growth": lambda a: growth_part(a.shape), "checkpoints": lambda a: checkpoint_part(a.shape),
+    "ablation": lambda a: ablation_part(a.shape, 5),
 }  # fmt: skip
 
 

@@ -164,7 +164,7 @@ def load(path: str | Path, device: str) -> tuple[Any, Any]:
             if "drop" in name and isinstance(value, float):
                 setattr(settings, name, 0.0)
         options: dict[str, Any] = {"config": settings, "dtype": torch.float32, "use_safetensors": True}
-        policy: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+        policy: Any = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{path}: {' '.join(str(error).split())[:300]}") from None
     if tokenizer.eos_token_id is None:

@@ -184,6 +184,33 @@ def test_files_that_are_none(tmp_path, name, content, message):
     assert "\n" not in str(error.value) and name in str(error.value)
 
 
+rows_of_a_file = st.lists(
+    st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "instruction", "input"]), json_values) | json_values,
+    max_size=3,
+)
+jsonl = rows_of_a_file.map(lambda rows: "\n".join(map(json.dumps, rows)).encode())
+deep = st.integers(50, 3000).map(lambda n: b'{"prompt": ' + b"[" * n + b"]" * n + b', "chosen": "b", "rejected": "c"}')
+long = st.integers(1, 300_000).map(lambda n: json.dumps({"prompt": "a" * n, "chosen": "b" * n, "rejected": "c"}).encode())
+raw = st.text(max_size=30).map(lambda text: json.dumps({"prompt": text, "chosen": text + "b", "rejected": "c"}, ensure_ascii=False))
+halved = st.tuples(jsonl, st.floats(0, 1)).map(lambda both: both[0][: int(both[1] * len(both[0]))])
+
+
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.one_of(jsonl, deep, long, halved, st.binary(max_size=60), raw.map(lambda text: text.encode("utf-8", "replace"))),
+       st.sampled_from(["json", "jsonl", "parquet"]))  # fmt: skip
+def test_any_file_is_pairs_counted_drops_or_our_error(tmp_path_factory, content, suffix):
+    """Any bytes under a data set's name: every row a pair or a counted drop, or one line that names the file."""
+    file = tmp_path_factory.mktemp("any") / f"d.{suffix}"
+    file.write_bytes(content)
+    try:
+        rows = read_rows(str(file), "train")
+        pairs, counts = encode(rows, FAST, name=str(file), eos_ids=[1], max_length=64, max_prompt_length=32)
+    except InputError as error:
+        assert str(file) in str(error) and "\n" not in str(error)
+    else:
+        assert len(pairs) + sum(n for what, n in counts.items() if what.startswith("dropped")) == counts["read"] == len(rows)
+
+
 def test_no_prompt_is_on_both_sides():
     pairs = [([i % 10], [i], [i + 1]) for i in range(50)]
     train, held = split_by_prompt(pairs, 0.3, seed=0)

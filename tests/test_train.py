@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -360,9 +361,12 @@ WRONG = [
     (["--model_name_or_path", "NO-EOS", "--dataset_name", "DATA"], "its tokenizer has no EOS token"),
     (["--model_name_or_path", "NARROW", "--dataset_name", "DATA"], "its tokenizer has 379 ids, the model embeds 300"),
     (["--model_name_or_path", "PICKLED", "--dataset_name", "DATA"], "PICKLED: "),
+    (["--model_name_or_path", "REMOTE", "--dataset_name", "DATA", *SHORT], "REMOTE: "),
+    (["--model_name_or_path", "HALF-REMOTE", "--dataset_name", "DATA", *SHORT], "HALF-REMOTE: "),
     (["--model_name_or_path", "MODEL", "--dataset_name", "ALIKE", *SHORT], "no pair is left to train on"),
     (["--model_name_or_path", "MODEL", "--dataset_name", "BAD", *SHORT], "row 1: 'rejected' is missing"),
     (["--output_dir", "TAKEN"], "already holds a run"),
+    (["--output_dir", "DATA.jsonl/out"], "DATA.jsonl is no folder that can be written to"),
     (["--resume_from_checkpoint", "nowhere"], "nowhere: no run has begun there"),
 ]
 
@@ -371,7 +375,7 @@ WRONG = [
 def wrong_things(model_dir, tmp_path_factory):
     """A folder of everything that WRONG names, to be the working directory."""
     here = tmp_path_factory.mktemp("wrong")
-    for name, vocab in {"MODEL": 400, "NO-EOS": 400, "NARROW": 300, "PICKLED": 400}.items():
+    for name, vocab in {"MODEL": 400, "NO-EOS": 400, "NARROW": 300, "PICKLED": 400, "REMOTE": 400, "HALF-REMOTE": 400}.items():
         tokenizer = bpe_tokenizer()
         tokenizer.save_pretrained(here / name)
         tiny_model(vocab_size=vocab).save_pretrained(here / name)
@@ -379,6 +383,10 @@ def wrong_things(model_dir, tmp_path_factory):
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "eos_token": None}))
     torch.save(load_file(here / "PICKLED/model.safetensors"), here / "PICKLED/pytorch_model.bin")
     (here / "PICKLED/model.safetensors").unlink()
+    for name, kind in {"REMOTE": "strange", "HALF-REMOTE": "llama4_vision_model"}.items():  # known, but no language model
+        remote = {"model_type": kind, "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
+        (here / name / "config.json").write_text(json.dumps(remote))
+        (here / name / "code.py").write_text("open('it-has-run', 'w')\nclass C: pass\nclass M: pass\n")
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
     for name, rows in {"DATA": [row], "ALIKE": [{**row, "rejected": "b"}], "BAD": [row, {"prompt": "a", "chosen": "b"}]}.items():
         (here / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -407,6 +415,27 @@ def test_as_a_command():
     assert (wrong.returncode, wrong.stdout, wrong.stderr) == (1, "", "error: --keep is 7.0: expected between 0 and 1\n")
     shown = command("--help").stdout
     assert all(f"--{f.name}" in shown for f in fields(Config)) and "arXiv:2410.09362" in shown
+
+
+def test_killed_at_random_moments_it_ends_alike():
+    """experiments/kills.py in short: SIGKILL, resume, and the same bytes; the whole script takes 50 runs."""
+    done = subprocess.run([sys.executable, ROOT / "experiments/kills.py", "--runs", "3"], capture_output=True, text=True)
+    assert done.returncode == 0 and re.match(r"3 runs, \d+ kills, 3 identical ends", done.stdout), done.stderr[-3000:]
+
+
+def test_a_file_that_grows_too_large_is_one_line(world, tmp_path):
+    """The kernel refuses, not a mock: what may be written ends at 100 kB, half a checkpoint."""
+    out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            train.command_line(["--max_train_pairs", "48", "--device", "cpu", "--output_dir", str(out)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert re.match(r"error: .*state/000-done cannot be written: .*File too large", stop.value.code)
+    assert "\n" not in stop.value.code and run.latest_checkpoint(out) is None
+    train.command_line(["--max_train_pairs", "48", "--device", "cpu", "--resume_from_checkpoint", str(out)])
+    assert (out / "policy/model.safetensors").exists()
 
 
 def test_every_field_is_read():

@@ -1,0 +1,136 @@
+"""Kill a run at random moments, resume it, and see that it ends as one that was left alone, bit for bit.
+
+    python experiments/kills.py                50 runs, each killed at least once; some minutes
+    python experiments/kills.py --runs 3       what the tests do
+
+A run of three iterations with a checkpoint every second step is killed (SIGKILL) at a random moment, and what is
+resumed may be killed again. After each kill every file is read: only one being written (.tmp, .name) may be in pieces.
+At the end the policy, metrics.jsonl, pairs.jsonl and samples.jsonl are compared with the undisturbed run's, byte by
+byte. Needs fork: Linux or macOS.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+
+WORK = tempfile.TemporaryDirectory()
+os.environ |= {"HF_DATASETS_CACHE": f"{WORK.name}/cache", "TOKENIZERS_PARALLELISM": "false"}
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+import train
+from sera_min import playground
+
+HERE = Path(WORK.name)
+FLAGS = (
+    f"--model_name_or_path {HERE}/model --dataset_name {HERE}/pairs.jsonl --device cpu --max_train_pairs 48 "
+    "--per_device_train_batch_size 6 --save_steps 2 --max_length 48 --max_prompt_length 16 --max_new_tokens 24 "
+    "--learning_rate 1e-3"
+).split()
+
+
+def fork(flags: list[str], log: Path) -> int:
+    """The process id of `python train.py FLAGS`, without the seconds of its imports; what it prints is in `log`."""
+    if pid := os.fork():
+        return pid
+    code: object = 99
+    try:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        train.command_line(flags)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+    if isinstance(code, str):
+        print(code, flush=True)
+    os._exit(code if isinstance(code, int) else 1)
+
+
+def ended(pid: int, seconds: float) -> bool:
+    """Whether it ends by itself, with success, within the time; else it is killed. Another end is an error."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            assert os.waitstatus_to_exitcode(status) == 0, "it failed"
+            return True
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return False
+
+
+def read_all(out: Path) -> None:
+    """Every file that is not just being written can be read to its end."""
+    read = {
+        ".safetensors": load_file, ".pt": lambda file: torch.load(file, weights_only=True),
+        ".json": lambda file: json.loads(file.read_text()),
+        ".jsonl": lambda file: [json.loads(line) for line in file.read_text().splitlines()],
+    }  # fmt: skip
+    for file in out.rglob("*"):
+        if file.suffix in read and not any(part.startswith(".") for part in file.relative_to(out).parts):
+            read[file.suffix](file)
+
+
+def results(out: Path) -> dict[str, bytes]:
+    """What must be alike: all files but those that hold the folder's name, or seconds."""
+    files = {str(file.relative_to(out)): file for file in sorted(out.rglob("*")) if file.is_file()}
+    return {name: b"" if name in ("config.json", "report.md") else file.read_bytes() for name, file in files.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=50, help="runs, each killed at least once")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    model, tokenizer = playground.make_sft_policy(0, "cpu", steps=60)
+    model.save_pretrained(HERE / "model")
+    tokenizer.save_pretrained(HERE / "model")
+    rows = playground.preferences(60, "train", seed=0, label_noise=0.3, length_bias=0)
+    (HERE / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    began = time.monotonic()
+    assert ended(fork([*FLAGS, "--output_dir", f"{HERE}/whole"], HERE / "log"), 600), (HERE / "log").read_text()
+    duration, whole = time.monotonic() - began, results(HERE / "whole")
+    rng, kills, at = random.Random(arguments.seed), 0, []
+    bar = tqdm(total=arguments.runs, desc="runs killed and resumed", unit="run")
+    while bar.n < arguments.runs:
+        out, log, killed = HERE / f"run-{kills}", HERE / f"log-{kills}", False
+        while not (out / "policy").exists():
+            begun = (out / "config.json").exists()
+            flags = [*FLAGS, "--resume_from_checkpoint" if begun else "--output_dir", str(out)]
+            try:
+                if ended(fork(flags, log), rng.uniform(0, duration)):
+                    break
+                read_all(out)
+            except Exception:
+                sys.exit(f"{log.read_text()}\n{traceback.format_exc()}\nin run {bar.n}, kill {kills}")
+            killed, kills = True, kills + 1
+            at.append(max((file.name for file in out.glob("state/[0-9]*")), default="nothing"))
+        if (out / "state").exists():  # killed between its last two acts: the next call says that it has ended
+            os.waitpid(fork([*FLAGS, "--resume_from_checkpoint", str(out)], log), 0)
+        if results(out) != whole:
+            wrong = [name for name in whole.keys() | results(out).keys() if whole.get(name) != results(out).get(name)]
+            sys.exit(f"{log.read_text()}\nrun {bar.n} ends otherwise, in {', '.join(wrong)}")
+        bar.update(killed)
+    bar.close()
+    places = sorted({place.split(".")[0] for place in at})
+    print(f"{arguments.runs} runs, {kills} kills, {arguments.runs} identical ends; killed after {', '.join(places)}")
+
+
+if __name__ == "__main__":
+    main()
