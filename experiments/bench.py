@@ -444,7 +444,7 @@ def growth_part(shape: str) -> list[tuple]:
 
 
 def saving(shape: str, save_steps: int) -> dict:
-    """Seconds of 101 steps of 4 pairs, those of them spent in checkpoints, and how far memory grows. A process's own."""
+    """Seconds of 101 steps of 4 pairs, those spent on checkpoints, and how far memory grows. A process's own."""
     model = made_model(shape)
     pairs = made_pairs(404, model.config.vocab_size)
     config = settings(per_device_train_batch_size=4, save_steps=save_steps)

@@ -36,3 +36,6 @@ def test_the_readme_names_only_what_is_there():
     text = (ROOT / "README.md").read_text()
     for path in re.findall(r"\]\(([\w/.]+)\)", text) + re.findall(r"python ((?:experiments/)?\w+\.py)", text):
         assert (ROOT / path).exists(), path
+    tests = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    named = re.findall(r"`(test_\w+)`", text)
+    assert named and all(f"def {name}(" in tests for name in named)
