@@ -238,6 +238,26 @@ def test_a_killed_run_goes_on_to_the_same_end(world, tmp_path, monkeypatch, mome
         main(small(out, save_steps=2, resume_from_checkpoint=str(out)))
 
 
+def test_a_resume_asks_for_the_same_data_and_flags_but_those_of_memory(model_dir, preferences, tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    out, rows = tmp_path / "out", preferences.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_on", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            main(real(model_dir, preferences, out))
+    again = {"resume_from_checkpoint": str(out)}
+    preferences.write_text(rows.replace("The fox is 7", "The fox is 8"))
+    with pytest.raises(InputError, match="out was begun with other pairs: .* CRC"):
+        main(real(model_dir, preferences, out, **again))
+    preferences.write_text(rows)
+    with pytest.raises(InputError, match="out was begun with seed = 0, not 1"):
+        main(real(model_dir, preferences, out, seed=1, **again))
+    main(real(model_dir, preferences, out, max_tokens=512, gradient_checkpointing=True, save_steps=1, **again))
+    assert (out / "policy").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_and_saves_it(world, tmp_path, monkeypatch, capsys, number):
     """In step 2 of iteration 2: exit status 130, how to go on, and then the end of a run that was left alone."""
