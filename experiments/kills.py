@@ -25,6 +25,7 @@ os.environ |= {"HF_DATASETS_CACHE": f"{WORK.name}/cache", "TOKENIZERS_PARALLELIS
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+import transformers
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -97,6 +98,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
     model, tokenizer = playground.make_sft_policy(0, "cpu", steps=60)
     model.save_pretrained(HERE / "model")
     tokenizer.save_pretrained(HERE / "model")
