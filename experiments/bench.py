@@ -379,7 +379,7 @@ def sample_continuous(model, prompts) -> int:
 
 def sample_part(shape: str, repeats: int) -> list[tuple]:
     model = made_model(shape).eval()
-    prompts = [x for x, _, _ in made_pairs(64 if DEVICE == "cpu" else 512, model.config.vocab_size)]
+    prompts = [x for x, _, _ in made_pairs(32 if DEVICE == "cpu" else 512, model.config.vocab_size)]
     rows, tokens = [], {}
 
     def counted(key, side) -> None:
@@ -584,7 +584,7 @@ def table(results: dict) -> str:
 
 PARTS = {
     "train": lambda a: train_part(a.shape, a.steps), "score": lambda a: score_part(a.shape, 5),
-    "sample": lambda a: sample_part(a.shape, 3), "iteration": lambda a: iteration_part(a.shape),
+    "sample": lambda a: sample_part(a.shape, 2), "iteration": lambda a: iteration_part(a.shape),
     "growth": lambda a: growth_part(a.shape), "checkpoints": lambda a: checkpoint_part(a.shape),
     "ablation": lambda a: ablation_part(a.shape, 5),
 }  # fmt: skip
