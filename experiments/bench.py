@@ -1,7 +1,7 @@
 """How fast, and how lean: sera_min beside TRL's DPOTrainer in one process, and every trick removed in turn.
 
     python experiments/bench.py                        all parts, on the CUDA GPU if there is one, else on the CPU
-    python experiments/bench.py --parts train score    some of them
+    python experiments/bench.py --parts fair score    some of them
     python experiments/bench.py --shape 1.1B           a model of that shape, with random weights
 
 Both sides take their steps in turn, A B A B …, from the same weights, on the same pairs in the same order; at 7B, one
@@ -137,7 +137,7 @@ class Ours:
         self.losses.append(metrics["loss"])
 
 
-def trl_trainer(model, pairs, steps: int, **options):
+def trl_trainer(model, pairs, steps: int, batch: int, **options):
     """TRL's DPOTrainer on token ids, in the pairs' order; `losses` are its optimizer steps'."""
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
     from trl import DPOConfig, DPOTrainer
@@ -156,7 +156,7 @@ def trl_trainer(model, pairs, steps: int, **options):
     rows = Dataset.from_list([{"prompt_ids": x, "chosen_ids": w, "rejected_ids": l} for x, w, l in pairs])
     config = DPOConfig(
         output_dir=tempfile.mkdtemp(), max_steps=steps, learning_rate=LEARNING_RATE, lr_scheduler_type="constant",
-        per_device_train_batch_size=TRL_BATCH, gradient_accumulation_steps=PAIRS // TRL_BATCH,
+        per_device_train_batch_size=batch, gradient_accumulation_steps=PAIRS // batch,
         train_sampling_strategy="sequential", max_length=4096, save_strategy="no", report_to="none",
         use_cpu=DEVICE == "cpu", bf16=DEVICE == "cuda", disable_tqdm=True, **options,
     )  # fmt: skip
@@ -177,7 +177,7 @@ def compact_head(on: bool):
         yield
 
 
-def side_by_side(shape: str, options: dict, warm_up: int, steps: int, desc: str) -> dict:
+def side_by_side(shape: str, options: dict, batch: int, warm_up: int, steps: int, desc: str) -> dict:
     """Ours takes its step in a callback at the beginning of each of TRL's: A B A B …, in one process."""
     model = made_model(shape)
     pairs = made_pairs(4 * PAIRS, model.config.vocab_size)
@@ -196,11 +196,11 @@ def side_by_side(shape: str, options: dict, warm_up: int, steps: int, desc: str)
             bar.update()
 
     with compact_head(options is FAIR):
-        trainer = trl_trainer(model, pairs, warm_up + steps, **options)
+        trainer = trl_trainer(model, pairs, warm_up + steps, batch, **options)
         trainer.add_callback(Turns())
         trainer.train()
     bar.close()
-    micro = torch.stack(trainer.losses).view(warm_up + steps, -1)  # (S, PAIRS / TRL_BATCH)
+    micro = torch.stack(trainer.losses).view(warm_up + steps, -1)  # (S, PAIRS / batch)
     theirs = micro.mean(1)
     difference = (theirs.cpu() - torch.tensor(ours.losses)).abs().max().item()
     starts = [i * PAIRS % len(pairs) for i in range(warm_up + steps)]
@@ -217,21 +217,28 @@ def resident(what: str) -> int:
 
 
 def growth(
-    shape: str, side: str, pairs_: int, vocabulary: int | None = None, response: int = RESPONSE, trick: str = "ours"
+    shape: str,
+    side: str,
+    pairs_: int,
+    vocabulary: int | None = None,
+    response: int = RESPONSE,
+    trick: str = "ours",
+    batch: int | None = None,
 ) -> dict:
     """Bytes by which memory peaks above model and pairs, and seconds, of training on all the pairs. A process's own."""
+    import trl  # noqa: F401  # neither side's memory
+
     transformers.logging.set_verbosity_error()
     fit(shape)
     model = made_model(shape, vocabulary)
     pairs = made_pairs(pairs_, model.config.vocab_size, response)
-    before = torch.cuda.memory_allocated() if DEVICE == "cuda" else resident("VmRSS:")
-    steps = pairs_ // PAIRS
+    before, steps = start_of_peak(), pairs_ // PAIRS
     with compact_head(side == "fair"):
         if side == "ours":
             ours = Ours(model, pairs, settings())
             context = without(ours)[trick]
         else:
-            trainer = trl_trainer(model, pairs, steps, **(FAIR if side == "fair" else SHIPPED))
+            trainer = trl_trainer(model, pairs, steps, batch or TRL_BATCH, **(FAIR if side == "fair" else SHIPPED))
         start_of_peak()
         began = clock()
         for _ in range(steps if side == "ours" else 0):
@@ -283,23 +290,40 @@ def train_apart(shape: str, steps: int) -> list[tuple]:
     ]
 
 
-def train_part(shape: str, steps: int) -> list[tuple]:
+def fair_part(shape: str, steps: int) -> list[tuple]:
+    """Beside TRL at the batch that is fastest for it, of those that make up a step."""
     if shape == "7B":
         return train_apart(shape, steps)
-    rows = []
-    for name, options in {"fair": FAIR, "shipped": SHIPPED}.items():
-        got = side_by_side(shape, options, 5, steps, f"train step beside TRL, {name}")
-        grew = {who: in_a_process_of_its_own(growth, shape, who, 3 * PAIRS)["bytes"] for who in ("ours", name)}
-        rows += [
-            (f"train step, TRL {name}: real tokens/s", got["rate"]["ours"], got["rate"]["TRL"], got["ratio"]),
-            (f"train step, TRL {name}: peak memory growth, MiB", grew["ours"] / 2**20, grew[name] / 2**20,
-             grew["ours"] / grew[name]),
-            (f"train step, TRL {name}: largest difference of a step's loss", got["loss difference"], None, None),
-        ]  # fmt: skip
-        if DEVICE == "cuda" and name == "fair":
-            share = mfu(shape, got["rate"]["ours"])
-            rows.append(("train step: model FLOPs utilisation (of 790 TFLOP/s)", share, None, None))
+    tokens, grew = tokens_of(made_pairs(3 * PAIRS, SHAPES[shape][-1])), {}
+    for batch in tqdm((1, 2, 4, 8), "TRL's batches", leave=False):
+        grew[batch] = in_a_process_of_its_own(growth, shape, "fair", 3 * PAIRS, None, RESPONSE, "ours", batch)
+    best = min(grew, key=lambda batch: grew[batch]["seconds"])
+    rows: list[tuple] = []
+    for batch, got in grew.items():
+        name = f"TRL fair, {batch} a pass, 3 steps with the first"
+        rows += [(f"{name}: real tokens/s", None, tokens / got["seconds"], None),
+                 (f"{name}: peak memory growth, MiB", None, got["bytes"] / 2**20, None)]  # fmt: skip
+    rows += beside(shape, "fair", FAIR, best, steps, grew[best]["bytes"])
+    if DEVICE == "cuda":
+        rows.append(("train step: model FLOPs utilisation (of 790 TFLOP/s)", mfu(shape, rows[-3][1]), None, None))
     return rows
+
+
+def shipped_part(shape: str, steps: int) -> list[tuple]:
+    """Beside TRL as it comes: its own batch, its own checkpointing."""
+    grew = in_a_process_of_its_own(growth, shape, "shipped", 3 * PAIRS)["bytes"]
+    return beside(shape, "shipped", SHIPPED, TRL_BATCH, steps, grew)
+
+
+def beside(shape: str, name: str, options: dict, batch: int, steps: int, theirs: int) -> list[tuple]:
+    got = side_by_side(shape, options, batch, 5, steps, f"train step beside TRL, {name}")
+    ours = in_a_process_of_its_own(growth, shape, "ours", 3 * PAIRS)["bytes"]
+    what = f"train step, TRL {name}, {batch} a pass"
+    return [
+        (f"{what}: real tokens/s", got["rate"]["ours"], got["rate"]["TRL"], got["ratio"]),
+        (f"{what}: peak memory growth, MiB", ours / 2**20, theirs / 2**20, ours / theirs),
+        (f"{what}: largest difference of a step's loss", got["loss difference"], None, None),
+    ]
 
 
 def mfu(shape: str, tokens_per_second: float) -> float:
@@ -379,18 +403,22 @@ def sample_continuous(model, prompts) -> int:
 
 def sample_part(shape: str, repeats: int) -> list[tuple]:
     model = made_model(shape).eval()
+    if DEVICE == "cuda":
+        model.bfloat16()  # for all three: autocast does not reach the thread of generate_batch
     prompts = [x for x, _, _ in made_pairs(32 if DEVICE == "cpu" else 512, model.config.vocab_size)]
-    rows, tokens = [], {}
+    rows: list[tuple] = []
 
     def counted(key, side) -> None:
-        tokens[key] = side(model, prompts)
+        tokens[key].append(side(model, prompts))
 
     for name, other in {"generate, 8 prompts at a time": sample_plain, "generate_batch": sample_continuous}.items():
+        tokens: dict[str, list[int]] = {"ours": [], name: []}
         sides = {"ours": partial(counted, "ours", sample_ours), name: partial(counted, name, other)}
         try:
             seconds = turns(sides, repeats, f"sampling beside {name}")
-            rate = {key: tokens[key] / median(s) for key, s in seconds.items()}
-            rows.append((f"sampling, {name}: new tokens/s", rate["ours"], rate[name], rate["ours"] / rate[name]))
+            rates = {key: [n / s for n, s in zip(tokens[key][1:], some)] for key, some in seconds.items()}
+            ratio = median([a / b for a, b in zip(rates["ours"], rates[name])])
+            rows.append((f"sampling, {name}: new tokens/s", median(rates["ours"]), median(rates[name]), ratio))
         except Exception as error:  # where it does not run, the row says so
             print(f"{name} does not run here: {error!r}"[:300])
             rows.append((f"sampling, {name} (does not run here: {type(error).__name__})", None, None, None))
@@ -466,10 +494,11 @@ def saving(shape: str, save_steps: int) -> dict:
 def checkpoint_part(shape: str) -> list[tuple]:
     often, never = (in_a_process_of_its_own(saving, shape, save_steps) for save_steps in (50, 10**9))
     mib = [got["bytes"] / 2**20 for got in (often, never)]
-    name = "101 steps of 4 pairs, checkpoints every 50 steps"
+    name = "101 steps of 4 pairs"
+    share = often["saving"] / often["seconds"]
     return [
-        (f"{name}: share of the time", often["saving"] / often["seconds"], None, None),
-        (f"{name}, beside none: peak memory growth, MiB", *mib, mib[0] / mib[1]),
+        (f"{name}, beside its 2 checkpoints: seconds, share of the latter", often["seconds"], often["saving"], share),
+        (f"{name} with 2 checkpoints, beside none: peak memory growth, MiB", *mib, mib[0] / mib[1]),
     ]
 
 
@@ -516,7 +545,7 @@ def without(ours: Ours) -> dict:
     return {
         "ours": contextlib.nullcontext,
         "with a padding mask": lambda: with_mask(ours.model),
-        "a step in one micro-batch": lambda: patch(ours, "config", replace(ours.config, max_tokens=2**30)),
+        "a step in one micro-batch and one pass": lambda: patch(ours, "config", replace(ours.config, max_tokens=2**30)),
         "a micro-batch in one pass": lambda: patch(train, "token_batches", one_pass),
         "pairs and rows as they come, not sorted by length": lambda: patch(train, "token_batches", in_order),
         "the head's logits kept, not recomputed": lambda: patch(logprobs, "checkpoint", lambda f, *args, **_: f(*args)),
@@ -564,6 +593,15 @@ def ratios(what: str, seconds: dict[str, list[float]], grew: dict[str, float]) -
             for name, s in seconds.items() if name != "ours"]  # fmt: skip
 
 
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def machines(results: dict) -> str:
+    return "; ".join(dict.fromkeys(results["machines"].values()))
+
+
 def table(results: dict) -> str:
     """Markdown: what was measured, ours, the other's, and ours against it."""
     def cell(value: float | None) -> str:
@@ -583,10 +621,10 @@ def table(results: dict) -> str:
 
 
 PARTS = {
-    "train": lambda a: train_part(a.shape, a.steps), "score": lambda a: score_part(a.shape, 5),
-    "sample": lambda a: sample_part(a.shape, 2), "iteration": lambda a: iteration_part(a.shape),
-    "growth": lambda a: growth_part(a.shape), "checkpoints": lambda a: checkpoint_part(a.shape),
-    "ablation": lambda a: ablation_part(a.shape, 5),
+    "fair": lambda a: fair_part(a.shape, a.steps), "shipped": lambda a: shipped_part(a.shape, a.steps),
+    "score": lambda a: score_part(a.shape, 5), "sample": lambda a: sample_part(a.shape, 2),
+    "iteration": lambda a: iteration_part(a.shape), "growth": lambda a: growth_part(a.shape),
+    "checkpoints": lambda a: checkpoint_part(a.shape), "ablation": lambda a: ablation_part(a.shape, 5),
 }  # fmt: skip
 
 
@@ -601,15 +639,17 @@ def main() -> None:
     fit(arguments.shape)
     file = ROOT / "experiments" / "results" / f"bench-{DEVICE}-{arguments.shape}.json"
     results = json.loads(file.read_text()) if file.exists() else {"parts": {}}
-    cpu = f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
+    cpu = f"{torch.get_num_threads()} CPU threads, {platform.machine()}, {cpu_name()}"
     where = torch.cuda.get_device_name() if DEVICE == "cuda" else cpu
-    results["machine"] = f"{where}, torch {torch.__version__}, transformers {transformers.__version__}"
+    machine = f"{where}, torch {torch.__version__}, transformers {transformers.__version__}"
     for part in arguments.parts:
         results["parts"][part] = PARTS[part](arguments)
+        results["machines"] = {**results.get("machines", {}), part: machine}
+        results["parts"] = {name: results["parts"][name] for name in PARTS if name in results["parts"]}
         file.write_text(json.dumps(results, indent=1) + "\n")
-        file.with_suffix(".md").write_text(f"{results['machine']}\n\n{table(results)}\n")
+        file.with_suffix(".md").write_text(f"{machines(results)}\n\n{table(results)}\n")
         gc.collect()
-    print(f"{results['machine']}\n\n{table(results)}")
+    print(f"{machines(results)}\n\n{table(results)}")
 
 
 if __name__ == "__main__":

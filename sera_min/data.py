@@ -16,12 +16,11 @@ across the border, the response is tokenised apart. A response ends with exactly
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
-from jinja2 import TemplateError
 from tqdm import tqdm
 
 # For tokenizers without a chat template: HH-RLHF's plain form, which a dialogue in that form survives unchanged.
@@ -30,6 +29,8 @@ PLAIN_TEMPLATE = (
     "+ m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
 
+
+COLUMNS = ("prompt", "instruction", "input", "chosen", "rejected")  # all that is read
 
 Pair = tuple[list[int], list[int], list[int]]  # token ids of the prompt x, the chosen y_w and the rejected y_l
 
@@ -48,8 +49,10 @@ def read_rows(name: str, split: str) -> datasets.Dataset:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors come back in ours, on one line
     try:
         if path.is_file():
-            return datasets.load_dataset(builders[path.suffix], data_files={split: str(path)}, split=split)
-        return datasets.load_dataset(name, split=split)
+            rows = datasets.load_dataset(builders[path.suffix], data_files={split: str(path)}, split=split)
+        else:
+            rows = datasets.load_dataset(name, split=split, trust_remote_code=False)
+        return rows.select_columns([column for column in COLUMNS if column in rows.column_names])
     except Exception as error:  # pyarrow, pandas, huggingface_hub and datasets each raise their own
         causes: list[str] = []
         cause: BaseException | None = error
@@ -69,6 +72,8 @@ def _text(value: Any, where: str) -> str:
 
 
 def _messages(value: Any, where: str) -> list[dict[str, str]]:
+    if not value:
+        raise InputError(f"{where} is empty: expected messages")
     for j, message in enumerate(value):
         if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
             raise InputError(f"{where}, message {j}: expected a role (system, user or assistant) and a content")
@@ -133,8 +138,9 @@ def tokenise(
             prompt = tokenizer.apply_chat_template(x, add_generation_prompt=True, tokenize=False)
             answers = [[*x, {"role": "assistant", "content": y}] for y in ys]
             wholes = [tokenizer.apply_chat_template(answer, tokenize=False) for answer in answers]
-        except TemplateError as error:
-            raise InputError(f"{where}: the chat template does not take this dialogue: {error}") from None
+        except Exception as error:  # of jinja, and whatever the template's own code comes to
+            what = " ".join(str(error).split())
+            raise InputError(f"{where}: the chat template does not take this dialogue: {what}") from None
         if not all(whole.startswith(prompt) for whole in wholes):
             raise InputError(f"{where}: the chat template does not begin an answered dialogue with its own prompt")
     prompt_ids, *whole_ids = tokenizer([prompt, *wholes], add_special_tokens=False).input_ids
@@ -153,8 +159,19 @@ def tokenise(
     return [prompt_ids, *responses]
 
 
+def decoded(rows: Sequence[dict[str, Any]] | datasets.Dataset, name: str) -> Iterator[dict[str, Any]]:
+    """The rows one by one; what `datasets` cannot decode, and reads ahead, is an InputError."""
+    each = iter(rows)
+    for i in range(len(rows)):
+        try:
+            yield next(each)
+        except Exception as error:
+            what = " ".join(str(error).split())[:300]
+            raise InputError(f"{name}, row {i} or one after it: cannot be decoded: {what}") from None
+
+
 def encode(
-    rows: Iterable[dict[str, Any]],
+    rows: Sequence[dict[str, Any]] | datasets.Dataset,
     tokenizer: Any,
     *,
     name: str,
@@ -167,15 +184,18 @@ def encode(
     eos_ids: the tokens that end a response, the one to append first. A tokenizer without a chat template is given
     PLAIN_TEMPLATE, and keeps it where it is saved.
     A prompt keeps its last `max_prompt_length` tokens (and its BOS), a response the first max_length − |prompt|.
-    A dialogue or response that spells a special token of the tokenizer is dropped: it would forge a turn or an end.
+    A dialogue or response that spells a special token of the tokenizer, or PLAIN_TEMPLATE's turns where that is used,
+    is dropped: it would forge a turn or an end. Turns that a template marks by plain text are not recognised.
     """
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
-    specials = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    forged = re.compile("|".join(map(re.escape, specials)) or "(?!)")
+    specials = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    specials |= set(tokenizer.convert_ids_to_tokens(eos_ids))
+    turns = ["\n\n(?:Human|Assistant):"] if tokenizer.chat_template == PLAIN_TEMPLATE else []
+    forged = re.compile("|".join([*map(re.escape, sorted(specials)), *turns]))
     counts: Counter = Counter({"read": 0, "kept": 0})
     pairs: list[Pair] = []
-    for i, row in enumerate(tqdm(rows, desc="reading pairs", unit="row", leave=False)):
+    for i, row in enumerate(tqdm(decoded(rows, name), "reading pairs", len(rows), unit="row", leave=False)):
         counts["read"] += 1
         triple = normalise(row, f"{name}, row {i}")
         if triple is None:
@@ -185,6 +205,9 @@ def encode(
         ys = [y.removesuffix(tokenizer.eos_token) for y in ys]
         if any(forged.search(text) for text in [*ys, *(m["content"] for m in x if isinstance(m, dict))]):
             counts["dropped: a text spells a special token"] += 1
+            continue
+        if not all(ys):
+            counts["dropped: no token of the prompt or a response"] += 1
             continue
         prompt, chosen, rejected = tokenise(tokenizer, x, ys, eos_ids, f"{name}, row {i}")
         if len(prompt) > max_prompt_length:

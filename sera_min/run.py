@@ -84,6 +84,9 @@ def check(out: Path, config: dict[str, Any], resume: bool) -> None:
     if not resume:
         if (out / "config.json").exists():
             raise InputError(f"{out} already holds a run: --resume_from_checkpoint {out}, or another --output_dir")
+        for name in ("policy", "state", "metrics.jsonl"):
+            if (out / name).exists():
+                raise InputError(f"{out} already holds a {name}, which a run would write: another --output_dir")
         return
     if not (out / "config.json").is_file():
         raise InputError(f"--resume_from_checkpoint {out}: no run has begun there")
@@ -106,19 +109,19 @@ def begin(out: Path, config: dict[str, Any], data: str, policy: Any) -> None:
     if (out / "config.json").exists():
         if (before := json.loads((out / "config.json").read_text()).get("data")) != data:
             raise InputError(f"{out} was begun with other pairs: {before}, not {data}")
+        for rest in (out / "state").glob(".*"):  # of a write that died
+            shutil.rmtree(rest)
         return
     needed = 8 * sum(p.nbytes for p in policy.parameters())
     if (free := shutil.disk_usage(existing(out)).free) < needed:
         raise InputError(f"--output_dir {out}: {free / 1e9:.1f} GB free, and checkpoints take {needed / 1e9:.1f}")
-    shutil.rmtree(out / "state", ignore_errors=True)  # of a run whose config.json was taken away
-    (out / "metrics.jsonl").unlink(missing_ok=True)
-    (out / "state").mkdir(parents=True)
     replace(out / "config.json", json.dumps({**config, "data": data}, indent=2) + "\n")
 
 
 def once(out: Path, t: int, phase: str, compute: Callable[[], Any]) -> Any:
     """compute(), kept in state/ until iteration t is done: a resumed run does not do it again."""
     file = out / "state" / f"{t:03d}-{phase}.pt"
+    file.parent.mkdir(exist_ok=True)
     if file.exists():
         return torch.load(file, weights_only=True)
     result = compute()
@@ -130,10 +133,12 @@ def once(out: Path, t: int, phase: str, compute: Callable[[], Any]) -> Any:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What fails here is an OSError of one line."""
+    """What fails here is an OSError of one line, and leaves no half a file or folder to fill the disk."""
     try:
         yield
     except Exception as error:  # safetensors and torch each raise their own
+        shutil.rmtree(path.with_name(f".{path.name}"), ignore_errors=True)
+        path.with_suffix(".tmp").unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
 
 
@@ -164,17 +169,21 @@ def load(path: str | Path, device: str) -> tuple[Any, Any]:
             if "drop" in name and isinstance(value, float):
                 setattr(settings, name, 0.0)
         options: dict[str, Any] = {"config": settings, "dtype": torch.float32, "use_safetensors": True}
-        policy: Any = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError) as error:
+        options |= {"trust_remote_code": False, "output_loading_info": True}
+        policy, info = AutoModelForCausalLM.from_pretrained(path, **options)
+    except Exception as error:  # of files that are missing, broken, of another shape, or need another package
         raise InputError(f"{path}: {' '.join(str(error).split())[:300]}") from None
+    if info["missing_keys"]:
+        raise InputError(f"{path}: its weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
     if tokenizer.eos_token_id is None:
         raise InputError(f"{path}: its tokenizer has no EOS token: no response could end")
     size = policy.get_input_embeddings().num_embeddings
     if len(tokenizer) > size:
         raise InputError(f"{path}: its tokenizer has {len(tokenizer)} ids, the model embeds {size}")
-    sampling = policy.generation_config
-    if (sampling.temperature or 1) != 1 or (sampling.top_p or 1) != 1:
-        sampling.do_sample = True  # what they mean, and without it transformers would not save them
+    try:
+        policy.generation_config.validate(strict=True)
+    except ValueError:  # settings of sampling without do_sample, which transformers would not save
+        policy.generation_config.do_sample = True
     return policy.to(device), tokenizer
 
 
@@ -202,15 +211,15 @@ def save_checkpoint(
     """state/<t>-<step>, or state/<t>-done after an iteration: the policy, and what goes on from here.
 
     Kept are the newest, the ends of this iteration and the one before, for the reward ensemble, and the reference's.
-    Raises OSError where it cannot be written: the one before it stays.
+    Raises OSError where it cannot be written, FloatingPointError where the weights are none: the one before it stays.
     """
     metrics = out / "metrics.jsonl"
     written = metrics.stat().st_size if metrics.exists() else 0
     state = {**state, **more, "iteration": t, "step": step, "metrics_bytes": written}
     name = f"{t:03d}-done" if step is None else f"{t:03d}-{step:08d}"
     beside = out / "state" / f".{name}"
-    for rest in (out / "state").glob(".*"):  # of a write that died
-        shutil.rmtree(rest)
+    if not all(p.isfinite().all() for p in policy.parameters()):
+        raise FloatingPointError(f"iteration {t}: weights of the policy are no numbers; the last good checkpoint stays")
     with writing(out / "state" / name):
         policy.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
