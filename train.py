@@ -57,7 +57,7 @@ class Config:
     # data and model
     model_name_or_path: str | None = flag(None, "SFT model, a hub name or folder (None: the playground)")
     dataset_name: str | None = flag(None, "preferences: a hub name, a .json, .jsonl or .parquet file, or a folder")
-    dataset_train_split: str = flag("train", "its split")
+    dataset_train_split: str = flag("train", "the split of dataset_name to train on")
     max_train_pairs: int | None = flag(None, "use the first so many pairs (playground: make so many, 2000)")
     eval_fraction: float = flag(0.05, "share of the prompts held out for evaluation (the playground has its own)")
     max_length: int | None = flag(None, "tokens of prompt and response: a longer response loses its end (None: 1024)")
@@ -66,22 +66,22 @@ class Config:
     length_bias: float = flag(0.0, "playground: share of pairs whose longer response is preferred, whatever it says")
     # the method
     iterations: int = flag(3, "T: the first trains on all pairs, each later one reviews them")
-    keep: float = flag(0.7, "K as a share of the pairs: those that selection keeps")
-    bootstrap: float = flag(0.3, "K̃ as a share of the pairs: those the policy writes and ranks itself")
+    keep: float = flag(0.7, "share of the given pairs that selection keeps (K)")
+    bootstrap: float = flag(0.3, "pairs that the policy writes and ranks itself, as a share of those given (K̃)")
     samples_per_prompt: int = flag(4, "N: samples of which the best and the worst become a pair")
     ensemble_gamma: float = flag(0.5, "γ: the weight of the older policy's reward")
     select: str = flag("margin", "what K and K̃ are chosen by: margin, or random (the control)")
-    temperature: float = flag(1.0, "of sampling")
-    top_p: float = flag(1.0, "of sampling")
+    temperature: float = flag(1.0, "samples are drawn at this temperature")
+    top_p: float = flag(1.0, "samples are drawn from the likeliest words that together have this probability")
     max_new_tokens: int | None = flag(None, "longest sample (None: max_length - max_prompt_length; playground: 32)")
     # training
     loss_type: str = flag("dpo", "function of the margin: dpo, ipo, slic or simpo")
     beta: float | None = flag(None, f"β of the loss (None: {OWN_BETA}; playground: {playground.BETA})")
     label_smoothing: float = flag(0.0, "ε of dpo: the share of labels that the loss takes to be flipped")
-    learning_rate: float | None = flag(None, f"at its peak (None: 1e-6; playground: {playground.LEARNING_RATE:g})")
+    learning_rate: float | None = flag(None, f"AdamW's, at its peak (None: 1e-6; playground: {playground.LEARNING_RATE:g})")
     epochs_per_iteration: int = flag(1, "passes over an iteration's pairs")
     per_device_train_batch_size: int = flag(32, "pairs per optimizer step")
-    max_tokens: int = flag(16384, "tokens per forward pass, padding included: lower it if memory runs out")
+    max_tokens: int = flag(16384, "tokens, padding included, whose activations are held at a time: lower it if memory runs out")
     gradient_checkpointing: bool = flag(False, "recompute activations in backward: less memory, a third more time")
     # the run
     output_dir: str = flag("runs/sera", "where all of it goes")
@@ -93,7 +93,9 @@ class Config:
 
 EXPECTED = [  # of flags, where they are given: names, check, what it expects
     ("eval_fraction label_noise length_bias keep bootstrap ensemble_gamma", lambda v: 0 <= v <= 1, "between 0 and 1"),
-    ("iterations epochs_per_iteration per_device_train_batch_size max_tokens max_prompt_length max_new_tokens "
+    ("iterations", lambda v: 1 <= v < 1000, "at least 1 and below 1000"),
+    ("seed", lambda v: 0 <= v < 2**40, "at least 0 and below 2^40"),
+    ("epochs_per_iteration per_device_train_batch_size max_tokens max_prompt_length max_new_tokens "
      "max_length max_train_pairs save_steps", lambda v: v >= 1, "at least 1"),
     ("beta learning_rate temperature", lambda v: 0 < v < math.inf, "above 0"),
     ("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1"),
@@ -196,7 +198,8 @@ def preflight(policy, pairs: list[Pair], config: Config) -> None:
         if not error.abs().max() <= allowed:
             raise InputError(f"{what}, by {error.abs().max():.3g} nats: this model cannot be trained here")
     loss = pair_losses(rewards(trained, scored, lengths_of(pairs[:1]), config), config).item()
-    print(f"check: log π(y|x) is the logits', π_θ scores as π_ref, and the loss {loss:.4f} (ln 2 = {math.log(2):.4f})")
+    zero = pair_losses(torch.zeros(1, 2), config).item()
+    print(f"check: log π(y|x) is the logits', π_θ scores as π_ref; the loss is {loss:.4f} (at margin 0: {zero:.4f})")
 
 
 def train_step(policy, optimizer, pairs: list[Pair], reference: torch.Tensor, config: Config) -> dict[str, float]:
@@ -251,7 +254,7 @@ def fitting_step(policy, optimizer, pairs: list[Pair], reference, config: Config
                 raise
             config = replace(config, max_tokens=config.max_tokens // 2)
             optimizer.zero_grad()
-            tqdm.write(f"out of memory: this step again, and from here on --max_tokens {config.max_tokens}")
+            tqdm.write(f"out of memory: this step again, and on to the iteration's end, with {config.max_tokens=}")
 
 
 @run.timed("training")
@@ -281,12 +284,11 @@ def train_on(policy, pairs: list[Pair], reference: torch.Tensor, t: int, resume,
             log(phase="train", iteration=t, step=step + 1, learning_rate=rate, **metrics)
             shown = "loss", "rewards/accuracies", "rewards/margins"
             bar.set_postfix({name.split("/")[-1]: f"{metrics[name]:.3f}" for name in shown})
-            if asked or ((step + 1) % config.save_steps == 0 and step + 1 < len(batches)):
+            stop = bool(asked)
+            if stop or ((step + 1) % config.save_steps == 0 and step + 1 < len(batches)):
                 save(step=step + 1, optimizer=optimizer.state_dict())
-            if asked:
-                break
-    if asked:
-        raise KeyboardInterrupt
+            if stop:
+                raise KeyboardInterrupt
 
 
 def review(t: int, policy, tokenizer, offline: list[Pair], state, eos_ids: list[int], config: Config, out: Path):
@@ -355,11 +357,20 @@ def review(t: int, policy, tokenizer, offline: list[Pair], state, eos_ids: list[
 @run.timed("sampling")
 def sample(policy, tokenizer, prompts, n: int, eos_ids: list[int], seed: int, config: Config, desc: str):
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with amp(config):
-        return bootstrap.sample_responses(
-            policy, prompts, n, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-            top_p=config.top_p, eos_token_id=eos_ids, pad_token_id=pad, seed=1000 * config.seed + seed, desc=desc,
-        )  # fmt: skip
+    max_tokens = bootstrap.CACHE_TOKENS[config.device]
+    while True:
+        try:
+            with amp(config):
+                return bootstrap.sample_responses(
+                    policy, prompts, n, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+                    top_p=config.top_p, eos_token_id=eos_ids, pad_token_id=pad, seed=1000 * config.seed + seed,
+                    max_tokens=max_tokens, desc=desc,
+                )  # fmt: skip
+        except torch.OutOfMemoryError:  # in the first batch, most likely: the longest prompts come first
+            if max_tokens <= n * (config.max_prompt_length + config.max_new_tokens):
+                raise
+            max_tokens //= 2
+            tqdm.write(f"out of memory: sampling again, with {max_tokens} tokens of cache")
 
 
 def main(config: Config) -> dict:
@@ -371,7 +382,7 @@ def main(config: Config) -> dict:
 
     # The policy, its tokenizer, and the pairs D as token ids, some of them held out.
     source = folder or config.model_name_or_path
-    if source:
+    if source is not None:
         policy, tokenizer = run.load(source, config.device)
     else:
         policy, tokenizer = run.timed("SFT")(playground.make_sft_policy)(config.seed, config.device)
@@ -434,7 +445,10 @@ def main(config: Config) -> dict:
             result |= {"data/label_accuracy": label_accuracy, **state.get("precisions", {})}
         return result, answers
 
-    fingerprint = f"{len(offline)} + {len(held)} pairs, CRC {zlib.crc32(repr((offline, held)).encode()):08x}"
+    crc = 0
+    for pair in [*offline, *held]:
+        crc = zlib.crc32(repr(pair).encode(), crc)
+    fingerprint = f"{len(offline)} + {len(held)} pairs, CRC {crc:08x}"
     if not state:  # Iteration 0. The reference's log-probs are computed once, by the policy, which it still is.
         preflight(policy, offline, config)
     run.begin(out, asdict(config), fingerprint, policy)
@@ -491,16 +505,17 @@ def command_line(arguments: list[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     config = Config(**vars(parser.parse_args(arguments)))
     out = Path(config.resume_from_checkpoint or config.output_dir)
-    go_on = f"these flags and --resume_from_checkpoint {out} go on from the last checkpoint"
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(config)
     except (InputError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
-        sys.exit(f"error: out of GPU memory: with a smaller --max_tokens, or --gradient_checkpointing, {go_on}")
+        less = "a smaller --max_tokens or --gradient_checkpointing takes less, and a resume accepts both"
+        sys.exit(f"error: out of GPU memory: {less}")
     except KeyboardInterrupt:
-        print(f"interrupted; {go_on}" if (out / "config.json").exists() else "interrupted", file=sys.stderr)
+        how = f"; these flags and --resume_from_checkpoint {out} go on from the last checkpoint"
+        print("interrupted" + how * (out / "config.json").exists(), file=sys.stderr)
         sys.exit(130)
 
 

@@ -10,6 +10,7 @@ byte. Needs fork: Linux or macOS.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -109,25 +110,28 @@ def main() -> None:
     assert ended(fork([*FLAGS, "--output_dir", f"{HERE}/whole"], HERE / "log"), 600), (HERE / "log").read_text()
     duration, whole = time.monotonic() - began, results(HERE / "whole")
     rng, kills, at = random.Random(arguments.seed), 0, []
+    tries = itertools.count()
     bar = tqdm(total=arguments.runs, desc="runs killed and resumed", unit="run")
     while bar.n < arguments.runs:
-        out, log, killed = HERE / f"run-{kills}", HERE / f"log-{kills}", False
+        number, killed = next(tries), False
+        out, log = HERE / f"run-{number}", HERE / f"log-{number}"
         while not (out / "policy").exists():
             begun = (out / "config.json").exists()
             flags = [*FLAGS, "--resume_from_checkpoint" if begun else "--output_dir", str(out)]
             try:
                 if ended(fork(flags, log), rng.uniform(0, duration)):
+                    duration *= 1 if killed else 0.9  # too late to kill it: another run, and sooner
                     break
                 read_all(out)
             except Exception:
-                sys.exit(f"{log.read_text()}\n{traceback.format_exc()}\nin run {bar.n}, kill {kills}")
+                sys.exit(f"{log.read_text()}\n{traceback.format_exc()}\nin run {number}, after {kills} kills")
             killed, kills = True, kills + 1
             at.append(max((file.name for file in out.glob("state/[0-9]*")), default="nothing"))
         if (out / "state").exists():  # killed between its last two acts: the next call says that it has ended
             os.waitpid(fork([*FLAGS, "--resume_from_checkpoint", str(out)], log), 0)
         if results(out) != whole:
             wrong = [name for name in whole.keys() | results(out).keys() if whole.get(name) != results(out).get(name)]
-            sys.exit(f"{log.read_text()}\nrun {bar.n} ends otherwise, in {', '.join(wrong)}")
+            sys.exit(f"{log.read_text()}\nrun {number} ends otherwise, in {', '.join(wrong)}")
         bar.update(killed)
     bar.close()
     places = sorted({place.split(".")[0] for place in at})

@@ -189,10 +189,10 @@ def encode(
     """
     if tokenizer.chat_template is None:
         tokenizer.chat_template = PLAIN_TEMPLATE
-    specials = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    specials |= set(tokenizer.convert_ids_to_tokens(eos_ids))
+    added = tokenizer.added_tokens_decoder.items()
+    specials = [re.escape(str(token)) for i, token in added if token.special or i in eos_ids]
     turns = ["\n\n(?:Human|Assistant):"] if tokenizer.chat_template == PLAIN_TEMPLATE else []
-    forged = re.compile("|".join([*map(re.escape, sorted(specials)), *turns]))
+    forged = re.compile("|".join([*specials, *turns]) or "(?!)")
     counts: Counter = Counter({"read": 0, "kept": 0})
     pairs: list[Pair] = []
     for i, row in enumerate(tqdm(decoded(rows, name), "reading pairs", len(rows), unit="row", leave=False)):

@@ -170,9 +170,10 @@ def load(path: str | Path, device: str) -> tuple[Any, Any]:
                 setattr(settings, name, 0.0)
         options: dict[str, Any] = {"config": settings, "dtype": torch.float32, "use_safetensors": True}
         options |= {"trust_remote_code": False, "output_loading_info": True}
-        policy, info = AutoModelForCausalLM.from_pretrained(path, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
     except Exception as error:  # of files that are missing, broken, of another shape, or need another package
         raise InputError(f"{path}: {' '.join(str(error).split())[:300]}") from None
+    policy, info = loaded
     if info["missing_keys"]:
         raise InputError(f"{path}: its weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
     if tokenizer.eos_token_id is None:

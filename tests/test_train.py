@@ -17,11 +17,11 @@ import pytest
 import torch
 from conftest import bpe_tokenizer, tiny_model
 from datasets import load_dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from sera_min import playground, run
+from sera_min import bootstrap, playground, run
 from sera_min.data import InputError
 from sera_min.logprobs import sequence_logprobs
 from sera_min.losses import LOSSES
@@ -301,17 +301,36 @@ def test_a_disk_that_is_full(world, tmp_path, monkeypatch):
         with pytest.raises(OSError, match=r"002-done cannot be written: .*No space left on device$"):
             main(small(tmp_path / "full"))
     assert run.latest_checkpoint(tmp_path / "full")[1]["iteration"] == 1
+    assert not list((tmp_path / "full/state").glob(".*"))  # what is half written would keep the disk full
+    main(small(tmp_path / "full", resume_from_checkpoint=str(tmp_path / "full")))
+    assert (tmp_path / "full/policy/model.safetensors").exists()
 
 
 def test_a_loss_that_is_nan_stops_with_its_step_and_what_was_saved_stays(world, tmp_path, monkeypatch):
     out, losses = tmp_path / "run", train.pair_losses
     calls = iter(range(100))
     monkeypatch.setattr(train, "pair_losses", lambda r, c: losses(r, c) * (float("nan") if next(calls) == 8 else 1))
-    with pytest.raises(FloatingPointError, match=r"iteration \d, step \d, pairs.jsonl lines \[\d+, [\d, ]+\]: the loss is nan"):
+    every = r"lines \[\d+(, \d+){15}\]"  # 3 losses (preflight's twice, evaluation's) and 3 steps before; 16 pairs a step
+    with pytest.raises(FloatingPointError, match=rf"iteration 2, step 2, pairs.jsonl {every}: the loss is nan"):
         main(small(out))
     folder, state = run.latest_checkpoint(out)
     weights = load_file(folder / "model.safetensors")
-    assert state["iteration"] >= 0 and all(value.isfinite().all() for value in weights.values())
+    assert state["iteration"] == 1 and all(value.isfinite().all() for value in weights.values())
+
+
+def test_weights_that_are_nan_after_the_last_step_are_not_saved(world, tmp_path, monkeypatch):
+    """What only the next evaluation would show must not have replaced what was good."""
+    out, step = tmp_path / "run", train.train_step
+
+    def breaks(policy, *args):
+        metrics = step(policy, *args)
+        next(policy.parameters()).data[0] = float("nan")
+        return metrics
+
+    monkeypatch.setattr(train, "train_step", breaks)
+    with pytest.raises(FloatingPointError, match="iteration 1: weights of the policy are no numbers"):
+        main(small(out, per_device_train_batch_size=48))
+    assert run.latest_checkpoint(out)[1]["iteration"] == 0
 
 
 def test_a_pair_that_is_nan_is_named(tmp_path):
@@ -360,6 +379,47 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(tmp_path, monk
         train.train_on(tiny_model(), pairs, reference, 1, {"optimizer": None, "step": None}, config, None, None)
 
 
+def test_out_of_memory_after_a_backward_pass_starts_the_step_anew(tmp_path, monkeypatch, capsys):
+    """What the first micro-batch has added to the gradients is not added twice."""
+    rng, real_pass, steps = random.Random(0), train.sequence_logprobs, []
+    pairs = [tuple([rng.randrange(3, 61) for _ in range(rng.randint(2, 8))] for _ in "xwl") for _ in range(8)]
+    config, failed = train.resolve(real("m", "d", tmp_path, max_tokens=100)), []
+    for fails in (False, True):
+        model = tiny_model()
+
+        def limited(model, x, y, fails=fails):
+            if fails and not failed and any(p.grad is not None for p in model.parameters()):
+                failed.append(True)
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return real_pass(model, x, y)
+
+        monkeypatch.setattr(train, "sequence_logprobs", limited)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        steps.append(train.fitting_step(model, optimizer, pairs, torch.zeros(8, 2), config))
+    assert failed and steps[1][1].max_tokens == 50 and steps[1][0] == pytest.approx(steps[0][0], rel=1e-4)
+
+
+def test_out_of_memory_in_sampling_halves_the_batch(tmp_path, monkeypatch, capsys):
+    """And one that does not fit by itself is not tried for ever."""
+    config = train.resolve(real("m", "d", tmp_path, max_new_tokens=4))
+    real_sampling, tried, room = bootstrap.sample_responses, [], [9000]
+
+    def limited(*args, max_tokens, **settings):
+        tried.append(max_tokens)
+        if max_tokens > room[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real_sampling(*args, max_tokens=max_tokens, **settings)
+
+    monkeypatch.setattr(bootstrap, "sample_responses", limited)
+    args = tiny_model(), bpe_tokenizer(), [[5, 6], [7]], 2, [1], 0, config, None
+    got = train.sample(*args)
+    assert tried == [32768, 16384, 8192] and [len(row) for row in got] == [2, 2]
+    assert "sampling again, with 8192 tokens" in capsys.readouterr().out
+    room[0] = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        train.sample(*args)
+
+
 SHORT = ["--max_length", "99", "--max_prompt_length", "50"]
 WRONG = [
     (["--loss_type", "foo"], "--loss_type is 'foo': expected one of dpo, ipo, slic, simpo"),
@@ -368,6 +428,12 @@ WRONG = [
     (["--ensemble_gamma", "nan"], "--ensemble_gamma is nan: expected between 0 and 1"),
     (["--keep", "0", "--bootstrap", "0"], "nothing would be left to train on"),
     (["--iterations", "0"], "--iterations is 0: expected at least 1"),
+    (["--seed", "99999999999999999999"], "--seed is 99999999999999999999: expected at least 0 and below"),
+    (["--model_name_or_path", "", "--dataset_name", "DATA"], "error: "),
+    (["--output_dir", "HOLDS-POLICY"], "already holds a policy"),
+    (["--model_name_or_path", "TRUNCATED", "--dataset_name", "DATA"], "TRUNCATED: "),
+    (["--model_name_or_path", "MISMATCHED", "--dataset_name", "DATA"], "MISMATCHED: "),
+    (["--model_name_or_path", "HEADLESS", "--dataset_name", "DATA"], "HEADLESS: its weights lack lm_head.weight"),
     (["--beta", "many"], "invalid float value: 'many'"),
     (["--spelled_wrong", "1"], "unrecognized arguments: --spelled_wrong"),
     (["--loss_type", "ipo", "--label_smoothing", "0.1"], "--label_smoothing is dpo's"),
@@ -395,7 +461,8 @@ WRONG = [
 def wrong_things(model_dir, tmp_path_factory):
     """A folder of everything that WRONG names, to be the working directory."""
     here = tmp_path_factory.mktemp("wrong")
-    for name, vocab in {"MODEL": 400, "NO-EOS": 400, "NARROW": 300, "PICKLED": 400, "REMOTE": 400, "HALF-REMOTE": 400}.items():
+    names = "MODEL NO-EOS NARROW PICKLED REMOTE HALF-REMOTE TRUNCATED MISMATCHED HEADLESS".split()
+    for name, vocab in {**dict.fromkeys(names, 400), "NARROW": 300}.items():
         tokenizer = bpe_tokenizer()
         tokenizer.save_pretrained(here / name)
         tiny_model(vocab_size=vocab).save_pretrained(here / name)
@@ -407,6 +474,13 @@ def wrong_things(model_dir, tmp_path_factory):
         remote = {"model_type": kind, "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
         (here / name / "config.json").write_text(json.dumps(remote))
         (here / name / "code.py").write_text("open('it-has-run', 'w')\nclass C: pass\nclass M: pass\n")
+    weights = (here / "TRUNCATED/model.safetensors").read_bytes()
+    (here / "TRUNCATED/model.safetensors").write_bytes(weights[: len(weights) // 2])
+    settings = here / "MISMATCHED/config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "vocab_size": 500}))
+    headless = {k: v for k, v in load_file(here / "HEADLESS/model.safetensors").items() if k != "lm_head.weight"}
+    save_file(headless, here / "HEADLESS/model.safetensors", {"format": "pt"})
+    (here / "HOLDS-POLICY/policy").mkdir(parents=True)
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
     for name, rows in {"DATA": [row], "ALIKE": [{**row, "rejected": "b"}], "BAD": [row, {"prompt": "a", "chosen": "b"}]}.items():
         (here / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -439,7 +513,7 @@ def test_as_a_command():
 
 def test_killed_at_random_moments_it_ends_alike():
     """experiments/kills.py in short: SIGKILL, resume, and the same bytes; the whole script takes 50 runs."""
-    done = subprocess.run([sys.executable, ROOT / "experiments/kills.py", "--runs", "3"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / "experiments/kills.py", "--runs", "3"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and re.match(r"3 runs, \d+ kills, 3 identical ends", done.stdout), done.stderr[-3000:]
 
 
