@@ -78,10 +78,10 @@ class Config:
     loss_type: str = flag("dpo", "function of the margin: dpo, ipo, slic or simpo")
     beta: float | None = flag(None, f"β of the loss (None: {OWN_BETA}; playground: {playground.BETA})")
     label_smoothing: float = flag(0.0, "ε of dpo: the share of labels that the loss takes to be flipped")
-    learning_rate: float | None = flag(None, f"AdamW's, at its peak (None: 1e-6; playground: {playground.LEARNING_RATE:g})")
+    learning_rate: float | None = flag(None, f"at its peak (None: 1e-6; playground: {playground.LEARNING_RATE:g})")
     epochs_per_iteration: int = flag(1, "passes over an iteration's pairs")
     per_device_train_batch_size: int = flag(32, "pairs per optimizer step")
-    max_tokens: int = flag(16384, "tokens, padding included, whose activations are held at a time: lower it if memory runs out")
+    max_tokens: int = flag(16384, "tokens held at a time, padding included: lower it if memory runs out")
     gradient_checkpointing: bool = flag(False, "recompute activations in backward: less memory, a third more time")
     # the run
     output_dir: str = flag("runs/sera", "where all of it goes")
@@ -254,7 +254,7 @@ def fitting_step(policy, optimizer, pairs: list[Pair], reference, config: Config
                 raise
             config = replace(config, max_tokens=config.max_tokens // 2)
             optimizer.zero_grad()
-            tqdm.write(f"out of memory: this step again, and on to the iteration's end, with {config.max_tokens=}")
+            tqdm.write(f"out of memory: this step, and this iteration's rest, with --max_tokens {config.max_tokens}")
 
 
 @run.timed("training")
@@ -401,11 +401,10 @@ def main(config: Config) -> dict:
         held, _ = data.encode(test, tokenizer, name="playground test", **limits)
         asked = tokenizer(playground.prompts("test") * 2).input_ids  # 1,024 samples an evaluation
     else:
-        rows = data.read_rows(config.dataset_name, config.dataset_train_split)
-        rows = rows.select(range(min(len(rows), config.max_train_pairs or len(rows))))
+        read = data.read_rows(config.dataset_name, config.dataset_train_split, config.max_train_pairs)
         if tokenizer.chat_template is None:
             print("template: the tokenizer has none, so dialogues read '\\n\\nHuman: … \\n\\nAssistant: …'")
-        kept, counts = data.encode(rows, tokenizer, name=config.dataset_name, **limits)
+        kept, counts = data.encode(read, tokenizer, name=config.dataset_name, **limits)
         offline, held = data.split_by_prompt(kept, config.eval_fraction, config.seed)
         asked = [list(x) for x in dict.fromkeys(tuple(x) for x, _, _ in held or offline)][:5]
     print("data:", ", ".join(f"{count} {what}" for what, count in counts.items()), f"({len(held)} held out)")

@@ -22,7 +22,7 @@ import traceback
 from pathlib import Path
 
 WORK = tempfile.TemporaryDirectory()
-os.environ |= {"HF_DATASETS_CACHE": f"{WORK.name}/cache", "TOKENIZERS_PARALLELISM": "false"}
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch

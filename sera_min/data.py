@@ -13,6 +13,7 @@ Dialogues go through the tokenizer's chat template. A prompt's ids never depend 
 across the border, the response is tokenised apart. A response ends with exactly one end of sequence, unless cut.
 """
 
+import json
 import random
 import re
 from collections import Counter
@@ -39,20 +40,23 @@ class InputError(ValueError):
     """What the user gave is not as expected. The message is one line: where, and what was expected."""
 
 
-def read_rows(name: str, split: str) -> datasets.Dataset:
-    """Rows of a hub data set, a local .json, .jsonl or .parquet file, or a folder of them. Raises InputError."""
-    path, builders = Path(name), {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-    if path.is_file() and path.suffix not in builders:
+def read_rows(name: str, split: str, limit: int | None = None) -> Sequence[Any] | datasets.Dataset:
+    """Rows, the first `limit`, of a hub data set, a .json, .jsonl or .parquet file, or a folder. Raises InputError."""
+    path, suffixes = Path(name), (".json", ".jsonl", ".parquet")
+    if path.is_file() and path.suffix not in suffixes:
         raise InputError(f"{name}: expected a .json, .jsonl or .parquet file")
-    if not path.exists() and (path.suffix in builders or name.count("/") > 1 or name.startswith((".", "~", "/"))):
+    if not path.exists() and (path.suffix in suffixes or name.count("/") > 1 or name.startswith((".", "~", "/"))):
         raise InputError(f"{name}: no such file")
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors come back in ours, on one line
     try:
+        if path.suffix in (".json", ".jsonl") and path.is_file():
+            return read_json(path)[:limit]
         if path.is_file():
-            rows = datasets.load_dataset(builders[path.suffix], data_files={split: str(path)}, split=split)
+            rows = datasets.load_dataset("parquet", data_files={split: str(path)}, split=split)
         else:
             rows = datasets.load_dataset(name, split=split, trust_remote_code=False)
-        return rows.select_columns([column for column in COLUMNS if column in rows.column_names])
+        rows = rows.select_columns([column for column in COLUMNS if column in rows.column_names])
+        return rows if limit is None else rows.select(range(min(len(rows), limit)))
     except Exception as error:  # pyarrow, pandas, huggingface_hub and datasets each raise their own
         causes: list[str] = []
         cause: BaseException | None = error
@@ -60,6 +64,25 @@ def read_rows(name: str, split: str) -> datasets.Dataset:
             causes += [(str(cause).splitlines() or [type(cause).__name__])[0]]
             cause = cause.__cause__ or cause.__context__
         raise InputError(f"{name}, split '{split}': cannot be read: {'; '.join(dict.fromkeys(causes))}") from None
+
+
+def read_json(path: Path) -> list[Any]:
+    """The values of a JSON list, or of lines of JSON. Raises ValueError naming the line.
+
+    Not by `datasets`, whose reader has crashed the process on deep nesting, and wants a field of one type in all rows.
+    """
+    text = path.read_text(encoding="utf-8-sig")
+    if text.lstrip().startswith("["):
+        return json.loads(text)
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
+    if not rows:
+        raise ValueError("it is empty")
+    return rows
 
 
 def _text(value: Any, where: str) -> str:
@@ -95,6 +118,8 @@ def normalise(row: dict[str, Any], where: str) -> tuple[str | list[dict[str, str
 
     None where the two responses do not answer the same prompt. Raises InputError naming the row and the field.
     """
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is a {type(row).__name__}: expected fields and their values")
     prompt = row.get("prompt")
     if row.get("instruction") is not None and prompt is None:
         question = _text(row["instruction"], f"{where}: 'instruction'")
