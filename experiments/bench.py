@@ -598,19 +598,17 @@ def cpu_name() -> str:
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
-def machines(results: dict) -> str:
-    return "; ".join(dict.fromkeys(results["machines"].values()))
-
-
 def table(results: dict) -> str:
-    """Markdown: what was measured, ours, the other's, and ours against it."""
+    """Markdown: what was measured, ours, the other's, and ours against it; above each part its machine, if another."""
     def cell(value: float | None) -> str:
         if value is None:
             return "–"
         return f"{value:.1e}" if abs(value) < 0.01 else f"{value:,.2f}" if abs(value) < 100 else f"{value:,.0f}"
 
-    lines = []
+    lines, machine = [], None
     for part, rows in results["parts"].items():
+        if machine != (machine := results["machines"][part]):
+            lines += ["", f"On {machine}:"]
         if part == "ablation":
             lines += ["", "| without the trick | time, ours 1 | peak memory growth, ours 1 |", "|---|--:|--:|"]
             lines += [f"| {name} | {cell(ratio)} | {cell(grew)} |" for name, _, grew, ratio in rows]
@@ -647,9 +645,9 @@ def main() -> None:
         results["machines"] = {**results.get("machines", {}), part: machine}
         results["parts"] = {name: results["parts"][name] for name in PARTS if name in results["parts"]}
         file.write_text(json.dumps(results, indent=1) + "\n")
-        file.with_suffix(".md").write_text(f"{machines(results)}\n\n{table(results)}\n")
+        file.with_suffix(".md").write_text(f"{table(results)}\n")
         gc.collect()
-    print(f"{machines(results)}\n\n{table(results)}")
+    print(table(results))
 
 
 if __name__ == "__main__":
