@@ -214,7 +214,7 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("moment", [0, 2, 5, 8, 12])  # the line of metrics.jsonl at which it dies
+@pytest.mark.parametrize("moment", [0, 8])  # the line of metrics.jsonl at which it dies
 def test_a_killed_run_goes_on_to_the_same_end(world, tmp_path, monkeypatch, moment):
     whole, out, log = tmp_path / "whole", tmp_path / "out", run.log
     main(small(whole, save_steps=2))
