@@ -291,7 +291,7 @@ def train_apart(shape: str, steps: int) -> list[tuple]:
 
 
 def fair_part(shape: str, steps: int) -> list[tuple]:
-    """Beside TRL at the batch that is fastest for it, of those that make up a step."""
+    """Beside TRL at its default batch, and at the fastest of those that make up a step."""
     if shape == "7B":
         return train_apart(shape, steps)
     tokens, grew = tokens_of(made_pairs(3 * PAIRS, SHAPES[shape][-1])), {}
@@ -303,7 +303,8 @@ def fair_part(shape: str, steps: int) -> list[tuple]:
         name = f"TRL fair, {batch} a pass, 3 steps with the first"
         rows += [(f"{name}: real tokens/s", None, tokens / got["seconds"], None),
                  (f"{name}: peak memory growth, MiB", None, got["bytes"] / 2**20, None)]  # fmt: skip
-    rows += beside(shape, "fair", FAIR, best, steps, grew[best]["bytes"])
+    for batch in dict.fromkeys((TRL_BATCH, best)):
+        rows += beside(shape, "fair", FAIR, batch, steps, grew[batch]["bytes"])
     if DEVICE == "cuda":
         rows.append(("train step: model FLOPs utilisation (of 790 TFLOP/s)", mfu(shape, rows[-3][1]), None, None))
     return rows
