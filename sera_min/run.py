@@ -90,7 +90,8 @@ def check(out: Path, config: dict[str, Any], resume: bool) -> None:
         return
     if not (out / "config.json").is_file():
         raise InputError(f"--resume_from_checkpoint {out}: no run has begun there")
-    before = json.loads((out / "config.json").read_text())
+    with reading(out / "config.json"):
+        before = dict(json.loads((out / "config.json").read_text()))
     free = {"output_dir", "data", "max_tokens", "gradient_checkpointing", "save_steps"}  # nothing but rounding
     for name in sorted((config.keys() | before.keys()) - free):
         if config.get(name) != before.get(name):
@@ -123,7 +124,8 @@ def once(out: Path, t: int, phase: str, compute: Callable[[], Any]) -> Any:
     file = out / "state" / f"{t:03d}-{phase}.pt"
     file.parent.mkdir(exist_ok=True)
     if file.exists():
-        return torch.load(file, weights_only=True)
+        with reading(file):
+            return torch.load(file, weights_only=True)
     result = compute()
     with writing(file):
         torch.save(result, file.with_suffix(".tmp"))
@@ -140,6 +142,15 @@ def writing(path: Path) -> Iterator[None]:
         shutil.rmtree(path.with_name(f".{path.name}"), ignore_errors=True)
         path.with_suffix(".tmp").unlink(missing_ok=True)
         raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """What fails here is an InputError of one line."""
+    try:
+        yield
+    except Exception as error:  # json and torch each raise their own
+        raise InputError(f"{path} cannot be read: {(str(error).splitlines() or ['?'])[0]}") from None
 
 
 @contextmanager
@@ -239,7 +250,8 @@ def latest_checkpoint(out: Path) -> tuple[Path, dict[str, Any]] | None:
     if not folders:
         (out / "metrics.jsonl").unlink(missing_ok=True)
         return None
-    state = torch.load(folders[-1] / "state.pt", weights_only=True)
+    with reading(folders[-1] / "state.pt"):
+        state = torch.load(folders[-1] / "state.pt", weights_only=True)
     with open(out / "metrics.jsonl", "a") as file:
         file.truncate(state["metrics_bytes"])
     return folders[-1], state

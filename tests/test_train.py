@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import pickle
 import random
 import re
 import resource
@@ -238,10 +239,11 @@ def test_a_killed_run_goes_on_to_the_same_end(world, tmp_path, monkeypatch, mome
         main(small(out, save_steps=2, resume_from_checkpoint=str(out)))
 
 
-def test_a_resume_asks_for_the_same_data_and_flags_but_those_of_memory(model_dir, preferences, tmp_path, monkeypatch):
-    def interrupted(*args):
-        raise KeyboardInterrupt
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
 
+
+def test_a_resume_asks_for_the_same_data_and_flags_but_those_of_memory(model_dir, preferences, tmp_path, monkeypatch):
     out, rows = tmp_path / "out", preferences.read_text()
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_on", interrupted)
@@ -256,6 +258,21 @@ def test_a_resume_asks_for_the_same_data_and_flags_but_those_of_memory(model_dir
         main(real(model_dir, preferences, out, seed=1, **again))
     main(real(model_dir, preferences, out, max_tokens=512, gradient_checkpointing=True, save_steps=1, **again))
     assert (out / "policy").exists()
+
+
+@pytest.mark.parametrize("name, content", [("config.json", b'{"half'), ("config.json", b"3"), ("state/000-pairs.pt", b"PK"),
+                                           ("state/000-done/state.pt", pickle.dumps(Path("a pickle")))])  # fmt: skip
+def test_what_a_resume_cannot_read_is_one_line(model_dir, preferences, tmp_path, monkeypatch, name, content):
+    """Broken, or a pickle that wants to run code."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(*((run, "save_checkpoint") if name.endswith("pairs.pt") else (train, "train_on")), interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            main(real(model_dir, preferences, out, max_train_pairs=8))
+    (out / name).write_bytes(content)
+    with pytest.raises(InputError, match=f"{name} cannot be read: .") as error:
+        main(real(model_dir, preferences, out, max_train_pairs=8, resume_from_checkpoint=str(out)))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
