@@ -4,7 +4,7 @@
     python experiments/kills.py --runs 3       what the tests do
 
 A run of three iterations with a checkpoint every second step is killed (SIGKILL) at a random moment, and what is
-resumed may be killed again. After each kill every file is read: only one being written (.tmp, .name) may be in pieces.
+resumed up to twice more. After each kill every file is read: only one being written (.tmp, .name) may be in pieces.
 At the end the policy, metrics.jsonl, pairs.jsonl and samples.jsonl are compared with the undisturbed run's, byte by
 byte. Needs fork: Linux or macOS.
 """
@@ -113,26 +113,27 @@ def main() -> None:
     tries = itertools.count()
     bar = tqdm(total=arguments.runs, desc="runs killed and resumed", unit="run")
     while bar.n < arguments.runs:
-        number, killed = next(tries), False
+        number, killed = next(tries), 0
         out, log = HERE / f"run-{number}", HERE / f"log-{number}"
         while not (out / "policy").exists():
             begun = (out / "config.json").exists()
             flags = [*FLAGS, "--resume_from_checkpoint" if begun else "--output_dir", str(out)]
             try:
-                if ended(fork(flags, log), rng.uniform(0, duration)):
+                moment = rng.uniform(0, duration)
+                if ended(fork(flags, log), moment if killed < 3 else 600):
                     duration *= 1 if killed else 0.9  # too late to kill it: another run, and sooner
                     break
                 read_all(out)
             except Exception:
                 sys.exit(f"{log.read_text()}\n{traceback.format_exc()}\nin run {number}, after {kills} kills")
-            killed, kills = True, kills + 1
+            killed, kills = killed + 1, kills + 1
             at.append(max((file.name for file in out.glob("state/[0-9]*")), default="nothing"))
         if (out / "state").exists():  # killed between its last two acts: the next call says that it has ended
             os.waitpid(fork([*FLAGS, "--resume_from_checkpoint", str(out)], log), 0)
         if results(out) != whole:
             wrong = [name for name in whole.keys() | results(out).keys() if whole.get(name) != results(out).get(name)]
             sys.exit(f"{log.read_text()}\nrun {number} ends otherwise, in {', '.join(wrong)}")
-        bar.update(killed)
+        bar.update(killed > 0)
     bar.close()
     places = sorted({place.split(".")[0] for place in at})
     print(f"{arguments.runs} runs, {kills} kills, {arguments.runs} identical ends; killed after {', '.join(places)}")
