@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    tqdm.monitor_interval = 0  # its thread may hold tqdm's lock at a fork, and the child would wait for ever
     transformers.utils.logging.disable_progress_bar()
     model, tokenizer = playground.make_sft_policy(0, "cpu", steps=60)
     model.save_pretrained(HERE / "model")
@@ -120,7 +121,7 @@ def main() -> None:
             flags = [*FLAGS, "--resume_from_checkpoint" if begun else "--output_dir", str(out)]
             try:
                 moment = rng.uniform(0, duration)
-                if ended(fork(flags, log), moment if killed < 3 else 600):
+                if ended(fork(flags, log), moment if killed < 3 else 60):
                     duration *= 1 if killed else 0.9  # too late to kill it: another run, and sooner
                     break
                 read_all(out)
