@@ -41,9 +41,9 @@ from transformers import HfArgumentParser
 
 from sera_min import bootstrap, data, playground, run
 from sera_min.data import InputError, Pair
-from sera_min.logprobs import implicit_reward, score, sequence_logprobs, token_batches
+from sera_min.logprobs import implicit_reward, score, sequence_logprobs, sum_and_least, token_batches
 from sera_min.losses import LOSSES
-from sera_min.select import ensemble_margin, select_top
+from sera_min.select import ensemble_margin, length_free, select_top
 
 OWN_BETA = {name: loss.__defaults__[0] for name, (loss, _, _) in LOSSES.items()}  # type: ignore[attr-defined, index]
 
@@ -59,6 +59,7 @@ class Config:
     dataset_name: str | None = flag(None, "preferences: a hub name, a .json, .jsonl or .parquet file, or a folder")
     dataset_train_split: str = flag("train", "the split of dataset_name to train on")
     max_train_pairs: int | None = flag(None, "use the first so many pairs (playground: make so many, 2000)")
+    eval_split: str = flag("test", "playground: the part of its prompts to evaluate on, test or validation")
     eval_fraction: float = flag(0.05, "share of the prompts held out for evaluation (the playground has its own)")
     max_length: int | None = flag(None, "tokens of prompt and response: a longer response loses its end (None: 1024)")
     max_prompt_length: int | None = flag(None, "tokens of a prompt: a longer one loses its beginning (None: 512)")
@@ -71,6 +72,10 @@ class Config:
     samples_per_prompt: int = flag(4, "N: samples of which the best and the worst become a pair")
     ensemble_gamma: float = flag(0.5, "γ: the weight of the older policy's reward")
     select: str = flag("margin", "what K and K̃ are chosen by: margin, or random (the control)")
+    length_free: bool = flag(False, "ours: select and pair by the reward that the response's length does not explain")
+    token_floor: float = flag(
+        0.0, "ours: never pair a sample with a token less likely under the reference than this quantile of the given "
+        "responses' least likely tokens")  # fmt: skip
     temperature: float = flag(1.0, "samples are drawn at this temperature")
     top_p: float = flag(1.0, "samples are drawn from the likeliest words that together have this probability")
     max_new_tokens: int | None = flag(None, "longest sample (None: max_length - max_prompt_length; playground: 32)")
@@ -80,6 +85,7 @@ class Config:
     label_smoothing: float = flag(0.0, "ε of dpo: the share of labels that the loss takes to be flipped")
     learning_rate: float | None = flag(None, f"at its peak (None: 1e-6; playground: {playground.LEARNING_RATE:g})")
     epochs_per_iteration: int = flag(1, "passes over an iteration's pairs")
+    steps_per_iteration: int | None = flag(None, "so many optimizer steps instead, whatever K and K̃ (for comparisons)")
     per_device_train_batch_size: int = flag(32, "pairs per optimizer step")
     max_tokens: int = flag(16384, "tokens held at a time, padding included: lower it if memory runs out")
     gradient_checkpointing: bool = flag(False, "recompute activations in backward: less memory, a third more time")
@@ -93,16 +99,18 @@ class Config:
 
 EXPECTED = [  # of flags, where they are given: names, check, what it expects
     ("eval_fraction label_noise length_bias keep bootstrap ensemble_gamma", lambda v: 0 <= v <= 1, "between 0 and 1"),
+    ("token_floor", lambda v: 0 <= v < 1, "at least 0 and below 1"),
     ("iterations", lambda v: 1 <= v < 1000, "at least 1 and below 1000"),
     ("seed", lambda v: 0 <= v < 2**40, "at least 0 and below 2^40"),
     ("epochs_per_iteration per_device_train_batch_size max_tokens max_prompt_length max_new_tokens "
-     "max_length max_train_pairs save_steps", lambda v: v >= 1, "at least 1"),
+     "max_length max_train_pairs save_steps steps_per_iteration", lambda v: v >= 1, "at least 1"),
     ("beta learning_rate temperature", lambda v: 0 < v < math.inf, "above 0"),
     ("top_p", lambda v: 0 < v <= 1, "above 0 and at most 1"),
     ("samples_per_prompt", lambda v: v >= 2, "at least 2"),
     ("label_smoothing", lambda v: 0 <= v < 0.5, "at least 0 and below 0.5"),
     ("loss_type", LOSSES.__contains__, "one of " + ", ".join(LOSSES)),
     ("select", ("margin", "random").__contains__, "margin or random"),
+    ("eval_split", ("test", "validation").__contains__, "test or validation"),
     ("device", ("cpu", "cuda").__contains__, "cpu or cuda"),
 ]  # fmt: skip
 
@@ -145,12 +153,12 @@ def amp(config: Config):  # float32 weights, bfloat16 products on a GPU; per for
 
 
 @run.timed("scoring")
-def logps_of(model, prompts, responses, config: Config, desc: str | None) -> torch.Tensor:
-    """log π(y|x) of N rows in nats, without gradients: float32 (N,), on the CPU."""
+def logps_of(model, prompts, responses, config: Config, desc: str | None, of=torch.sum) -> torch.Tensor:
+    """log π(y|x) of N rows in nats, without gradients: float32 (N,), on the CPU; or (N, 2) by `sum_and_least`."""
     with amp(config):
-        logps = score(model, prompts, responses, max_tokens=config.max_tokens, desc=desc)[0]
+        logps = score(model, prompts, responses, max_tokens=config.max_tokens, of=of, desc=desc)[0]
     if not logps.isfinite().all():
-        row = int((~logps.isfinite()).nonzero()[0])
+        row = int((~logps.isfinite()).nonzero()[0, 0])
         raise FloatingPointError(f"{desc or 'check'}: log π(y|x) of response {row} is {logps[row]}")
     return logps
 
@@ -160,9 +168,9 @@ def rows_of(pairs: list[Pair]) -> tuple[list[list[int]], list[list[int]]]:
     return [x for x, _, _ in pairs for _ in "wl"], [y for _, *both in pairs for y in both]
 
 
-def pair_logps(model, pairs: list[Pair], config: Config, desc: str | None) -> torch.Tensor:
-    """log π(y|x) of each pair's chosen and rejected response, in nats: float32 (N, 2), on the CPU."""
-    return logps_of(model, *rows_of(pairs), config, desc).view(-1, 2)  # (2N,) -> (N, 2)
+def pair_logps(model, pairs: list[Pair], config: Config, desc: str | None, of=torch.sum) -> torch.Tensor:
+    """log π(y|x) of each pair's chosen and rejected response, in nats: float32 (N, 2), on the CPU; or (N, 2, 2)."""
+    return logps_of(model, *rows_of(pairs), config, desc, of).unflatten(0, (-1, 2))  # (2N, …) -> (N, 2, …)
 
 
 def rewards(logps: torch.Tensor, reference: torch.Tensor, lengths: torch.Tensor, config: Config) -> torch.Tensor:
@@ -262,7 +270,9 @@ def train_on(policy, pairs: list[Pair], reference: torch.Tensor, t: int, resume,
     """One iteration's gradient descent on the mean loss of the pairs, against their reference log-probs (N, 2)."""
     order = torch.Generator().manual_seed(1000 * config.seed + t)
     size, n = config.per_device_train_batch_size, len(pairs)
-    batches = [b for _ in range(config.epochs_per_iteration) for b in torch.randperm(n, generator=order).split(size)]
+    steps = config.steps_per_iteration or config.epochs_per_iteration * math.ceil(n / size)
+    passes = range(math.ceil(steps / math.ceil(n / size)))
+    batches = [b for _ in passes for b in torch.randperm(n, generator=order).split(size)][:steps]
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     if resume["optimizer"]:
         optimizer.load_state_dict(resume["optimizer"])
@@ -292,11 +302,7 @@ def train_on(policy, pairs: list[Pair], reference: torch.Tensor, t: int, resume,
 
 
 def review(t: int, policy, tokenizer, offline: list[Pair], state, eos_ids: list[int], config: Config, out: Path):
-    """Steps 3 to 6 of the algorithm. Returns the pairs to train on, their reference log-probs, margins and sources.
-
-    What the policy has scored or written is asked for `once`: a run resumed within the iteration reads it again.
-    """
-    once = partial(run.once, out, t)
+    """Steps 3 to 6 of the algorithm. Returns the pairs to train on, their reference log-probs, margins and sources."""
     random = torch.Generator().manual_seed(1000 * config.seed + 500 + t)
 
     def choose(margins: torch.Tensor, k: int) -> list[int]:
@@ -304,54 +310,74 @@ def review(t: int, policy, tokenizer, offline: list[Pair], state, eos_ids: list[
         return select_top(by, min(k, len(margins))).tolist()
 
     # 3, 4: the margins of D under the last two policies, and the K pairs with the largest
-    logps = once("pairs", lambda: pair_logps(policy, offline, config, f"iteration {t}: score pairs"))  # (N, 2)
-    r = rewards(logps, state["reference"], lengths_of(offline), config)
-    newest = r[:, 0] - r[:, 1]  # (N,)
-    margins = ensemble_margin(newest, state["previous"], config.ensemble_gamma)
+    score_pairs = partial(pair_logps, policy, offline, config, f"iteration {t}: score pairs")
+    newest = rewards(run.once(out, t, "pairs", score_pairs), state["reference"], lengths_of(offline), config)  # (N, 2)
+    r = mended(ensemble_margin(newest, state["previous"], config.ensemble_gamma), lengths_of(offline), config)
+    state["previous"] = newest
+    margins = r[:, 0] - r[:, 1]  # (N,)
     kept = choose(margins, round(config.keep * len(offline)))
-    pairs, reference, sources = [offline[i] for i in kept], state["reference"][kept], ["offline"] * len(kept)
-    margins, state["previous"] = margins[kept], newest
-    wanted = round(config.bootstrap * len(offline))
-    if not wanted:
-        return pairs, reference, margins, sources
+    pairs, reference, margins = [offline[i] for i in kept], state["reference"][kept], margins[kept]
+    if not (wanted := round(config.bootstrap * len(offline))):
+        return pairs, reference, margins, ["offline"] * len(pairs)
 
-    # 5: N responses a prompt, scored under the same two policies and the reference
-    n, prompts = config.samples_per_prompt, [x for x, _, _ in offline]
+    # 5, 6: samples, best against worst, and the K̃ pairs with the largest margin
+    prompts = [x for x, _, _ in offline]
+    samples, r, logps = sampled_rewards(t, policy, tokenizer, prompts, state, eos_ids, config, out)  # r: (P, n)
+    responses = [[y for y, _ in row] for row in samples]
+    triples, own_margins, dropped = bootstrap.best_worst_pairs(r.tolist(), (~r.isnan()).tolist(), responses)
+    own = choose(own_margins, wanted)
+    dropped["cut-off samples"] = sum(not ended for row in samples for _, ended in row)
+    dropped["samples below --token_floor"] = int(r.isnan().sum()) - dropped["cut-off samples"]
+    print(f"iteration {t}: {len(triples)} pairs of samples, {len(own)} kept of the {wanted} wanted; dropped:",
+          ", ".join(f"{count} {what}" for what, count in dropped.items() if count) or "none")  # fmt: skip
+    taken = [triples[p] for p in own]
+    own_pairs = [(prompts[i], responses[i][best], responses[i][worst]) for i, best, worst in taken]
+    own_reference = [logps[i, [best, worst]] for i, best, worst in taken]  # K̃ of (2,)
+    sources = ["offline"] * len(pairs) + ["bootstrap"] * len(own)
+    return pairs + own_pairs, torch.stack([*reference, *own_reference]), torch.cat([margins, own_margins[own]]), sources
+
+
+def sampled_rewards(t: int, policy, tokenizer, prompts, state, eos_ids: list[int], config: Config, out: Path):
+    """N responses y ~ π_θ(t−1) to each of P prompts, r̄_t (P, N) and log π_ref (P, N) of them; NaN: not to be paired.
+
+    What the policy has written or scored is asked for `once`: a run resumed within the iteration reads it again.
+    """
+    once, n = partial(run.once, out, t), config.samples_per_prompt
     desc = f"iteration {t}: sample"
-    samples = once("samples", lambda: sample(policy, tokenizer, prompts, n, eos_ids, t, config, desc))  # (P, n)
-    responses, ended = ([[one[k] for one in row] for row in samples] for k in (0, 1))
-    whole = torch.tensor(ended)  # (P, n): only samples that ended, W of them, are scored
-    flat_x = [x for x, row in zip(prompts, ended) for is_whole in row if is_whole]
-    flat_y = [y for row in samples for y, is_whole in row if is_whole]
+    samples = once("samples", lambda: sample(policy, tokenizer, prompts, n, eos_ids, t, config, desc))
+    whole = torch.tensor([[ended for _, ended in row] for row in samples])  # (P, N): those that ended are scored
+    flat_x = [x for x, row in zip(prompts, samples) for _, ended in row if ended]
+    flat_y = [y for row in samples for y, ended in row if ended]
+    lengths = torch.tensor([[len(y) for y, _ in row] for row in samples])  # (P, N)
 
-    def logps_under(i: int, who: str) -> torch.Tensor:  # of π_θi, (W,) -> (P, n)
+    def logps_under(i: int, who: str, of=torch.sum) -> torch.Tensor:  # of π_θi, (P, N) or (P, N, 2)
         def scored() -> torch.Tensor:
             model = policy if i == t - 1 else run.load(out / "state" / f"{i:03d}-done", config.device)[0]
-            return logps_of(model, flat_x, flat_y, config, f"iteration {t}: {who} scores")
+            return logps_of(model, flat_x, flat_y, config, f"iteration {t}: {who} scores", of)
 
-        return torch.full(whole.shape, math.nan).masked_scatter(whole, once(f"samples-under-{i}", scored))
+        logps = once(f"samples-under-{i}", scored)  # (W, …)
+        every = torch.full((*whole.shape, *logps.shape[1:]), math.nan)
+        every[whole] = logps
+        return every
 
-    lengths = torch.tensor([[len(y) for y in row] for row in responses])  # (P, n)
-    own_reference = logps_under(0, "reference")
-    r = rewards(logps_under(t - 1, "policy"), own_reference, lengths, config)
+    reference, least = logps_under(0, "reference", sum_and_least).unbind(-1)  # (P, N)
+    r = rewards(logps_under(t - 1, "policy"), reference, lengths, config)
     if t > 2:
-        older = rewards(logps_under(t - 2, "older policy"), own_reference, lengths, config)
+        older = rewards(logps_under(t - 2, "older policy"), reference, lengths, config)
         r = ensemble_margin(r, older, config.ensemble_gamma)
-
-    # 6: best against worst, and the K̃ pairs with the largest margin
-    triples, own_margins, dropped = bootstrap.best_worst_pairs(r.tolist(), ended, responses)
-    own = choose(own_margins, wanted)
-    print(f"iteration {t}: {len(triples)} pairs of samples, {len(own)} kept of the {wanted} wanted; dropped:",
-          ", ".join(f"{count} {what}" for what, count in dropped.items()) or "none")  # fmt: skip
-    taken = [triples[p] for p in own]
-    pairs += [(prompts[i], responses[i][best], responses[i][worst]) for i, best, worst in taken]
-    reference = torch.cat([reference, *(own_reference[i, [best, worst]][None] for i, best, worst in taken)])
+    if config.token_floor:
+        floor = state["least"].flatten().sort().values[int(config.token_floor * state["least"].numel())]
+        r = r.where(least >= floor, math.nan)
     run.write_jsonl(out / f"iteration-{t}" / "samples.jsonl", (
         {"prompt": data.decode(tokenizer, x, eos_ids), "response": data.decode(tokenizer, y, eos_ids),
-         "finish_reason": "stop" if ended else "length", "reward": reward if ended else None}
+         "finish_reason": "stop" if ended else "length", "reward": None if math.isnan(reward) else reward}
         for x, row, values in zip(prompts, samples, r.tolist()) for (y, ended), reward in zip(row, values)
     ))  # fmt: skip
-    return pairs, reference, torch.cat([margins, own_margins[own]]), sources + ["bootstrap"] * len(own)
+    return samples, mended(r, lengths, config), reference
+
+
+def mended(r: torch.Tensor, lengths: torch.Tensor, config: Config) -> torch.Tensor:
+    return length_free(r, lengths) if config.length_free else r
 
 
 @run.timed("sampling")
@@ -396,10 +422,10 @@ def main(config: Config) -> dict:
     if in_playground:
         noise = {"label_noise": config.label_noise, "length_bias": config.length_bias}
         rows = playground.preferences(config.max_train_pairs, "train", seed=config.seed, **noise)
-        test = playground.preferences(512, "test", seed=config.seed, label_noise=0, length_bias=0)
+        test = playground.preferences(512, config.eval_split, seed=config.seed, label_noise=0, length_bias=0)
         offline, counts = data.encode(rows, tokenizer, name="playground", **limits)
-        held, _ = data.encode(test, tokenizer, name="playground test", **limits)
-        asked = tokenizer(playground.prompts("test") * 2).input_ids  # 1,024 samples an evaluation
+        held, _ = data.encode(test, tokenizer, name=f"playground {config.eval_split}", **limits)
+        asked = tokenizer(playground.prompts(config.eval_split) * 2).input_ids  # two samples a prompt
     else:
         read = data.read_rows(config.dataset_name, config.dataset_train_split, config.max_train_pairs)
         if tokenizer.chat_template is None:
@@ -454,7 +480,8 @@ def main(config: Config) -> dict:
     if not state:
         once = partial(run.once, out, 0)
         desc = "reference: score"
-        state["reference"] = once("pairs", lambda: pair_logps(policy, offline, config, f"{desc} pairs"))  # (N, 2)
+        scored = once("pairs", lambda: pair_logps(policy, offline, config, f"{desc} pairs", sum_and_least))
+        state["reference"], state["least"] = scored.unbind(-1)  # (N, 2)
         state["held_reference"] = once("held", lambda: pair_logps(policy, held, config, f"{desc} held-out pairs"))
         state |= {"before": answer(-1), "previous": None, "table": [], "kept": None}
         run.save_checkpoint(out, 0, policy, tokenizer, state)

@@ -1,89 +1,535 @@
-"""SeRA against the loss alone, in the playground: what the README's results section says.
+"""What SeRA does in the playground, when, and where it fails: the studies behind the README's results section.
 
-    python experiments/claims.py                                    DPO, seeds 0 1 2
-    python experiments/claims.py --losses ipo slic simpo --seeds 0  the other losses
+    python experiments/claims.py                       every study, one process a core; stopped, it goes on where it was
+    python experiments/claims.py --studies main noise  some of them
+    python experiments/claims.py --quick               one seed, one setting, small: does it all still run?
 
-Both methods take as many optimizer steps, with the same β and learning rate. A run that has been made is read from
-experiments/results/claims.json and not made again: delete the file after a change of the code. One process a core.
+    main    SFT, the loss alone, random K, bootstrapping only, selection only, SeRA; each at its own best β and learning
+            rate of one grid, chosen on validation prompts with seeds of their own, reported on test prompts
+    losses  the same under IPO, SLiC and SimPO
+    noise   0 to 40 % flipped labels; precision of what is selected against K
+    length  labels of which half favour the longer response: the kept pairs' length and the policy's
+    over    six iterations: where the policy begins to fool itself, and what mends it
+    asked   what the paper's reviewers asked: all pairs of the samples, own pairs alone, the ensemble's γ, N, cost
+
+Every run is `train.main`, and every iteration of every run takes as many optimizer steps. What runs share, the SFT
+policy and iteration 1, is computed once: a run goes on from a copy of it (a "base"). Intervals are of the mean paired
+difference over the seeds, 95 %, by Student's t. Needs matplotlib. Writes experiments/results/claims.json (every run,
+each iteration of it), claims.md (the tables) and PNG figures; delete claims.json after a change of the code.
 """
 
 import argparse
+import contextlib
+import io
 import json
+import math
 import os
 import platform
+import shutil
 import statistics
 import sys
 import tempfile
+import warnings
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
+Runs = dict[str, dict]  # what was run, see `name_of` -> what was measured
 RESULTS = ROOT / "experiments" / "results"
-METHODS = {"loss alone": {"keep": 1.0, "bootstrap": 0.0}, "SeRA": {}}
-SHOWN = "gold/reward gold/win_rate select/precision bootstrap/precision data/label_accuracy gold/length".split()
+sys.path.insert(0, str(ROOT))
+
+import torch
+from tqdm import tqdm
+
+import train
+from sera_min import bootstrap, logprobs, playground, run
+from sera_min.select import ensemble_margin
+
+SEEDS, TUNING_SEEDS = [0, 1, 2, 3, 4], {"dpo": [10, 11], "ipo": [10], "slic": [10], "simpo": [10]}
+GRID = {  # β × learning rate, the same for every method
+    "dpo": ([0.1, 0.3, 1.0], [3e-4, 1e-3, 3e-3]), "ipo": ([0.3, 1.0], [3e-4, 1e-3]),
+    "slic": ([0.3, 1.0], [3e-4, 1e-3]), "simpo": ([1.0, 2.0], [3e-4, 1e-3]),
+}  # fmt: skip
+METHODS: dict[str, dict] = {
+    "loss alone": {"keep": 1.0, "bootstrap": 0.0},
+    "random K": {"keep": 0.7, "bootstrap": 0.0, "select": "random"},
+    "bootstrapping only": {"keep": 1.0},
+    "selection only": {"bootstrap": 0.0},
+    "SeRA": {},
+}
+STEPS = 63  # of every iteration: 2,000 pairs by 32, whatever K and K̃ are
+REMEDIES = {"+ floor": {"token_floor": 0.01}, "+ length-free": {"length_free": True}}
+REMEDIES["+ both"] = {**REMEDIES["+ floor"], **REMEDIES["+ length-free"]}
+SHARED = ("seed", "loss_type", "beta", "learning_rate", "label_noise", "length_bias", "eval_split", "max_train_pairs")
+KINDS = "trained", "scored", "sampled"  # of tokens
+T975 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's t
 
 
-def one_run(loss: str, method: str, seed: int) -> dict:
-    sys.path.insert(0, str(ROOT))
-    import torch
+def every_pair(rewards, ended, responses):
+    """In the place of `best_worst_pairs`: all pairs of a prompt's different samples, of which the K̃ widest are kept."""
+    pairs, margins = [], []
+    for i, (values, finished, texts) in enumerate(zip(rewards, ended, responses)):
+        usable = {tuple(text): j for j, text in enumerate(texts) if finished[j]}.values()
+        for a in usable:
+            for b in usable:
+                if values[a] > values[b]:
+                    pairs.append((i, a, b))
+                    margins.append(values[a] - values[b])
+    return pairs, torch.tensor(margins), Counter()
 
-    import train
 
+def last_three():
+    """In the place of `ensemble_margin`, where it selects: the mean reward of the last three policies."""
+    rewards: list[torch.Tensor] = []
+
+    def mean(newest, previous=None, gamma=0.5):
+        if newest.shape[1] > 2:  # of samples, not of chosen and rejected
+            return ensemble_margin(newest, previous, gamma)
+        rewards.append(newest)
+        return torch.stack(rewards[-3:]).mean(0)
+
+    return mean
+
+
+PATCHES = {
+    "every pair": lambda: (bootstrap, "best_worst_pairs", every_pair),
+    "last three": lambda: (train, "ensemble_margin", last_three()),
+}
+
+
+class Done(Exception):
+    """Iteration 1 is saved: the rest is each run's own."""
+
+
+@contextlib.contextmanager
+def counting(tokens: Counter):
+    """Meanwhile the tokens that the review and training of iteration t read and write are added to tokens[t, kind]."""
+    now: list[int] = []  # t, while it is reviewed or trained; evaluation is not counted
+
+    def within(function, place: int):
+        def inner(*args, **kwargs):
+            now.append(args[place])
+            try:
+                return function(*args, **kwargs)
+            finally:
+                now.pop()
+
+        return inner
+
+    def forward(model, prompts, responses, plain=logprobs.token_logprobs):
+        for t in now:
+            tokens[t, "trained" if torch.is_grad_enabled() else "scored"] += sum(map(len, [*prompts, *responses]))
+        return plain(model, prompts, responses)
+
+    def write(*args, plain=bootstrap.continue_all):
+        written = plain(*args)
+        for t in now:
+            tokens[t, "sampled"] += sum(map(len, written))
+        return written
+
+    with contextlib.ExitStack() as stack:
+        for where, name, new in [
+            (train, "review", within(train.review, 0)), (train, "train_on", within(train.train_on, 3)),
+            (logprobs, "token_logprobs", forward), (bootstrap, "continue_all", write),
+        ]:  # fmt: skip
+            stack.enter_context(mock.patch.object(where, name, new))
+        yield
+
+
+def quiet(function, *args):
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as silent:
-        sys.stdout = sys.stderr = silent
-        out = str(Path(folder) / "run")
-        final = train.main(train.Config(loss_type=loss, seed=seed, output_dir=out, device="cpu", **METHODS[method]))
-        first = json.loads((Path(out) / "metrics.jsonl").read_text().splitlines()[0])
-    sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-    return {**{key: final[key] for key in SHOWN}, "sft/reward": first["gold/reward"], "torch": torch.__version__}
+    warnings.simplefilter("ignore")
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        return function(*args)
 
 
-def cell(values: list[float | None]) -> str:
+def sft(folder: Path, seed: int) -> None:
+    """The SFT policy of a seed, once."""
+    if not folder.exists():
+        for part in quiet(playground.make_sft_policy, seed, "cpu"):
+            part.save_pretrained(folder.with_name(f".{folder.name}"))
+        folder.with_name(f".{folder.name}").rename(folder)
+
+
+def family(work: Path, runs: dict[str, dict]) -> dict[str, dict]:
+    """All runs that share SFT policy and iteration 1: name of the run -> what was measured, iteration by iteration."""
+    return quiet(_family, work, runs)
+
+
+def _family(work: Path, runs: dict[str, dict]) -> dict[str, dict]:
+    shared = {name: value for name, value in next(iter(runs.values())).items() if name in SHARED}
+    plain = {"device": "cpu", "steps_per_iteration": STEPS}
+    first: Counter = Counter()
+
+    def save(out, t, *args, plain=run.save_checkpoint, **kwargs):
+        plain(out, t, *args, **kwargs)
+        if t == 1:
+            raise Done
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        base, saved = Path(folder) / "base", work / f"sft-{shared['seed']}"
+        load = partial(run.load, saved, "cpu")
+        stack.enter_context(mock.patch.object(playground, "make_sft_policy", lambda seed, device: load()))
+        with mock.patch.object(run, "save_checkpoint", save), counting(first), contextlib.suppress(Done):
+            train.main(train.Config(**plain, **shared, output_dir=str(base)))
+        data = json.loads((base / "config.json").read_text())["data"]
+        results = {}
+        for name, changed in runs.items():
+            changed = dict(changed)
+            patch = PATCHES[changed.pop("patch")]() if "patch" in changed else None
+            out, tokens = Path(folder) / "run", Counter(first)
+            shutil.copytree(base, out)
+            config = train.Config(**plain, **changed, output_dir=str(out), resume_from_checkpoint=str(out))
+            (out / "config.json").write_text(json.dumps({**asdict(train.resolve(config)), "data": data}))
+            with counting(tokens), mock.patch.object(*patch) if patch else contextlib.nullcontext():
+                train.main(config)
+            rows = measured(out, config)
+            for t, row in enumerate(rows[1:], 1):
+                row |= {f"tokens/{kind}": tokens[t, kind] for kind in KINDS}
+            results[name] = {"iterations": rows}
+            shutil.rmtree(out)
+    return results
+
+
+def measured(out: Path, config: train.Config) -> list[dict]:
+    """Of every iteration its evaluation, and what its pairs say that only the world knows."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["phase"] != "train"]
+    for t, row in enumerate(rows[1:], 1):
+        lines = (out / f"iteration-{t}" / "pairs.jsonl").read_text().splitlines() if t > 1 else []
+        pairs = [json.loads(line) for line in lines]
+        for source in ("offline", "bootstrap"):
+            if some := [pair for pair in pairs if pair["source"] == source]:
+                won, lost = ([playground.true_reward(p["prompt"], p[y]) for p in some] for y in ("chosen", "rejected"))
+                words = [len(p["chosen"].split()) - len(p["rejected"].split()) for p in some]
+                row[f"{source}/length"] = statistics.mean(words)
+                row[f"{source}/reward"] = statistics.mean(won)
+                row[f"{source}/margin"] = statistics.mean(p["margin"] for p in some)
+                row[f"{source}/ties"] = statistics.mean(w == l for w, l in zip(won, lost))
+        if t == 2 and config.keep == 1 and config.bootstrap == 0:  # all of D, sorted by margin: any K can be looked at
+            right = [playground.precision([(p["prompt"], p["chosen"], p["rejected"])]) for p in pairs]
+            row["precision at K"] = [statistics.mean(right[: len(right) * k // 10]) for k in range(1, 11)]
+            if config.seed == SEEDS[0]:
+                row["margins"] = [[round(p["margin"], 2), int(r)] for p, r in zip(pairs, right)]
+    return rows
+
+
+# What is run
+
+
+def name_of(spec: dict) -> str:
+    return json.dumps(spec, sort_keys=True)
+
+
+def at(loss: str, method: str, seed: int, **changed) -> dict:
+    return {"loss_type": loss, "seed": seed, **METHODS[method], **changed}
+
+
+def grid(loss: str) -> list[dict]:
+    betas, rates = GRID[loss]
+    return [{"beta": beta, "learning_rate": rate} for beta in betas for rate in rates]
+
+
+def best(runs: Runs, loss: str, method: str) -> dict:
+    """β and learning rate of the highest win rate on validation prompts, mean over the tuning seeds, after T = 3."""
+    tried = grid(loss)
+    return tried[0] if len(tried) == 1 else max(tried, key=lambda point: statistics.mean(
+        runs[name_of(at(loss, method, seed, eval_split="validation", **point))]["iterations"][3]["gold/win_rate"]
+        for seed in TUNING_SEEDS[loss]))  # fmt: skip
+
+
+def tuning(loss: str) -> list[dict]:
+    return [at(loss, method, seed, eval_split="validation", **point) for seed in TUNING_SEEDS[loss]
+            for point in grid(loss) for method in METHODS if len(grid(loss)) > 1]  # fmt: skip
+
+
+def settings(runs: Runs, study: str) -> dict[str, tuple[str, dict]]:
+    """The rows of a study: heading -> method, whose best β and learning rate it has, and what is changed."""
+    long = {"iterations": LONG}
+    sera = lambda **changed: ("SeRA", {**changed})  # noqa: E731
+    return {
+        "main": {method: (method, long) for method in METHODS},
+        **{loss: {method: (method, {}) for method in METHODS} for loss in ("ipo", "slic", "simpo")},
+        **{f"noise {noise}": {m: (m, {"label_noise": noise}) for m in METHODS if m != "random K"} for noise in NOISE},
+        "length": {
+            **{m: (m, BIASED) for m in ("loss alone", "selection only", "SeRA")},
+            **{f"SeRA {name}": sera(**BIASED, **REMEDIES[name]) for name in ("+ length-free", "+ both")},
+        },
+        "over": {
+            "loss alone": ("loss alone", long), "SeRA": ("SeRA", long),
+            **{f"SeRA {name}": sera(**long, **REMEDIES[name]) for name in ("+ floor", "+ both")},
+        },
+        "asked": {
+            "SeRA: γ = 0.5, N = 4, best against worst": sera(**long),
+            "every pair of the samples": sera(patch="every pair"),
+            "own pairs alone (K = 0, K̃ = |D|)": sera(keep=0.0, bootstrap=1.0),
+            "nothing removed (K = |D|)": ("bootstrapping only", long),
+            **{f"γ = {gamma}": sera(ensemble_gamma=gamma) for gamma in (0.0, 0.3, 0.7)},
+            **{f"N = {n}": sera(samples_per_prompt=n) for n in (2, 8, 16)},
+        },
+        "three": {"SeRA": sera(**long), "select by the last three policies": sera(**long, patch="last three")},
+    }[study]  # fmt: skip
+
+
+def loss_of(study: str) -> str:
+    return study if study in GRID else "dpo"
+
+
+def specs(runs: Runs, study: str) -> dict[str, list[dict]]:
+    """The runs of a study's rows, a seed each."""
+    loss = loss_of(study)
+    return {row: [at(loss, method, seed, **{**best(runs, loss, method), **changed}) for seed in SEEDS]
+            for row, (method, changed) in settings(runs, study).items()}  # fmt: skip
+
+
+LONG, NOISE, BIASED = 6, (0.0, 0.1, 0.2, 0.4), {"length_bias": 0.5, "label_noise": 0.15}
+STUDIES = {
+    "main": ["main"], "over": ["over"], "noise": [f"noise {noise}" for noise in NOISE], "length": ["length"],
+    "asked": ["asked", "three"], "losses": ["ipo", "slic", "simpo"],
+}  # fmt: skip
+
+
+def make(wanted: list[dict], runs: Runs, file: Path, work: Path, cores: int, desc: str) -> None:
+    """Run what `runs` lacks, family by family, and write `file` after each."""
+    families: dict[str, dict[str, dict]] = {}
+    for spec in wanted:
+        if name_of(spec) not in runs:
+            shared = name_of({name: value for name, value in spec.items() if name in SHARED})
+            families.setdefault(shared, {})[name_of(spec)] = {**EVERY, **spec}
+    machine = f"{cores} CPU cores, {platform.machine()}, one thread a run, torch {torch.__version__}"
+    with ProcessPoolExecutor(cores) as pool:
+        seeds = {spec["seed"] for members in families.values() for spec in members.values()}
+        list(pool.map(sft, [work / f"sft-{seed}" for seed in seeds], seeds))
+        bar = tqdm(total=sum(map(len, families.values())), desc=desc, unit="run")
+        for done in as_completed([pool.submit(family, work, members) for members in families.values()]):
+            runs |= done.result()
+            bar.update(len(done.result()))
+            file.parent.mkdir(exist_ok=True, parents=True)
+            beside = file.with_suffix(".tmp")
+            beside.write_text(json.dumps({"machine": machine, "runs": dict(sorted(runs.items()))}, indent=0) + "\n")
+            beside.replace(file)
+        bar.close()
+
+
+EVERY: dict = {}  # what --quick changes in every run
+
+
+# What is shown
+
+
+def spread(values: list[float | None], digits: int = 3) -> str:
+    """Mean ± standard deviation."""
     numbers = [v for v in values if v is not None]
     if not numbers:
         return "–"
-    spread = f" ± {statistics.stdev(numbers):.3f}" if len(numbers) > 1 else ""
-    return f"{statistics.mean(numbers):.3f}{spread}"
+    more = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
+    return f"{statistics.mean(numbers):.{digits}f}{more}"
 
 
-def table(runs: dict[str, dict]) -> str:
-    """Mean ± standard deviation over the seeds of every loss and method, as Markdown."""
-    columns = "loss, method, seeds, SFT's reward, true reward, win rate, precision, own precision, right labels, words"
-    lines = ["| " + columns.replace(", ", " | ") + " |", "|" + "---|" * len(columns.split(", "))]
-    for loss in ("dpo", "ipo", "slic", "simpo"):
-        for method in METHODS:
-            some = {key: run for key, run in sorted(runs.items()) if key.startswith(f"{loss}, {method}, ")}
-            if some:
-                seeds = " ".join(key.split()[-1] for key in some)
-                cells = [cell([run[key] for run in some.values()]) for key in ["sft/reward", *SHOWN]]
-                lines.append(f"| {loss} | {method} | {seeds} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def gain(ours: list[float], theirs: list[float]) -> str:
+    """The mean paired difference over the seeds, and its 95 % interval."""
+    low, mean, high = interval(ours, theirs)
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" if len(ours) > 1 else f"{mean:+.3f}"
 
 
-def main() -> None:
+def interval(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
+    differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+    mean, n = statistics.mean(differences), len(differences)
+    half = T975[n - 1] * statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.nan
+    return mean - half, mean, mean + half
+
+
+def column(runs: Runs, row: list[dict], key: str, t: int = 3) -> list:
+    """A figure of every seed after iteration t."""
+    return [runs[name_of(spec)]["iterations"][t].get(key) for spec in row]
+
+
+def markdown(headings: list[str], rows: list[list[str]]) -> str:
+    lines = [headings, ["---", *["--:"] * (len(headings) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def cost(runs: Runs, row: list[dict]) -> list[str]:
+    """Million tokens trained on, scored and sampled in three iterations, without the reference's one pass over D."""
+    every = [[sum(column(runs, row, f"tokens/{kind}", t)) for t in (1, 2, 3)] for kind in KINDS]
+    return [f"{sum(by_t) / len(row) / 1e6:.2f}" for by_t in every]
+
+
+def methods_table(runs: Runs, study: str) -> str:
+    """SFT and every method, after T = 3 iterations."""
+    rows, loss = specs(runs, study), loss_of(study)
+    alone = column(runs, rows["loss alone"], "gold/win_rate")
+    lines = [["SFT", "–", *(spread(column(runs, rows["SeRA"], key, 0)) for key in ("gold/reward", "gold/win_rate")),
+              "–", "–", "–", spread(column(runs, rows["SeRA"], "gold/length", 0), 1)]]  # fmt: skip
+    for method, row in rows.items():
+        point, win = best(runs, loss, method), column(runs, row, "gold/win_rate")
+        lines.append([
+            method, f"{point['beta']:g}, {point['learning_rate']:g}",
+            spread(column(runs, row, "gold/reward")), spread(win),
+            "–" if method == "loss alone" else gain(win, alone), spread(column(runs, row, "select/precision")),
+            spread(column(runs, row, "bootstrap/precision")), spread(column(runs, row, "gold/length"), 1),
+        ])  # fmt: skip
+    return markdown(["method", "β, learning rate", "true reward", "win rate over SFT", "against the loss alone",
+                     "precision", "own precision", "words"], lines)  # fmt: skip
+
+
+def noise_tables(runs: Runs) -> str:
+    levels = sorted([*NOISE, 0.3])
+    rows, at_k = [], []
+    for noise in levels:
+        some = specs(runs, "main" if noise == 0.3 else f"noise {noise}")
+        win = {method: column(runs, row, "gold/win_rate") for method, row in some.items() if method != "random K"}
+        rows.append([f"{noise:.0%}", *map(spread, win.values()), gain(win["SeRA"], win["loss alone"])])
+        ks = zip(*column(runs, some["loss alone"], "precision at K", 2))
+        at_k.append([f"{noise:.0%}", *(f"{statistics.mean(k):.3f}" for k in ks)])
+    return (markdown(["flipped labels", *win, "SeRA against the loss alone"], rows) + "\n\n"
+            + markdown(["precision at K =", *(f"{k}0 %" for k in range(1, 11))], at_k))  # fmt: skip
+
+
+def length_table(runs: Runs) -> str:
+    rows = specs(runs, "length")
+    win = {name: column(runs, row, "gold/win_rate") for name, row in rows.items()}
+    return markdown(
+        ["method", "true reward", "win rate over SFT", "against SeRA", "precision", "own precision",
+         "words", "kept pairs: chosen longer by, words", "own pairs: by"],
+        [[name, spread(column(runs, row, "gold/reward")), spread(win[name]),
+          "–" if name == "SeRA" else gain(win[name], win["SeRA"]), spread(column(runs, row, "select/precision")),
+          spread(column(runs, row, "bootstrap/precision")), spread(column(runs, row, "gold/length"), 1),
+          spread(column(runs, row, "offline/length"), 2), spread(column(runs, row, "bootstrap/length"), 2)]
+         for name, row in rows.items()],
+    )  # fmt: skip
+
+
+OVER = {
+    "gold/reward": "true reward", "bootstrap/precision": "own precision, ties ½", "bootstrap/ties": "tied own pairs",
+    "gold/broken": "broken answers", "bootstrap/reward": "true reward of what own pairs choose",
+    "bootstrap/margin": "implicit margin of own pairs, nats",
+}  # fmt: skip
+
+
+def over_table(runs: Runs, study: str = "over", keys=tuple(OVER)) -> str:
+    rows = specs(runs, study)
+    lines = []
+    for key in keys:
+        for name, row in rows.items():
+            by_t = [column(runs, row, key, t) for t in range(1, LONG + 1)]
+            if any(v is not None for values in by_t for v in values):
+                digits = 1 if key == "bootstrap/margin" else 3
+                lines.append([OVER[key], name, *(spread(values, digits) for values in by_t)])
+    return markdown(["", "method", *(f"t = {t}" for t in range(1, LONG + 1))], lines)
+
+
+def asked_table(runs: Runs) -> str:
+    rows = specs(runs, "asked")
+    win = {name: column(runs, row, "gold/win_rate") for name, row in rows.items()}
+    first = next(iter(rows))
+    return markdown(
+        ["after T = 3", "win rate over SFT", "against SeRA", "own precision", *(f"M tokens {kind}" for kind in KINDS)],
+        [[name, spread(win[name]), "–" if name == first else gain(win[name], win[first]),
+          spread(column(runs, row, "bootstrap/precision")), *cost(runs, row)] for name, row in rows.items()],
+    )  # fmt: skip
+
+
+def tables(runs: Runs) -> dict[str, str]:
+    """Of every study that is whole."""
+    makers = {
+        "main": partial(methods_table, runs, "main"), "noise": partial(noise_tables, runs),
+        "length": partial(length_table, runs), "over": partial(over_table, runs), "asked": partial(asked_table, runs),
+        "three": partial(over_table, runs, "three", ("gold/reward", "bootstrap/precision")),
+        **{loss: partial(methods_table, runs, loss) for loss in ("ipo", "slic", "simpo")},
+    }  # fmt: skip
+    shown = {}
+    for name, maker in makers.items():
+        with contextlib.suppress(KeyError):
+            shown[name] = maker()
+    return shown
+
+
+def figures(runs: Runs, folder: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams.update({"figure.figsize": (7, 3.6), "axes.spines.top": False, "axes.spines.right": False,
+                         "figure.dpi": 120, "savefig.bbox": "tight"})  # fmt: skip
+
+    def save(name: str) -> None:
+        plt.savefig(folder / f"{name}.png")
+        plt.close()
+
+    def band(row: list[dict], key: str, label: str, **style) -> None:
+        times = [t for t in range(LONG + 1) if None not in column(runs, row, key, t)]
+        values = [column(runs, row, key, t) for t in times]
+        mean = [statistics.mean(v) for v in values]
+        sd = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+        plt.plot(times, mean, marker="o", markersize=3, label=label, **style)
+        plt.fill_between(times, [m - s for m, s in zip(mean, sd)], [m + s for m, s in zip(mean, sd)], alpha=0.15)
+
+    main, over = specs(runs, "main"), specs(runs, "over")
+    margins = column(runs, main["loss alone"], "margins", 2)[0]
+    cut = margins[round(0.7 * len(margins)) - 1][0]
+    groups = [[m for m, right in margins if right == r] for r in (1, 0)]
+    plt.hist(groups, bins=60, label=["rightly labelled", "wrongly labelled"], stacked=True)
+    plt.axvline(cut, color="black", linestyle="--")
+    plt.text(cut, plt.ylim()[1] * 0.95, " kept: K = 0.7·|D| →", va="top")
+    plt.xlabel("implicit reward margin after iteration 1, nats")
+    plt.ylabel("pairs")
+    plt.legend(frameon=False, loc="upper right")
+    save("margins")
+
+    for name, row in {**main, "SeRA + both remedies": over["SeRA + both"]}.items():
+        band(row, "gold/reward", name)
+    plt.xlabel("iteration")
+    plt.ylabel("true reward")
+    plt.legend(frameon=False, fontsize="small")
+    save("reward")
+
+    for name, row in over.items():
+        if name != "loss alone":
+            band(row, "bootstrap/precision", name)
+    plt.axhline(0.5, color="grey", linewidth=0.8)
+    plt.xlabel("iteration")
+    plt.ylabel("precision of own pairs, ties ½")
+    plt.legend(frameon=False, fontsize="small")
+    save("own-precision")
+
+
+def quicken() -> None:
+    """One seed, one point of the grid, fewer pairs: every study in minutes, its figures worth nothing."""
+    global SEEDS, STEPS, LONG
+    SEEDS, STEPS, LONG = [0], 13, 3
+    EVERY["max_train_pairs"] = 400
+    for loss, (betas, rates) in GRID.items():
+        GRID[loss] = ([betas[1]], [rates[1]])
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--losses", nargs="+", default=["dpo"], choices=["dpo", "ipo", "slic", "simpo"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    arguments = parser.parse_args()
-    file = RESULTS / "claims.json"
+    parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=STUDIES)
+    parser.add_argument("--quick", action="store_true", help="into experiments/results/quick, which git ignores")
+    options = parser.parse_args(arguments)
+    folder = RESULTS / "quick" if options.quick else RESULTS
+    if options.quick:
+        quicken()
+        shutil.rmtree(folder, ignore_errors=True)
+    file, cores = folder / "claims.json", os.cpu_count() or 1
     runs = json.loads(file.read_text())["runs"] if file.exists() else {}
-    wanted = [(loss, method, seed) for loss in arguments.losses for seed in arguments.seeds for method in METHODS]
-    missing = [w for w in wanted if f"{w[0]}, {w[1]}, seed {w[2]}" not in runs]
-    cores = os.cpu_count() or 1
-    print(f"{len(missing)} runs to make, {cores} at a time, a few minutes each")
-    with ProcessPoolExecutor(cores) as pool:
-        futures = {pool.submit(one_run, *w): w for w in missing}
-        for done, future in enumerate(as_completed(futures), 1):
-            loss, method, seed = futures[future]
-            runs[f"{loss}, {method}, seed {seed}"] = future.result()
-            win_rate = future.result()["gold/win_rate"]
-            print(f"{done}/{len(missing)}: {loss}, {method}, seed {seed}: win rate {win_rate:.3f}", flush=True)
-            RESULTS.mkdir(exist_ok=True)
-            machine = f"{cores} CPU cores, {platform.machine()}, one thread a run"
-            file.write_text(json.dumps({"machine": machine, "runs": dict(sorted(runs.items()))}, indent=1) + "\n")
-    (RESULTS / "claims.md").write_text(table(runs) + "\n")
-    print(table(runs))
+    with tempfile.TemporaryDirectory() as work:
+        for study in options.studies:
+            for part in STUDIES[study]:
+                tune = [spec for loss in {loss_of(part)} for spec in tuning(loss)]
+                make(tune, runs, file, Path(work), cores, f"{part}: tuning")
+                make([spec for row in specs(runs, part).values() for spec in row], runs, file, Path(work), cores, part)
+    shown = tables(runs)
+    (folder / "claims.md").write_text("\n\n".join(f"## {name}\n\n{text}" for name, text in shown.items()) + "\n")
+    if {"main", "over"} <= shown.keys():
+        figures(runs, folder)
+    print("\n\n".join(f"{name}:\n{text}" for name, text in shown.items()))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ Three things keep this exact and lean, for any `AutoModelForCausalLM`:
    caps (gemma2), scaled logits (cohere, granite) and biases (phi) are applied by the code that defines them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from unittest.mock import patch
 
 import torch
@@ -26,11 +26,11 @@ TokenIds = list[int]
 HEAD_LOGITS = {"cuda": 2**26, "cpu": 2**23}  # per chunk: enough to keep a GPU busy, few enough for a CPU's cache
 
 
-def sequence_logprobs(model, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> tuple[Tensor, Tensor]:
-    """log π(y|x) in nats for B (prompt, response) pairs of token ids; differentiable by `.backward()`.
+def token_logprobs(model, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> tuple[Tensor, ...]:
+    """log π(y_i|x, y_<i) in nats of every response token, for B (prompt, response) pairs of token ids.
 
-    Returns float32 (B,) sums and int64 (B,) token counts, apart, so that averaging is the caller's visible choice.
-    Not by `torch.autograd.grad`, nor into a head alone above a frozen body; DDP needs `static_graph=True`.
+    Returns B float32 tensors, (|y|,) each; differentiable by `.backward()`, not by `torch.autograd.grad`, nor into a
+    head alone above a frozen body; DDP needs `static_graph=True`.
     Dropout is the model's: call `model.eval()`, or set it to 0, where policy and reference must agree.
     Raises ValueError where a prompt or a response is empty: then nothing predicts, or nothing is predicted.
     """
@@ -51,7 +51,7 @@ def sequence_logprobs(model, prompts: Sequence[TokenIds], responses: Sequence[To
     kind = type(output)
     del output  # (B, T, H) need not wait for backward
 
-    def token_logps(h: Tensor, y: Tensor) -> Tensor:  # (r, H), (r,) -> (r,)
+    def head(h: Tensor, y: Tensor) -> Tensor:  # (r, H), (r,) -> (r,)
         with patch.object(body, "forward", lambda *args, **kwargs: kind(last_hidden_state=h[None])):
             logits = model(input_ids=y[None], use_cache=False, return_dict=True).logits[0]  # (r, V)
         quarters = zip(logits.chunk(4), y.chunk(4))  # float32 copies of a quarter: small enough to be used again
@@ -62,11 +62,20 @@ def sequence_logprobs(model, prompts: Sequence[TokenIds], responses: Sequence[To
     # Logits are recomputed in backward: one more product with the head, and no (R, V) is kept. Reentrant, so that a
     # chunk's gradient of the head is added to .grad at once: its alternative holds two more (V, H).
     if torch.is_grad_enabled():
-        logps = [checkpoint(token_logps, h, y, use_reentrant=True, preserve_rng_state=False) for h, y in chunks]
+        logps = [checkpoint(head, h, y, use_reentrant=True, preserve_rng_state=False) for h, y in chunks]
     else:
-        logps = [token_logps(h, y) for h, y in chunks]
-    sums = torch.stack([row.sum() for row in torch.cat(logps).split(counts)])  # (R,) -> (B,)
-    return sums, torch.tensor(counts, device=device)
+        logps = [head(h, y) for h, y in chunks]
+    return torch.cat(logps).split(counts)  # (R,) -> B of (|y|,)
+
+
+def sequence_logprobs(model, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> tuple[Tensor, Tensor]:
+    """log π(y|x) in nats for B (prompt, response) pairs of token ids; differentiable as `token_logprobs`, which see.
+
+    Returns float32 (B,) sums and int64 (B,) token counts, apart, so that averaging is the caller's visible choice.
+    """
+    rows = token_logprobs(model, prompts, responses)
+    sums = torch.stack([row.sum() for row in rows])  # B of (|y|,) -> (B,)
+    return sums, torch.tensor([len(y) for y in responses], device=sums.device)
 
 
 def token_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
@@ -82,25 +91,37 @@ def token_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
 
 @torch.no_grad()
 def score(
-    model, prompts: list[TokenIds], responses: list[TokenIds], *, max_tokens: int, desc: str | None = None
+    model,
+    prompts: list[TokenIds],
+    responses: list[TokenIds],
+    *,
+    max_tokens: int,
+    of: Callable[[Tensor], Tensor] = torch.sum,
+    desc: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`sequence_logprobs` of any number of rows, without gradients, in eval mode, in batches of `max_tokens` tokens.
 
     Longest first: there is next to no padding, and a batch that does not fit the memory fails at once.
     Returns CPU tensors in the rows' order: float32 (N,) sums in nats, int64 (N,) counts. `desc` shows a progress bar.
+    `of`: what else than their sum to make of a response's (|y|,) token log-probs, as `sum_and_least` does: (N, …).
     """
     was_training = model.training
     model.eval()
     batches = token_batches([len(x) + len(y) for x, y in zip(prompts, responses, strict=True)], max_tokens)
-    parts = [
-        sequence_logprobs(model, [prompts[i] for i in batch], [responses[i] for i in batch])[0]
-        for batch in tqdm(batches, desc=desc, unit="batch", disable=desc is None)
-    ]
+    parts = []
+    for batch in tqdm(batches, desc=desc, unit="batch", disable=desc is None):
+        rows = token_logprobs(model, [prompts[i] for i in batch], [responses[i] for i in batch])
+        parts.append(torch.stack([of(row) for row in rows]))
     model.train(was_training)
-    sums = torch.empty(len(prompts))
+    sums = torch.empty(len(prompts), *of(torch.zeros(1)).shape)  # (N, …)
     if parts:
-        sums[torch.tensor([i for batch in batches for i in batch])] = torch.cat(parts).cpu()
+        sums[[i for batch in batches for i in batch]] = torch.cat(parts).cpu()
     return sums, torch.tensor([len(y) for y in responses], dtype=torch.int64)
+
+
+def sum_and_least(logps: Tensor) -> Tensor:
+    """A response's log π(y|x) and its least likely token's log π(y_i|x, y_<i), in nats: (|y|,) -> (2,)."""
+    return torch.stack([logps.sum(), logps.min()])
 
 
 def implicit_reward(policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor | None = None) -> Tensor:

@@ -45,16 +45,22 @@ def write_response(prompt: str, rng: random.Random) -> str:
     return " ".join(sentences)
 
 
-def true_reward(prompt: str, response: str) -> float:
-    """The judge: the mean score of the response's sentences, in [−1, 1]; −1 for an empty one."""
+def sentence_scores(prompt: str, response: str) -> list[int | None]:
+    """+1, 0 or −1 for every sentence of the response; None for a broken one, as an empty response is."""
     topic = prompt.split()[4::3]
-    scores = []
+    scores: list[int | None] = []
     for sentence in response.strip().removesuffix(".").split("."):
         match sentence.split():
             case ["the", noun, verb, tone] if noun in NOUNS and verb in VERBS and tone in KIND + UNKIND:
                 scores.append((noun in topic) - (tone in UNKIND))
             case _:
-                scores.append(-1)
+                scores.append(None)
+    return scores
+
+
+def true_reward(prompt: str, response: str) -> float:
+    """The judge: the mean score of the response's sentences, in [−1, 1]; a broken one scores −1."""
+    scores = [-1 if score is None else score for score in sentence_scores(prompt, response)]
     return sum(scores) / len(scores)
 
 
@@ -64,22 +70,28 @@ def precision(pairs: list[tuple[str, ...]]) -> float:
     return sum((w > l) + 0.5 * (w == l) for w, l in gold) / len(gold)
 
 
+def broken(response: str) -> bool:
+    """Not a list of whole sentences of this world."""
+    return any(score is None for score in sentence_scores("", response))
+
+
 def judge(asked: list[str], answers: list[str], sft_answers: list[str]) -> dict[str, float]:
-    """True reward and words of the answers, and how often they beat the SFT policy's to the same prompts, ties ½."""
+    """True reward, words and broken share of the answers; how often they beat the SFT policy's, ties ½."""
     n = len(asked)
     gold = [(true_reward(x, a), true_reward(x, b)) for x, a, b in zip(asked, answers, sft_answers)]
     return {
         "gold/reward": sum(a for a, _ in gold) / n,
         "gold/win_rate": sum((a > b) + 0.5 * (a == b) for a, b in gold) / n,
         "gold/length": sum(len(a.split()) for a in answers) / n,
+        "gold/broken": sum(map(broken, answers)) / n,
     }
 
 
 def prompts(part: str) -> list[str]:
-    """Two nouns each, 1,560 in all: 512 for "test", the others for "train", no prompt in both."""
+    """Two nouns each, 1,560 in all: 512 for "test", 256 for "validation", the others for "train"; no prompt in two."""
     every = [f"tell me about the {a} and the {b}" for a in NOUNS for b in NOUNS if a != b]
     random.Random(0).shuffle(every)
-    return every[512:] if part == "train" else every[:512]
+    return {"test": every[:512], "validation": every[512:768], "train": every[768:]}[part]
 
 
 def preferences(n: int, part: str, *, label_noise: float, length_bias: float, seed: int) -> list[dict[str, str]]:

@@ -22,6 +22,19 @@ def ensemble_margin(newest: Tensor, previous: Tensor | None = None, gamma: float
     return newest if previous is None else (1 - gamma) * newest + gamma * previous
 
 
+def length_free(rewards: Tensor, lengths: Tensor) -> Tensor:
+    """r − b·|y|: the rewards less what a straight line through them explains by length alone. Not the paper's: ours.
+
+    rewards: float (P, n) in nats, n responses to each of P prompts, NaN where there is none; lengths: int (P, n).
+    b is the slope, in nats a token, of the least-squares line within prompts: Σ δr·δ|y| / Σ δ|y|², where δ is the
+    difference from the prompt's mean. A bias for length is shared by labels and samples alike, so no margin shows it.
+    """
+    counted = lengths.where(~rewards.isnan(), torch.nan)  # (P, n)
+    dr, dl = (v - v.nanmean(1, keepdim=True) for v in (rewards, counted))
+    slope = (dr * dl).nansum() / (dl * dl).nansum().clamp(min=1e-12)
+    return rewards - slope * lengths
+
+
 def select_top(margins: Tensor, k: int) -> Tensor:
     """argtop-K: int64 (k,) indices of the k largest of (N,) margins, largest first, ties by index.
 
