@@ -20,7 +20,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 from tqdm import tqdm
@@ -32,8 +32,10 @@ PLAIN_TEMPLATE = (
 )
 COLUMNS = ("prompt", "instruction", "input", "chosen", "rejected")  # all that is read
 
-Pair = tuple[list[int], list[int], list[int]]  # token ids of the prompt x, the chosen y_w and the rejected y_l
+Ids = list[int]  # token ids
+Pair = tuple[Ids, Ids, Ids]  # the prompt x, the chosen y_w and the rejected y_l
 Messages = list[dict[str, str]]  # of a role and a content
+Rows: TypeAlias = Sequence[Any] | datasets.Dataset
 
 
 class InputError(ValueError):
@@ -48,7 +50,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def read_rows(name: str, split: str, limit: int | None = None) -> Sequence[Any] | datasets.Dataset:
+def read_rows(name: str, split: str, limit: int | None = None) -> Rows:
     """Rows, the first `limit`, of a hub data set, a .json, .jsonl or .parquet file, or a folder. Raises InputError."""
     path, suffixes = Path(name), (".json", ".jsonl", ".parquet")
     if path.is_file() and path.suffix not in suffixes:
@@ -73,25 +75,25 @@ def read_rows(name: str, split: str, limit: int | None = None) -> Sequence[Any] 
 
 
 def read_json(path: Path) -> list[Any]:
-    """The values of a JSON list, or of lines of JSON. Raises ValueError naming the line.
+    """The values of a JSON list, or all values one after the other. Raises ValueError naming line and column.
 
     Not by `datasets`, whose reader has crashed the process on deep nesting, and wants a field of one type in all rows.
     """
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
         return json.loads(text)
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
+    rows, blank, parser = [], re.compile(r"\s*"), json.JSONDecoder()
+    at = blank.match(text).end()
+    while at < len(text):
+        row, end = parser.raw_decode(text, at)
+        rows.append(row)
+        at = blank.match(text, end).end()
     if not rows:
         raise ValueError("it is empty")
     return rows
 
 
-def decoded(rows: Sequence[Any] | datasets.Dataset, name: str) -> Iterator[Any]:
+def decoded(rows: Rows, name: str) -> Iterator[Any]:
     """The rows one by one; what `datasets` cannot decode, and reads ahead, is an InputError."""
     each = iter(rows)
     for i in range(len(rows)):
@@ -174,13 +176,13 @@ def _ask_and_answer(prompt: str | Messages | None, value: Any, where: str) -> tu
     return dialogue[:-1], dialogue[-1]["content"]
 
 
-def _continued(tokenizer: Any, text: str) -> list[int]:
+def _continued(tokenizer: Any, text: str) -> Ids:
     """Token ids of a text that goes on after a line break: SentencePiece puts a space before the first word of all."""
     before, ids = tokenizer(["\n", "\n" + text], add_special_tokens=False).input_ids
     return ids[len(before) :] if ids[: len(before)] == before else tokenizer(text, add_special_tokens=False).input_ids
 
 
-def tokenise(tokenizer: Any, x: str | Messages, ys: list[str], eos_ids: list[int], where: str) -> list[list[int]]:
+def tokenise(tokenizer: Any, x: str | Messages, ys: list[str], eos_ids: Ids, where: str) -> list[Ids]:
     """Token ids of the prompt and of each response, which gets exactly one end of sequence. Raises InputError."""
     prompt, wholes = x, [str(x) + y for y in ys]
     if isinstance(x, list):
@@ -202,20 +204,22 @@ def tokenise(tokenizer: Any, x: str | Messages, ys: list[str], eos_ids: list[int
     return [prompt_ids, *responses]
 
 
+def cut(prompt: Ids, responses: list[Ids], bos: int | None, max_length: int, max_prompt_length: int) -> Pair:
+    """The prompt's last `max_prompt_length` tokens (and its BOS), of each response the first max_length − |prompt|."""
+    if len(prompt) > max_prompt_length:
+        first = prompt[:1] if prompt[0] == bos else []
+        prompt = first + prompt[len(prompt) - max_prompt_length + len(first) :]
+    chosen, rejected = (y[: max_length - len(prompt)] for y in responses)
+    return prompt, chosen, rejected
+
+
 def encode(
-    rows: Sequence[Any] | datasets.Dataset,
-    tokenizer: Any,
-    *,
-    name: str,
-    eos_ids: list[int],
-    max_length: int,
-    max_prompt_length: int,
+    rows: Rows, tokenizer: Any, *, name: str, eos_ids: Ids, max_length: int, max_prompt_length: int
 ) -> tuple[list[Pair], Counter]:
     """Rows of any of the formats as pairs of token ids, and the count of rows read, kept, cut and dropped, with why.
 
     eos_ids: the tokens that end a response, the one to append first. A tokenizer without a chat template is given
     PLAIN_TEMPLATE, and keeps it where it is saved.
-    A prompt keeps its last `max_prompt_length` tokens (and its BOS), a response the first max_length − |prompt|.
     A dialogue or response that spells a special token of the tokenizer, or PLAIN_TEMPLATE's turns where that is used,
     is dropped: it would forge a turn or an end. Turns that a template marks by plain text are not recognised.
     """
@@ -226,7 +230,7 @@ def encode(
     specials = [re.escape(str(token)) for i, token in added if token.special or i in eos_ids]
     turns = ["\n\n(?:Human|Assistant):"] if tokenizer.chat_template.endswith(PLAIN_TEMPLATE) else []
     forged = re.compile("|".join([*specials, *turns]) or "(?!)")
-    counts: Counter = Counter({"read": 0, "kept": 0, "responses cut": 0})
+    counts: Counter = Counter({"read": 0, "kept": 0})
     pairs: list[Pair] = []
     for i, row in enumerate(tqdm(decoded(rows, name), "reading pairs", len(rows), unit="row", leave=False)):
         counts["read"] += 1
@@ -235,23 +239,17 @@ def encode(
             ys = [y.removesuffix(tokenizer.eos_token) for y in ys]
             if any(forged.search(text) for text in [*ys, *(m["content"] for m in x if isinstance(m, dict))]):
                 raise Unusable("a text spells a special token")
-            if not all(ys):
-                raise Unusable("no token of the prompt or a response")
-            prompt, chosen, rejected = tokenise(tokenizer, x, ys, eos_ids, f"{name}, row {i}")
+            prompt, *responses = tokenise(tokenizer, x, ys, eos_ids, f"{name}, row {i}")
             if isinstance(x, str) and prompt[:1] != bos:  # a template writes its own
                 prompt = bos + prompt
-            if len(prompt) > max_prompt_length:
-                first = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
-                prompt = first + prompt[len(prompt) - max_prompt_length + len(first) :]
-                counts["prompts cut"] += 1
-            room = max_length - len(prompt)
-            counts["responses cut"] += (len(chosen) > room) + (len(rejected) > room)
-            chosen, rejected = chosen[:room], rejected[:room]
-            if not prompt or not chosen or not rejected:
+            pair = cut(prompt, responses, tokenizer.bos_token_id, max_length, max_prompt_length)
+            counts["prompts cut"] += len(prompt) > max_prompt_length
+            counts["responses cut"] += sum(kept != y for kept, y in zip(pair[1:], responses))
+            if not all(ys) or not all(pair):
                 raise Unusable("no token of the prompt or a response")
-            if chosen == rejected:
+            if pair[1] == pair[2]:
                 raise Unusable("chosen equals rejected")
-            pairs.append((prompt, chosen, rejected))
+            pairs.append(pair)
         except Unusable as why:
             counts[f"dropped: {why}"] += 1
     counts["kept"] = len(pairs)
@@ -265,7 +263,7 @@ def split_by_prompt(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pa
     return [p for p in pairs if tuple(p[0]) not in held], [p for p in pairs if tuple(p[0]) in held]
 
 
-def decode(tokenizer: Any, ids: list[int], eos_ids: list[int], after: list[int] | None = None) -> str:
+def decode(tokenizer: Any, ids: Ids, eos_ids: Ids, after: Ids | None = None) -> str:
     """A prompt without its BOS, a response without its end: what `datasets` and TRL expect, for they add them.
 
     after: the prompt, where `ids` is a response. Alone it would lose the space that SentencePiece begins a word with.
