@@ -11,6 +11,7 @@
 The last assistant turn is the response, everything before it the prompt, and both responses share one prompt's ids.
 Dialogues go through the tokenizer's chat template. A prompt's ids never depend on the response: where tokens merge
 across the border, the response is tokenised apart. A response ends with exactly one end of sequence, unless cut.
+A field that is missing or of another type is an error; a text that is there but blank drops its pair.
 """
 
 import json
@@ -19,7 +20,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 from tqdm import tqdm
@@ -29,18 +30,27 @@ PLAIN_TEMPLATE = (
     "{% for m in messages %}{{ {'user': '\n\nHuman: ', 'assistant': '\n\nAssistant: ', 'system': ''}[m['role']] "
     "+ m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
-
-
 COLUMNS = ("prompt", "instruction", "input", "chosen", "rejected")  # all that is read
 
-Pair = tuple[list[int], list[int], list[int]]  # token ids of the prompt x, the chosen y_w and the rejected y_l
+Ids = list[int]  # token ids
+Pair = tuple[Ids, Ids, Ids]  # the prompt x, the chosen y_w and the rejected y_l
+Messages = list[dict[str, str]]  # of a role and a content
+Rows: TypeAlias = Sequence[Any] | datasets.Dataset
 
 
 class InputError(ValueError):
     """What the user gave is not as expected. The message is one line: where, and what was expected."""
 
 
-def read_rows(name: str, split: str, limit: int | None = None) -> Sequence[Any] | datasets.Dataset:
+class Unusable(Exception):
+    """A row of a right form that is no pair to train on: it is dropped, and counted under this message."""
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def read_rows(name: str, split: str, limit: int | None = None) -> Rows:
     """Rows, the first `limit`, of a hub data set, a .json, .jsonl or .parquet file, or a folder. Raises InputError."""
     path, suffixes = Path(name), (".json", ".jsonl", ".parquet")
     if path.is_file() and path.suffix not in suffixes:
@@ -49,52 +59,62 @@ def read_rows(name: str, split: str, limit: int | None = None) -> Sequence[Any] 
         raise InputError(f"{name}: no such file")
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors come back in ours, on one line
     try:
-        if path.suffix in (".json", ".jsonl") and path.is_file():
+        if path.is_file() and path.suffix != ".parquet":
             return read_json(path)[:limit]
-        if path.is_file():
-            rows = datasets.load_dataset("parquet", data_files={split: str(path)}, split=split)
-        else:
-            rows = datasets.load_dataset(name, split=split, trust_remote_code=False)
+        source: dict = {"path": "parquet", "data_files": {split: name}} if path.is_file() else {"path": name}
+        rows = datasets.load_dataset(**source, split=split, trust_remote_code=False)
         rows = rows.select_columns([column for column in COLUMNS if column in rows.column_names])
         return rows if limit is None else rows.select(range(min(len(rows), limit)))
-    except Exception as error:  # pyarrow, pandas, huggingface_hub and datasets each raise their own
+    except Exception as error:  # pyarrow, pandas, huggingface_hub and datasets each raise their own, and wrap others'
         causes: list[str] = []
         cause: BaseException | None = error
         while cause is not None:
-            causes += [(str(cause).splitlines() or [type(cause).__name__])[0]]
+            causes += [one_line(cause)]
             cause = cause.__cause__ or cause.__context__
         raise InputError(f"{name}, split '{split}': cannot be read: {'; '.join(dict.fromkeys(causes))}") from None
 
 
 def read_json(path: Path) -> list[Any]:
-    """The values of a JSON list, or of lines of JSON. Raises ValueError naming the line.
+    """The values of a JSON list, or all values one after the other. Raises ValueError naming line and column.
 
     Not by `datasets`, whose reader has crashed the process on deep nesting, and wants a field of one type in all rows.
     """
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
         return json.loads(text)
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            rows += [json.loads(line)] if line.strip() else []
-        except json.JSONDecodeError as error:
-            raise ValueError(f"line {number}, column {error.colno}: {error.msg}") from None
+    rows, blank, parser = [], re.compile(r"\s*"), json.JSONDecoder()
+    at = blank.match(text).end()
+    while at < len(text):
+        row, end = parser.raw_decode(text, at)
+        rows.append(row)
+        at = blank.match(text, end).end()
     if not rows:
         raise ValueError("it is empty")
     return rows
 
 
+def decoded(rows: Rows, name: str) -> Iterator[Any]:
+    """The rows one by one; what `datasets` cannot decode, and reads ahead, is an InputError."""
+    each = iter(rows)
+    for i in range(len(rows)):
+        try:
+            yield next(each)
+        except Exception as error:
+            raise InputError(f"{name}, row {i} or one after it: cannot be decoded: {one_line(error)}") from None
+
+
 def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        kind = "missing" if value is None else "empty" if isinstance(value, str) else f"a {type(value).__name__}"
+    if not isinstance(value, str):
+        kind = "missing" if value is None else f"a {type(value).__name__}"
         raise InputError(f"{where} is {kind}: expected a text")
     if re.search("[\ud800-\udfff]", value):
         raise InputError(f"{where} holds half a surrogate pair, which no encoding has: expected Unicode text")
+    if not value.strip():
+        raise Unusable("a text is empty")
     return value
 
 
-def _messages(value: Any, where: str) -> list[dict[str, str]]:
+def _messages(value: Any, where: str) -> Messages:
     if not value:
         raise InputError(f"{where} is empty: expected messages")
     for j, message in enumerate(value):
@@ -104,58 +124,65 @@ def _messages(value: Any, where: str) -> list[dict[str, str]]:
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
-def _human_assistant(text: str, where: str) -> list[dict[str, str]]:
+def _human_assistant(text: str, where: str) -> Messages:
     """HH-RLHF's plain dialogue as messages, split at its turns."""
     before, *turns = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip("\n"))
     if before.strip() or not turns:
         raise InputError(f"{where}: expected 'prompt' or 'instruction' beside it, or a dialogue '\\n\\nHuman: …'")
+    if turns[-2] == "Human":
+        raise Unusable("a transcript ends without an answer")
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[r], "content": c.strip()} for r, c in zip(turns[::2], turns[1::2]) if c.strip()]
+    return [{"role": roles[r], "content": _text(c, where).strip()} for r, c in zip(turns[::2], turns[1::2])]
 
 
-def normalise(row: dict[str, Any], where: str) -> tuple[str | list[dict[str, str]], str, str] | None:
+def normalise(row: Any, where: str) -> tuple[str | Messages, str, str]:
     """A row of any of the formats as (prompt, chosen, rejected); the prompt is a text, or the messages so far.
 
-    None where the two responses do not answer the same prompt. Raises InputError naming the row and the field.
+    Raises InputError naming the row and the field, and Unusable.
     """
     if not isinstance(row, dict):
         raise InputError(f"{where} is a {type(row).__name__}: expected fields and their values")
     prompt = row.get("prompt")
-    if row.get("instruction") is not None and prompt is None:
+    if prompt is None and row.get("instruction") is not None:
         question = _text(row["instruction"], f"{where}: 'instruction'")
         if row.get("input") not in (None, ""):
             question += "\n\n" + _text(row["input"], f"{where}: 'input'")
         prompt = [{"role": "user", "content": question}]
-    elif isinstance(prompt, list):
-        prompt = _messages(prompt, f"{where}: 'prompt'")
     elif prompt is not None:
-        _text(prompt, f"{where}: 'prompt'")
-
-    ends: list[tuple[str | list[dict[str, str]], str]] = []
-    for field in ("chosen", "rejected"):
-        value, here = row.get(field), f"{where}: '{field}'"
-        if not isinstance(value, list):
-            text = _text(value, here)
-            if prompt is not None:
-                ends.append((prompt, text))
-                continue
-            dialogue = _human_assistant(text, here)
-        else:
-            dialogue = _messages(value, here)
-            if isinstance(prompt, list) and dialogue[: len(prompt)] != prompt:
-                dialogue = prompt + dialogue
-            elif isinstance(prompt, str) and [m["role"] for m in dialogue] == ["assistant"]:
-                dialogue = [{"role": "user", "content": prompt}, *dialogue]
-        if len(dialogue) < 2 or dialogue[-1]["role"] != "assistant":
-            raise InputError(f"{here}: expected a dialogue that ends with the assistant's turn")
-        ends.append((dialogue[:-1], dialogue[-1]["content"]))
-    (x, chosen), (other_x, rejected) = ends
-    return (x, chosen, rejected) if x == other_x else None
+        prompt = (_messages if isinstance(prompt, list) else _text)(prompt, f"{where}: 'prompt'")
+    (x, chosen), (other_x, rejected) = (
+        _ask_and_answer(prompt, row.get(field), f"{where}: '{field}'") for field in ("chosen", "rejected")
+    )
+    if x != other_x:
+        raise Unusable("the responses answer different prompts")
+    return x, chosen, rejected
 
 
-def tokenise(
-    tokenizer: Any, x: str | list[dict[str, str]], ys: list[str], eos_ids: list[int], where: str
-) -> list[list[int]]:
+def _ask_and_answer(prompt: str | Messages | None, value: Any, where: str) -> tuple[str | Messages, str]:
+    """What the row's prompt, if it has one, and its `chosen` or `rejected` together ask, and the answer."""
+    if not isinstance(value, list):
+        text = _text(value, where)
+        if prompt is not None:
+            return prompt, text
+        dialogue = _human_assistant(text, where)
+    else:
+        dialogue = _messages(value, where)
+        if isinstance(prompt, list) and dialogue[: len(prompt)] != prompt:
+            dialogue = prompt + dialogue
+        elif isinstance(prompt, str) and [m["role"] for m in dialogue] == ["assistant"]:
+            dialogue = [{"role": "user", "content": prompt}, *dialogue]
+    if len(dialogue) < 2 or dialogue[-1]["role"] != "assistant":
+        raise InputError(f"{where}: expected a dialogue that ends with the assistant's turn")
+    return dialogue[:-1], dialogue[-1]["content"]
+
+
+def _continued(tokenizer: Any, text: str) -> Ids:
+    """Token ids of a text that goes on after a line break: SentencePiece puts a space before the first word of all."""
+    before, ids = tokenizer(["\n", "\n" + text], add_special_tokens=False).input_ids
+    return ids[len(before) :] if ids[: len(before)] == before else tokenizer(text, add_special_tokens=False).input_ids
+
+
+def tokenise(tokenizer: Any, x: str | Messages, ys: list[str], eos_ids: Ids, where: str) -> list[Ids]:
     """Token ids of the prompt and of each response, which gets exactly one end of sequence. Raises InputError."""
     prompt, wholes = x, [str(x) + y for y in ys]
     if isinstance(x, list):
@@ -164,90 +191,67 @@ def tokenise(
             answers = [[*x, {"role": "assistant", "content": y}] for y in ys]
             wholes = [tokenizer.apply_chat_template(answer, tokenize=False) for answer in answers]
         except Exception as error:  # of jinja, and whatever the template's own code comes to
-            what = " ".join(str(error).split())
-            raise InputError(f"{where}: the chat template does not take this dialogue: {what}") from None
+            raise InputError(f"{where}: the chat template does not take this dialogue: {one_line(error)}") from None
         if not all(whole.startswith(prompt) for whole in wholes):
             raise InputError(f"{where}: the chat template does not begin an answered dialogue with its own prompt")
     prompt_ids, *whole_ids = tokenizer([prompt, *wholes], add_special_tokens=False).input_ids
     responses = []
     for whole, ids in zip(wholes, whole_ids):
-        if ids[: len(prompt_ids)] == prompt_ids:
-            y = ids[len(prompt_ids) :]
-        else:  # tokens merge across the border: tokenise the response apart
-            y = tokenizer(whole[len(prompt) :], add_special_tokens=False).input_ids
+        n = len(prompt_ids)  # where tokens merge across the border, the response is tokenised apart
+        y = ids[n:] if ids[:n] == prompt_ids else _continued(tokenizer, whole[len(prompt) :])
         end = next((j for j, token in enumerate(y) if token in eos_ids), None)
         responses.append(y[: end + 1] if end is not None else [*y, eos_ids[0]] if y else [])
-    # A template writes its own BOS; a plain text gets what the tokenizer itself would put before it.
-    bos = tokenizer("a").input_ids[:1] if isinstance(x, str) else []
-    if bos == [tokenizer.bos_token_id] != prompt_ids[:1]:
-        prompt_ids = bos + prompt_ids
     return [prompt_ids, *responses]
 
 
-def decoded(rows: Sequence[dict[str, Any]] | datasets.Dataset, name: str) -> Iterator[dict[str, Any]]:
-    """The rows one by one; what `datasets` cannot decode, and reads ahead, is an InputError."""
-    each = iter(rows)
-    for i in range(len(rows)):
-        try:
-            yield next(each)
-        except Exception as error:
-            what = " ".join(str(error).split())[:300]
-            raise InputError(f"{name}, row {i} or one after it: cannot be decoded: {what}") from None
+def cut(prompt: Ids, responses: list[Ids], bos: int | None, max_length: int, max_prompt_length: int) -> Pair:
+    """The prompt's last `max_prompt_length` tokens (and its BOS), of each response the first max_length − |prompt|."""
+    if len(prompt) > max_prompt_length:
+        first = prompt[:1] if prompt[0] == bos else []
+        prompt = first + prompt[len(prompt) - max_prompt_length + len(first) :]
+    chosen, rejected = (y[: max_length - len(prompt)] for y in responses)
+    return prompt, chosen, rejected
 
 
 def encode(
-    rows: Sequence[dict[str, Any]] | datasets.Dataset,
-    tokenizer: Any,
-    *,
-    name: str,
-    eos_ids: list[int],
-    max_length: int,
-    max_prompt_length: int,
+    rows: Rows, tokenizer: Any, *, name: str, eos_ids: Ids, max_length: int, max_prompt_length: int
 ) -> tuple[list[Pair], Counter]:
     """Rows of any of the formats as pairs of token ids, and the count of rows read, kept, cut and dropped, with why.
 
     eos_ids: the tokens that end a response, the one to append first. A tokenizer without a chat template is given
     PLAIN_TEMPLATE, and keeps it where it is saved.
-    A prompt keeps its last `max_prompt_length` tokens (and its BOS), a response the first max_length − |prompt|.
     A dialogue or response that spells a special token of the tokenizer, or PLAIN_TEMPLATE's turns where that is used,
     is dropped: it would forge a turn or an end. Turns that a template marks by plain text are not recognised.
     """
+    bos = [i for i in tokenizer("a").input_ids[:1] if i == tokenizer.bos_token_id]  # what it adds by itself
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = PLAIN_TEMPLATE
+        tokenizer.chat_template = "{{ bos_token }}" * len(bos) + PLAIN_TEMPLATE
     added = tokenizer.added_tokens_decoder.items()
     specials = [re.escape(str(token)) for i, token in added if token.special or i in eos_ids]
-    turns = ["\n\n(?:Human|Assistant):"] if tokenizer.chat_template == PLAIN_TEMPLATE else []
+    turns = ["\n\n(?:Human|Assistant):"] if tokenizer.chat_template.endswith(PLAIN_TEMPLATE) else []
     forged = re.compile("|".join([*specials, *turns]) or "(?!)")
     counts: Counter = Counter({"read": 0, "kept": 0})
     pairs: list[Pair] = []
     for i, row in enumerate(tqdm(decoded(rows, name), "reading pairs", len(rows), unit="row", leave=False)):
         counts["read"] += 1
-        triple = normalise(row, f"{name}, row {i}")
-        if triple is None:
-            counts["dropped: the responses answer different prompts"] += 1
-            continue
-        x, *ys = triple
-        ys = [y.removesuffix(tokenizer.eos_token) for y in ys]
-        if any(forged.search(text) for text in [*ys, *(m["content"] for m in x if isinstance(m, dict))]):
-            counts["dropped: a text spells a special token"] += 1
-            continue
-        if not all(ys):
-            counts["dropped: no token of the prompt or a response"] += 1
-            continue
-        prompt, chosen, rejected = tokenise(tokenizer, x, ys, eos_ids, f"{name}, row {i}")
-        if len(prompt) > max_prompt_length:
-            bos = prompt[:1] if prompt[0] == tokenizer.bos_token_id else []
-            prompt = bos + prompt[len(prompt) - max_prompt_length + len(bos) :]
-            counts["prompts cut"] += 1
-        room = max_length - len(prompt)
-        counts["responses cut"] += (len(chosen) > room) + (len(rejected) > room)
-        chosen, rejected = chosen[:room], rejected[:room]
-        if not prompt or not chosen or not rejected:
-            counts["dropped: no token of the prompt or a response"] += 1
-        elif chosen == rejected:
-            counts["dropped: chosen equals rejected"] += 1
-        else:
-            pairs.append((prompt, chosen, rejected))
+        try:
+            x, *ys = normalise(row, f"{name}, row {i}")
+            ys = [y.removesuffix(tokenizer.eos_token) for y in ys]
+            if any(forged.search(text) for text in [*ys, *(m["content"] for m in x if isinstance(m, dict))]):
+                raise Unusable("a text spells a special token")
+            prompt, *responses = tokenise(tokenizer, x, ys, eos_ids, f"{name}, row {i}")
+            if isinstance(x, str) and prompt[:1] != bos:  # a template writes its own
+                prompt = bos + prompt
+            pair = cut(prompt, responses, tokenizer.bos_token_id, max_length, max_prompt_length)
+            counts["prompts cut"] += len(prompt) > max_prompt_length
+            counts["responses cut"] += sum(kept != y for kept, y in zip(pair[1:], responses))
+            if not all(ys) or not all(pair):
+                raise Unusable("no token of the prompt or a response")
+            if pair[1] == pair[2]:
+                raise Unusable("chosen equals rejected")
+            pairs.append(pair)
+        except Unusable as why:
+            counts[f"dropped: {why}"] += 1
     counts["kept"] = len(pairs)
     return pairs, counts
 
@@ -259,6 +263,12 @@ def split_by_prompt(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pa
     return [p for p in pairs if tuple(p[0]) not in held], [p for p in pairs if tuple(p[0]) in held]
 
 
-def decode(tokenizer: Any, ids: list[int], eos_ids: list[int]) -> str:
-    """A prompt without its BOS, a response without its end: what `datasets` and TRL expect, for they add them."""
-    return tokenizer.decode(ids[ids[:1] == [tokenizer.bos_token_id] : len(ids) - (ids[-1] in eos_ids)])
+def decode(tokenizer: Any, ids: Ids, eos_ids: Ids, after: Ids | None = None) -> str:
+    """A prompt without its BOS, a response without its end: what `datasets` and TRL expect, for they add them.
+
+    after: the prompt, where `ids` is a response. Alone it would lose the space that SentencePiece begins a word with.
+    """
+    if after:
+        return decode(tokenizer, after + ids, eos_ids)[len(decode(tokenizer, [*after, eos_ids[0]], eos_ids)) :]
+    ids = ids[ids[:1] == [tokenizer.bos_token_id] : len(ids) - (ids[-1] in eos_ids)]
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)  # the clean-up would write " ," as ","

@@ -1,12 +1,13 @@
 """Tiny models of every family, and tokenizers trained here: no network, nothing from a hub."""
 
 import os
+import string
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
@@ -15,10 +16,23 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-LLAMA2 = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}{{ bos_token }}[INST] {{ m['content'] }} [/INST]"
-    "{% else %} {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
+LLAMA2 = (  # trims, keeps a system message inside the first turn, and has one BOS and one EOS a turn pair
+    "{% set turns = messages %}{% set system = '' %}{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}"
+    "{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}{% endif %}"
+    "{% for m in turns %}{% if m['role'] == 'user' %}"
+    "{{ bos_token + '[INST] ' + ((system if loop.first else '') + m['content']) | trim + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] | trim + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
+ZEPHYR = (  # no BOS; a line break after the end; its turns are marked by plain text
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+GEMMA = (  # one BOS; trims; a turn ends with a token that is not the tokenizer's EOS, and a line break
+    "{{ bos_token }}{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
+    "{{ '<start_of_turn>' + role + '\n' + m['content'] | trim + '<end_of_turn>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}"
+)
+TURN_TOKENS = {CHATML: ["<|im_start|>", "<|im_end|>"], GEMMA: ["<start_of_turn>", "<end_of_turn>"]}
 FAMILIES = {
     "llama": {}, "mistral": {}, "qwen2": {}, "qwen3": {"head_dim": 8}, "gemma": {"head_dim": 8},
     "gemma2": {"head_dim": 8, "final_logit_softcapping": 2.0}, "cohere": {"logit_scale": 0.3},
@@ -45,22 +59,60 @@ def tiny_model(family: str = "llama", vocab_size: int = 61, **settings):
     return model
 
 
-def bpe_tokenizer(template: str | None = None, adds_bos: bool = False, specials=("<pad>", "</s>", "<s>")):
+def bpe_tokenizer(template: str | None = None, adds_bos: bool = False, specials=("<pad>", "</s>", "<s>"), adds_eos: bool = False):
     """A byte-level BPE tokenizer; `adds_bos`: puts <s> before every text by itself, as Llama's does."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    extra = ["<|im_start|>", "<|im_end|>"] if template == CHATML else []
     trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=[*specials, *extra], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=400,
+        show_progress=False,
+        special_tokens=[*specials, *TURN_TOKENS.get(template, [])],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator(TEXTS, trainer)
-    if adds_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
-    eos = "<|im_end|>" if extra else "</s>"
+    return trained(tokenizer, trainer, template, adds_bos, adds_eos)
+
+
+def wordpiece_tokenizer(template: str | None = None, adds_bos: bool = False, adds_eos: bool = False):
+    """As BERT's: lower case, split at spaces and punctuation, and no trace of which white space there was."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.BertNormalizer(strip_accents=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=400,
+        show_progress=False,
+        special_tokens=["<pad>", "</s>", "<s>", "<unk>", *TURN_TOKENS.get(template, [])],
+        initial_alphabet=list(string.printable),
+    )
+    every_letter = string.ascii_lowercase * 2  # inside a word too
+    return trained(tokenizer, trainer, template, adds_bos, adds_eos, [*TEXTS, every_letter])
+
+
+def unigram_tokenizer(template: str | None = None, adds_bos: bool = False, adds_eos: bool = False):
+    """As SentencePiece's: a space is a character of the word after it, and one is put before a text's first word."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=400,
+        special_tokens=["<pad>", "</s>", "<s>", "<unk>", *TURN_TOKENS.get(template, [])],
+        unk_token="<unk>",
+        initial_alphabet=list(string.printable),
+        show_progress=False,
+    )
+    return trained(tokenizer, trainer, template, adds_bos, adds_eos)
+
+
+def trained(tokenizer, trainer, template, adds_bos, adds_eos, texts=TEXTS):
+    tokenizer.train_from_iterator(texts, trainer)
+    if adds_bos or adds_eos:
+        single = "<s> " * adds_bos + "$A" + " </s>" * adds_eos
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("</s>", 1), ("<s>", 2)])
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token=eos, bos_token="<s>", clean_up_tokenization_spaces=False
-    )
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", clean_up_tokenization_spaces=False,
+        eos_token="<|im_end|>" if template == CHATML else "</s>",
+    )  # fmt: skip
     fast.chat_template = template
     return fast
 

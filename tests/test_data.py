@@ -2,13 +2,15 @@
 
 import json
 import re
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
-from conftest import CHATML, LLAMA2, bpe_tokenizer
+from conftest import CHATML, GEMMA, LLAMA2, ZEPHYR, bpe_tokenizer, unigram_tokenizer, wordpiece_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sera_min.data import InputError, encode, read_rows, split_by_prompt
+from sera_min.data import InputError, decode, encode, read_rows, split_by_prompt
 
 U, A, S = ({"role": role} for role in ("user", "assistant", "system"))
 
@@ -24,59 +26,168 @@ def encoded(rows, tokenizer=None, **limits):
 
 
 ASKED = [turn(U, "Tell me about the fox"), turn(A, "What of it?"), turn(U, "Is it lovely?")]
-FORMATS = {
-    "strings": {"prompt": "Is it lovely?", "chosen": " It is.", "rejected": " No!"},
-    "messages, explicit": {"prompt": ASKED, "chosen": [turn(A, "It is.")], "rejected": [turn(A, "No!")]},
-    "messages, string prompt": {"prompt": "Is it lovely?", "chosen": [turn(A, "It is.")], "rejected": [turn(A, "No!")]},
-    "messages, implicit": {"chosen": [*ASKED, turn(A, "It is.")], "rejected": [*ASKED, turn(A, "No!")]},
-    "ultrafeedback": {"prompt": "Is it lovely?", "chosen": [ASKED[2], turn(A, "It is.")], "rejected": [ASKED[2], turn(A, "No!")]},
-    "hh": {"chosen": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Is it lovely?\n\nAssistant: It is.",
-           "rejected": "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Is it lovely?\n\nAssistant: No!"},
-    "alpaca": {"instruction": "Is it lovely?", "input": "", "chosen": "It is.", "rejected": "No!"},
-    "alpaca, input": {"instruction": "Is it lovely?", "input": "the fox", "chosen": "It is.", "rejected": "No!"},
-}  # fmt: skip
 
 
-@pytest.mark.parametrize("template", [None, CHATML, LLAMA2], ids=["plain", "chatml", "llama2"])
-@pytest.mark.parametrize("adds_bos", [False, True])
-@pytest.mark.parametrize("form", FORMATS)
-def test_supervised_is_the_response_and_one_end(form, adds_bos, template):
-    """Decoded, the response is exactly itself and one EOS; BOS stands at most once a turn pair, at the very start."""
-    tokenizer = bpe_tokenizer(template, adds_bos)
-    (pairs, counts), _ = encoded([FORMATS[form]], tokenizer)
-    (x, w, l), eos = pairs[0], tokenizer.eos_token_id
-    assert tokenizer.decode(w).replace(tokenizer.eos_token, "").strip() == "It is."
-    assert tokenizer.decode(l).replace(tokenizer.eos_token, "").strip() == "No!"
-    for y in (w, l):
-        assert y.count(eos) == 1 and y[-1] == eos
-    text = tokenizer.decode(x)
-    ending = {CHATML: "<|im_start|>assistant", LLAMA2: "[/INST]", None: "\n\nAssistant:"}[template]
-    assert text.rstrip().endswith("Is it lovely?" if form == "strings" else ending)
-    assert x[:2].count(tokenizer.bos_token_id) == (template == LLAMA2 and form != "strings" or adds_bos and form == "strings")
-    if form in ("messages, explicit", "messages, implicit"):  # the whole history, once
-        assert [text.count(m["content"]) for m in ASKED] == [1, 1, 1]
-    assert counts == {"read": 1, "kept": 1, "responses cut": 0}
+def published(asked, good, bad):
+    """Rows of the columns and nesting that each public data set has, ours in content; asked: three turns, u a u."""
+    question = asked[-1]["content"]
+    system = turn(S, "be brief")
+    words = [m["content"] for m in asked]
+    transcript = "\n\nHuman: {}\n\nAssistant: {}\n\nHuman: {}\n\nAssistant: ".format(*words)
+    whole = {"chosen": [asked[-1], turn(A, good)], "rejected": [asked[-1], turn(A, bad)]}
+    ids = {"prompt_id": "0" * 64, "messages": whole["chosen"], "score_chosen": 8.5, "score_rejected": 4.0}
+    post = f"SUBREDDIT: r/foxes\n\nTITLE: {words[0]}\n\nPOST: {question}\n\nTL;DR:"
+    return {
+        "HuggingFaceH4/ultrafeedback_binarized": (asked[-1:], {"prompt": question, **whole, **ids}),
+        "trl-lib/ultrafeedback_binarized": (asked[-1:], {**whole, "score_chosen": 8.5, "score_rejected": 4.0}),
+        "trl-lib/hh-rlhf-helpful-base": (asked, {"prompt": asked, "chosen": [turn(A, good)], "rejected": [turn(A, bad)]}),
+        "HuggingFaceH4/orca_dpo_pairs": ([system, asked[-1]], {"prompt": question, "chosen": [system, *whole["chosen"]],
+                                                              "rejected": [system, *whole["rejected"]]}),
+        "Anthropic/hh-rlhf": (asked, {"chosen": transcript + good, "rejected": transcript + bad}),
+        "trl-lib/tldr-preference": (post, {"prompt": post, "chosen": f" {good}", "rejected": f" {bad}"}),
+        "trl-internal-testing/tldr-preference-trl-style": (asked[-1:], {"prompt": question, **whole, "choice": 0,
+            "info": {"id": "t3_1", "post": question, "title": "a", "subreddit": "foxes", "site": None, "article": None},
+            "summaries": [{"text": f" {good}", "policy": "sup2", "note": "ok"}, {"text": f" {bad}", "policy": "ref", "note": None}],
+            "worker": "w", "batch": "batch3", "split": "train", "extra": {"confidence": None}}),
+        "Alpaca": (asked[-1:], {"instruction": question, "input": "", "chosen": good, "rejected": bad}),
+        "Alpaca, input": ([turn(U, f"{words[0]}\n\n{question}")], {"instruction": words[0], "input": question, "chosen": good,
+                                                                  "rejected": bad}),
+        "strings": (question, {"prompt": question, "chosen": f" {good}", "rejected": f" {bad}"}),
+        "messages, string answers": (asked, {"prompt": asked, "chosen": good, "rejected": bad}),
+        "string prompt, one message": (asked[-1:], {"prompt": question, "chosen": [turn(A, good)], "rejected": [turn(A, bad)]}),
+        "messages, explicit in whole dialogues": (asked, {"prompt": asked, "chosen": [*asked, turn(A, good)],
+                                                          "rejected": [*asked, turn(A, bad)]}),
+        "implicit, system, history": ([system, *asked], {"chosen": [system, *asked, turn(A, good)],
+                                                         "rejected": [system, *asked, turn(A, bad)]}),
+    }  # fmt: skip
+
+
+FORMATS = {name: row for name, (_, row) in published(ASKED, "It is.", "No!").items()}
+TEMPLATES = {"plain": None, "llama2": LLAMA2, "zephyr": ZEPHYR, "chatml": CHATML, "gemma": GEMMA}
+AROUND = {None: (" ", ""), LLAMA2: (" ", " ")}  # what a template itself puts before and after an answer, if anything
+HARD = ("It's  naïve; a\n\nfox ☃", "No:  4,\tfour!")  # two spaces, marks, line breaks, letters of several bytes
+KINDS = {"bpe": (bpe_tokenizer, *HARD), "unigram": (unigram_tokenizer, *HARD),
+         "wordpiece": (wordpiece_tokenizer, "it is naïve , a fox", "no , it is four")}  # fmt: skip
+# WordPiece keeps neither case nor which white space: its texts are what it can keep, and it is held to them word by word
+
+
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+@pytest.mark.parametrize("adds", ["", "bos", "eos", "bos eos"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_supervised_is_the_response_and_one_end(kind, adds, template):
+    """Of every published format: the prompt's ids are those of the prompt alone, the answer's text is exactly itself."""
+    make, *answers = KINDS[kind]
+    tokenizer = make(template, adds_bos="bos" in adds, adds_eos="eos" in adds)
+    ends = [tokenizer.eos_token_id]
+    if template == GEMMA:  # as its generation_config has it
+        ends.append(tokenizer.convert_tokens_to_ids("<end_of_turn>"))
+    rows = published(ASKED, *answers)
+    tokens = partial(tokenizer, add_special_tokens=False)
+    for name, (asked, row) in rows.items():
+        strings, history = isinstance(asked, str), asked
+        if template == GEMMA and not strings and asked[0]["role"] == "system":
+            continue  # it has no such role
+        pairs, counts = encode([row], tokenizer, name="d", eos_ids=ends, max_length=999, max_prompt_length=500)
+        [(x, *responses)] = pairs
+        assert counts == {"read": 1, "kept": 1, "prompts cut": 0, "responses cut": 0}
+        # one prompt for both, and what sampling will see
+        rendered = history if strings else tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        by_itself = [tokenizer.bos_token_id] * ("bos" in adds and strings)
+        assert x == by_itself + tokens(rendered).input_ids, name
+        turns_with_bos = 0 if strings else {LLAMA2: sum(m["role"] == "user" for m in asked), GEMMA: 1}.get(template, 0)
+        assert x.count(tokenizer.bos_token_id) == (turns_with_bos or ("bos" in adds and (strings or template is None))), name
+        if not strings:  # the whole history, in order, each turn once
+            assert re.sub(r"\s", "", tokenizer.decode(x)).count("lovely?") == 1
+            words = [re.sub(r"\s", "", m["content"]).lower() for m in asked]
+            assert re.search(".*".join(map(re.escape, words)), re.sub(r"\s", "", tokenizer.decode(x)).lower()), name
+        before, after = (" ", "") if strings else AROUND.get(template, ("", ""))
+        for y, answer in zip(responses, answers):
+            assert y[-1] in ends and sum(token in ends for token in y) == 1, name
+            said = tokenizer.decode(x + y[:-1])[len(tokenizer.decode(x)) :]
+            assert said == (f" {answer}" if kind == "wordpiece" else before + answer + after), name
+            assert decode(tokenizer, y, ends, after=x) == said
+
+
+def test_a_turn_s_end_that_nothing_declares_one_is_text():
+    """Where neither the tokenizer nor the model calls <end_of_turn> an end, sampling would not stop there."""
+    tokenizer = bpe_tokenizer(GEMMA)
+    (pairs, _), _ = encoded([FORMATS["Alpaca"]], tokenizer)
+    assert tokenizer.decode(pairs[0][1]) == "It is.<end_of_turn>\n</s>" and pairs[0][1].count(tokenizer.eos_token_id) == 1
+
+
+def test_the_plain_template_writes_the_bos_that_the_tokenizer_would():
+    """And is saved with it, so that whoever samples by the template sees the prompt that was trained on."""
+    for adds_bos in (False, True):
+        tokenizer = bpe_tokenizer(adds_bos=adds_bos)
+        ((x, *_),), _ = encoded([FORMATS["Anthropic/hh-rlhf"]], tokenizer)[0]
+        assert x == tokenizer.apply_chat_template(ASKED, add_generation_prompt=True, return_dict=False)
+        assert x.count(2) == (x[0] == 2) == adds_bos
 
 
 def test_a_plain_hh_dialogue_is_its_own_text():
-    (pairs, _), tokenizer = encoded([FORMATS["hh"]])
-    assert tokenizer.decode(pairs[0][0] + pairs[0][1][:-1]) == FORMATS["hh"]["chosen"]
+    (pairs, _), tokenizer = encoded([FORMATS["Anthropic/hh-rlhf"]])
+    assert tokenizer.decode(pairs[0][0] + pairs[0][1][:-1]) == FORMATS["Anthropic/hh-rlhf"]["chosen"]
 
 
-def test_system_messages_are_kept():
-    row = {"prompt": [turn(S, "Be brief."), ASKED[2]], "chosen": "It is.", "rejected": "No!"}
-    (pairs, _), tokenizer = encoded([row], bpe_tokenizer(CHATML))
-    assert "system\nBe brief." in tokenizer.decode(pairs[0][0])
+@pytest.mark.parametrize("template", [CHATML, LLAMA2, ZEPHYR], ids=["chatml", "llama2", "zephyr"])
+def test_trl_s_own_preprocessing_makes_the_same_tokens(template):
+    """But that TRL also trains on what a template writes after the end: a line break in ChatML and Zephyr."""
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    tokenizer = bpe_tokenizer(template)
+    rows = [FORMATS[name] for name in ("trl-lib/ultrafeedback_binarized", "trl-lib/hh-rlhf-helpful-base", "implicit, system, history")]
+    for row in rows:
+        (pairs, _), _ = encoded([row], tokenizer)
+        stub = SimpleNamespace(_tokenizer=tokenizer)
+        prepare = partial(trl.DPOTrainer._prepare_dataset, stub, args=trl.DPOConfig(max_length=None, bf16=False, use_cpu=True))
+        theirs = prepare(Dataset.from_list([row]), tokenizer, dataset_name="train")[0]
+        assert pairs[0][0] == theirs["prompt_ids"]
+        for ours, field in zip(pairs[0][1:], ["chosen_ids", "rejected_ids"]):
+            assert theirs[field][: len(ours)] == ours
+            assert tokenizer.decode(theirs[field][len(ours) :]) == {LLAMA2: ""}.get(template, "\n")
 
 
-def test_merges_across_the_border_do_not_move_it():
+@pytest.mark.parametrize("make, prompt, answers", [
+    (bpe_tokenizer, "the fo", ["x is lovely", "rest looks"]),
+    (unigram_tokenizer, "the l", ["ovely", "ooks"]),  # and "ovely" alone would begin with a space
+    (unigram_tokenizer, "the l", ["ovely", " ooks"]),
+    (bpe_tokenizer, "the fo", ["x is lovely", "\n\nx"]),
+])  # fmt: skip
+def test_merges_across_the_border_do_not_move_it(make, prompt, answers):
     """"fo" + "x" is one token of the whole text: the prompt's ids must stay those it has alone, as when sampling."""
-    rows = [{"prompt": "the fo", "chosen": "x is lovely", "rejected": "rest looks"}]
-    (pairs, _), tokenizer = encoded(rows)
-    x, w, l = pairs[0]
-    alone = tokenizer("the fo", add_special_tokens=False).input_ids
-    assert tokenizer("the fox is lovely", add_special_tokens=False).input_ids[: len(alone)] != alone  # the case is one
-    assert x == alone and tokenizer.decode(w[:-1]) == "x is lovely" and tokenizer.decode(l[:-1]) == "rest looks"
+    (pairs, _), tokenizer = encoded([dict(zip(("prompt", "chosen", "rejected"), [prompt, *answers]))], make())
+    x, *ys = pairs[0]
+    alone = tokenizer(prompt, add_special_tokens=False).input_ids
+    assert tokenizer(prompt + answers[0], add_special_tokens=False).input_ids[: len(alone)] != alone  # the case is one
+    assert x == alone and [decode(tokenizer, y, [1], after=x) for y in ys] == answers
+    assert [tokenizer.decode(x + y[:-1]) for y in ys] == [prompt + answer for answer in answers]
+
+
+def test_line_breaks_that_are_one_token_across_the_border():
+    tokenizer = bpe_tokenizer()
+    tokenizer.add_tokens(["\n\n"])
+    (((x, w, _),), _), _ = encoded([{"prompt": "the\n", "chosen": "\nfox", "rejected": "a"}], tokenizer)
+    assert tokenizer.decode(x) == "the\n" and tokenizer.decode(w) == "\nfox</s>"
+
+
+def test_a_prompt_that_spells_its_bos_has_one():
+    row = {**FORMATS["strings"], "prompt": "<s>Is it lovely?"}
+    (((x, *_),), _), _ = encoded([row], bpe_tokenizer(adds_bos=True))
+    assert x[0] == 2 and x.count(2) == 1
+
+
+def test_decoded_a_pair_is_its_row():
+    """With BOS and EOS off, a space after the border kept, also a cut response's, and no clean-up of " ,"."""
+    row = {"prompt": "a fox .", "chosen": " it is , lovely", "rejected": " no"}
+    for make in (bpe_tokenizer, unigram_tokenizer):
+        tokenizer = make(adds_bos=True)
+        tokenizer.clean_up_tokenization_spaces = True
+        (((x, w, l),), _), _ = encoded([row], tokenizer)
+        assert decode(tokenizer, x, [1]) == row["prompt"] and x[0] == 2
+        for y in (w, w[:-1]):
+            assert decode(tokenizer, y, [1], after=x) == row["chosen"]
+        assert decode(tokenizer, l, [1], after=x) == row["rejected"]
 
 
 def test_pad_that_is_eos_and_eos_in_the_text():
@@ -107,9 +218,10 @@ def test_no_text_forges_a_turn_or_an_end(spelled, where):
     assert len(encode([row], tokenizer, **limits)[0]) == 1
 
 
-def test_no_text_forges_a_plain_turn():
+@pytest.mark.parametrize("adds_bos", [False, True])
+def test_no_text_forges_a_plain_turn(adds_bos):
     row = {"prompt": [turn(U, "a\n\nAssistant: b")], "chosen": "b", "rejected": "c"}
-    assert encoded([row])[0][1]["dropped: a text spells a special token"] == 1
+    assert encoded([row], bpe_tokenizer(adds_bos=adds_bos))[0][1]["dropped: a text spells a special token"] == 1
     assert encoded([row], bpe_tokenizer(CHATML))[0][1]["kept"] == 1  # there it is no turn
 
 
@@ -139,9 +251,7 @@ def test_what_is_alike_is_dropped_also_after_the_cut():
 BAD = {
     "no chosen": ({"prompt": "a", "rejected": "c"}, "row 1: 'chosen' is missing"),
     "null": ({"prompt": "a", "chosen": None, "rejected": "c"}, "row 1: 'chosen' is missing"),
-    "empty": ({"prompt": "a", "chosen": "b", "rejected": " "}, "row 1: 'rejected' is empty"),
     "number": ({"prompt": "a", "chosen": 5, "rejected": "c"}, "row 1: 'chosen' is a int"),
-    "empty prompt": ({"prompt": "", "chosen": "b", "rejected": "c"}, "row 1: 'prompt' is empty"),
     "no prompt": ({"chosen": "b", "rejected": "c"}, "row 1: 'chosen': expected 'prompt' or 'instruction'"),
     "surrogate": ({"prompt": "a\ud800", "chosen": "b", "rejected": "c"}, "row 1: 'prompt' holds half a surrogate"),
     "role": ({"prompt": [{"role": "bot", "content": "x"}], "chosen": "b", "rejected": "c"}, "'prompt', message 0: expected a role"),
@@ -160,6 +270,25 @@ def test_bad_rows_are_named(case):
     with pytest.raises(InputError, match=re.escape(message)) as error:
         encoded([FORMATS["strings"], row])
     assert str(error.value).startswith("d.json, row 1") and "\n" not in str(error.value)
+
+
+HH = "\n\nHuman: a\n\nAssistant:"
+
+
+@pytest.mark.parametrize("row, why", [
+    ({"prompt": "a", "chosen": "b", "rejected": " "}, "a text is empty"),
+    ({"prompt": "", "chosen": "b", "rejected": "c"}, "a text is empty"),
+    ({"prompt": [turn(U, "a"), turn(A, "\n")], "chosen": "b", "rejected": "c"}, "a text is empty"),
+    ({"chosen": [turn(U, "a"), turn(A, "b")], "rejected": [turn(U, "a"), turn(A, "")]}, "a text is empty"),
+    ({"chosen": HH + " b", "rejected": HH}, "a text is empty"),
+    ({"chosen": HH + " b", "rejected": HH + " "}, "a text is empty"),
+    ({"chosen": HH + HH + " b", "rejected": HH + HH + " c"}, "a text is empty"),  # an empty turn in the middle
+    ({"chosen": HH + " b", "rejected": HH + " c\n\nHuman: d"}, "a transcript ends without an answer"),
+])  # fmt: skip
+def test_what_is_empty_drops_its_pair_and_is_counted(row, why):
+    """Cleaned copies of HH-RLHF filter such rows out: one of them should not stop a run on all the others."""
+    (pairs, counts), _ = encoded([FORMATS["strings"], row])
+    assert len(pairs) == 1 and counts[f"dropped: {why}"] == 1
 
 
 json_values = st.recursive(
@@ -189,9 +318,9 @@ def test_a_template_that_cannot():
         encoded([{"prompt": [turn(S, "s"), turn(U, "u")], "chosen": "b", "rejected": "c"}],
                 bpe_tokenizer("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"))  # fmt: skip
     with pytest.raises(InputError, match="does not take this dialogue: .*zero"):
-        encoded([FORMATS["alpaca"]], bpe_tokenizer("{{ 1 / 0 }}"))
+        encoded([FORMATS["Alpaca"]], bpe_tokenizer("{{ 1 / 0 }}"))
     with pytest.raises(InputError, match="does not begin an answered dialogue"):
-        encoded([FORMATS["alpaca"]], bpe_tokenizer("{{ messages | length }}"))
+        encoded([FORMATS["Alpaca"]], bpe_tokenizer("{{ messages | length }}"))
 
 
 @pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
@@ -207,7 +336,7 @@ def test_local_files_and_folders(tmp_path, suffix):
 
 @pytest.mark.parametrize("name, content, message", [
     ("gone.jsonl", None, "no such file"), ("d.csv", "a,b", "expected a .json, .jsonl or .parquet"),
-    ("d.json", '[{"prompt": "a", ', "cannot be read"), ("d.jsonl", json.dumps(FORMATS["strings"]) + "\n{oops", "cannot be read"),
+    ("d.json", '[{"prompt": "a", ', "cannot be read"), ("d.jsonl", json.dumps(FORMATS["strings"]) + "\n\n{oops", "cannot be read: .* line 3 column 2"),
     ("d.parquet", "no parquet", "cannot be read"), ("d.jsonl", "", "cannot be read"),
 ])  # fmt: skip
 def test_files_that_are_none(tmp_path, name, content, message):
