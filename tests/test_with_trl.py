@@ -1,0 +1,198 @@
+"""SeRA around TRL: two processes do what one does, and TRL trains on the tokens that sera_min scores."""
+
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CHATML, LLAMA2, bpe_tokenizer, tiny_model
+
+trl = pytest.importorskip("trl")
+
+from datasets import load_dataset  # noqa: E402
+
+import train  # noqa: E402
+from sera_min import data, logprobs, playground, run, select  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))
+import with_trl  # noqa: E402
+
+PAIRS = 80  # more than a chunk, so that two processes have a share each
+LIMITS = ["--max_length", "64", "--max_prompt_length", "16"]
+
+
+def lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def write(file: Path, rows: list[dict]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_gpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+        yield
+    with_trl.held.clear()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run of three iterations by one process, and the same by two."""
+    folder = tmp_path_factory.mktemp("trl")
+    model, tokenizer = playground.make_sft_policy(0, "cpu", steps=40)
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    write(folder / "pairs.jsonl", playground.preferences(PAIRS, "train", label_noise=0.3, length_bias=0, seed=0))
+    flags = ["--model_name_or_path", str(folder / "model"), *LIMITS, "--learning_rate", "1e-3", "--logging_steps", "1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", with_trl.__file__]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+
+    def arguments(name: str, batch: int) -> list[str]:
+        where = ["--dataset_name", str(folder / "pairs.jsonl"), "--output_dir", str(folder / name)]
+        return [*flags, *where, "--per_device_train_batch_size", str(batch)]
+
+    two = subprocess.Popen([*torchrun, *arguments("two", 2)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with_trl.command_line(arguments("one", 4))
+    said = two.communicate(timeout=300)[0]
+    assert two.returncode == 0 and "2 processes" in said, said[-3000:]
+    return folder
+
+
+def test_two_processes_do_what_one_does(runs):
+    for t in (1, 2, 3):
+        one, two = (lines(runs / name / f"iteration-{t}/pairs.jsonl") for name in ("one", "two"))
+        assert [p.pop("margin") for p in two] == pytest.approx([p.pop("margin") for p in one], abs=1e-3)
+        assert one == two and len(one) == PAIRS
+        assert [p["source"] for p in one].count("bootstrap") == (0 if t == 1 else 0.3 * PAIRS)
+        one, two = ([m["loss"] for m in lines(runs / name / "metrics.jsonl") if m["iteration"] == t and "loss" in m] for name in ("one", "two"))
+        assert len(one) == len(two) == PAIRS / 4 and one == pytest.approx(two, abs=1e-4)
+        assert t > 1 or one[0] == pytest.approx(math.log(2), abs=1e-6)  # TRL's log π_θ is the log π_ref handed over
+
+
+def test_the_pairs_of_a_review_are_those_of_the_method(runs):
+    """Iteration 3's margins and its K pairs, from the folders it left: r̄ = (1−γ)·r_2 + γ·r_1."""
+    pairs = lines(runs / "one/iteration-3/pairs.jsonl")
+    _, tokenizer = run.load(runs / "model", "cpu")
+    models = [run.load(f, "cpu")[0] for f in (runs / "model", *(runs / f"one/iteration-{t}/policy" for t in (1, 2)))]
+
+    def margins(rows: list[dict]) -> torch.Tensor:
+        x = [tokenizer(row["prompt"]).input_ids for row in rows for _ in "wl"]
+        y = [[*tokenizer(row[side]).input_ids, tokenizer.eos_token_id] for row in rows for side in ("chosen", "rejected")]
+        reference, first, second = (logprobs.score(model, x, y, max_tokens=4096)[0] for model in models)
+        r = 0.5 * (second - reference) + 0.5 * (first - reference)
+        return r[::2] - r[1::2]
+
+    assert margins(pairs).tolist() == pytest.approx([row["margin"] for row in pairs], abs=1e-3)
+    given = lines(runs / "pairs.jsonl")
+    best = [given[i] for i in select.select_top(margins(given), round(0.7 * PAIRS))]
+    of = lambda rows: {tuple(row[k] for k in ("prompt", "chosen", "rejected")) for row in rows}  # noqa: E731
+    assert of(best) == of(row for row in pairs if row["source"] == "offline")
+
+
+def test_samples_of_another_engine_and_an_end_at_the_pairs(runs, tmp_path):
+    """A run goes on after its last policy: with its own samples to the same pairs, with a file's to pairs of those."""
+    shutil.copytree(runs / "one/iteration-1", tmp_path / "out/iteration-1")
+    given, policy = lines(runs / "one/iteration-1/pairs.jsonl"), runs / "model"
+    flags = ["--model_name_or_path", str(policy), "--dataset_name", str(runs / "pairs.jsonl"), *LIMITS, "--iterations", "2"]
+    flags += ["--output_dir", str(tmp_path / "out"), "--pairs_only", "--report_to", "none"]
+    with_trl.command_line(flags)
+    assert lines(tmp_path / "out/iteration-2/pairs.jsonl") == lines(runs / "one/iteration-2/pairs.jsonl")
+    assert not (tmp_path / "out/iteration-2/policy").exists()
+
+    written = ["the fox is lovely .", "the owl seems rude . the barn is ugly .", "the bear"]
+    samples = [{"prompt": row["prompt"], "response": y, "finish_reason": end}
+               for row in given[:10] for y, end in zip(written, ["stop", "stop", "length"])]  # fmt: skip
+    with_trl.command_line([*flags, "--samples", str(write(tmp_path / "samples.jsonl", samples))])
+    own = [row for row in lines(tmp_path / "out/iteration-2/pairs.jsonl") if row["source"] == "bootstrap"]
+    assert sorted(row["prompt"] for row in own) == sorted({row["prompt"] for row in given[:10]})
+    assert all({row["chosen"], row["rejected"]} == set(written[:2]) for row in own)  # never the cut-off one
+
+    samples[3]["prompt"] = "tell me about the sun and the moon"
+    for file, message in [
+        (write(tmp_path / "other.jsonl", samples), "is none of iteration-1/pairs.jsonl's"),
+        (write(tmp_path / "broken.jsonl", [{"prompt": "x"}]), "line 1: the field 'response' must be a string"),
+    ]:
+        with pytest.raises(SystemExit, match=message):
+            with_trl.command_line([*flags, "--samples", str(file)])
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        (["--loss_type", "apo_zero"], "--loss_type is apo_zero: expected one of sigmoid, hinge, ipo"),
+        (["--ld_alpha", "0.5"], "--ld_alpha and --f_divergence_type"),
+        (["--max_prompt_length", "64"], "--max_length is not above --max_prompt_length"),
+        (["--max_new_tokens", "60"], "--max_new_tokens is 60: a sample must fit"),
+        (["--keep", "0", "--bootstrap", "0"], "--keep and --bootstrap"),
+        (["--samples", "f.jsonl"], "nothing is reviewed before iteration 2"),
+        (["--dataset_name", "no.jsonl"], "no.jsonl: no such file"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_one_line(model_dir, tmp_path, monkeypatch, rank, wrong, message):
+    """On the first process alone, and on all before anything is exchanged: none waits for another that has failed."""
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(with_trl, "gather_object", None)
+    file = write(tmp_path / "pairs.jsonl", [{"prompt": "ab", "chosen": "cd", "rejected": "ef"}])
+    flags = ["--model_name_or_path", str(model_dir), "--dataset_name", str(file), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(SystemExit) as error:
+        with_trl.command_line([*flags, *LIMITS, *wrong])
+    assert error.value.code == 1 if rank == "1" else re.fullmatch(f"error: .*{message}.*", error.value.code)
+
+
+def texts(n: int) -> list[dict]:
+    return [{"prompt": f"What is {i} + {i}?", "chosen": f"It's {2 * i}; naturally!", "rejected": f"The fox {i}."} for i in range(n)]
+
+
+def messages(n: int) -> list[dict]:
+    say = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
+    return [{"prompt": say("user", row["prompt"]), "chosen": say("assistant", row["chosen"]),
+             "rejected": say("assistant", row["rejected"])} for row in texts(n)]  # fmt: skip
+
+
+@pytest.mark.parametrize("by", ["train.py", "with_trl.py"])
+@pytest.mark.parametrize(
+    "tokenizer, rows, added",
+    [
+        (bpe_tokenizer(adds_bos=True), texts(8), []), (bpe_tokenizer(LLAMA2, adds_bos=True), messages(8), []),
+        (bpe_tokenizer(CHATML), messages(8), []), (bpe_tokenizer(CHATML, adds_bos=True), messages(8), [2]),
+    ],
+    ids=["text", "Llama-2", "ChatML", "ChatML without the tokenizer's BOS"],
+)  # fmt: skip
+def test_trl_reads_pairs_jsonl_as_it_is(tmp_path, by, tokenizer, rows, added):
+    """TRL's token ids are those that sera_min scores and trains on, and a training step on them is taken.
+
+    The last is the limit of a text: TRL puts the tokenizer's BOS before it, where the template writes none.
+    """
+    model = tiny_model("llama", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    file, out = write(tmp_path / "pairs.jsonl", rows), tmp_path / "out"
+    flags = {"model_name_or_path": str(tmp_path / "model"), "dataset_name": str(file), "output_dir": str(out),
+             "max_length": 120, "max_prompt_length": 100, "iterations": 1}  # fmt: skip
+    if by == "train.py":
+        train.main(train.Config(**flags, device="cpu", eval_fraction=0))
+    else:
+        with_trl.command_line([*(word for k, v in flags.items() for word in (f"--{k}", str(v))), "--pairs_only"])
+    limits = {"eos_ids": [tokenizer.eos_token_id], "max_length": 120, "max_prompt_length": 100}
+    ours, _ = data.encode(rows, tokenizer, name="rows", **limits)
+
+    trainer = trl.DPOTrainer(
+        str(tmp_path / "model"), processing_class=tokenizer,
+        train_dataset=load_dataset("json", data_files=str(out / "iteration-1/pairs.jsonl"), split="train", cache_dir=str(tmp_path)),
+        args=trl.DPOConfig(output_dir=str(tmp_path / "trl"), max_steps=1, report_to="none", use_cpu=True, bf16=False, save_strategy="no"),
+    )  # fmt: skip
+    theirs = trainer.train_dataset
+    assert list(zip(theirs["prompt_ids"], theirs["chosen_ids"], theirs["rejected_ids"])) == [(added + x, w, l) for x, w, l in ours]
+    assert trainer.train().global_step == 1
+    assert not torch.equal(model.get_input_embeddings().weight, trainer.model.get_input_embeddings().weight)
