@@ -369,7 +369,7 @@ def sampled_rewards(t: int, policy, tokenizer, prompts, state, eos_ids: list[int
         floor = state["least"].flatten().sort().values[int(config.token_floor * state["least"].numel())]
         r = r.where(least >= floor, math.nan)
     run.write_jsonl(out / f"iteration-{t}" / "samples.jsonl", (
-        {"prompt": data.decode(tokenizer, x, eos_ids), "response": data.decode(tokenizer, y, eos_ids),
+        {"prompt": data.decode(tokenizer, x, eos_ids), "response": data.decode(tokenizer, y, eos_ids, x),
          "finish_reason": "stop" if ended else "length", "reward": None if math.isnan(reward) else reward}
         for x, row, values in zip(prompts, samples, r.tolist()) for (y, ended), reward in zip(row, values)
     ))  # fmt: skip
@@ -441,7 +441,8 @@ def main(config: Config) -> dict:
     questions = [data.decode(tokenizer, x, eos_ids) for x in asked]
 
     def readable(some: list[Pair]) -> list[tuple[str, ...]]:
-        return [tuple(data.decode(tokenizer, ids, eos_ids) for ids in pair) for pair in some]
+        return [(data.decode(tokenizer, x, eos_ids), *(data.decode(tokenizer, y, eos_ids, x) for y in both))
+                for x, *both in some]  # fmt: skip
 
     def precision(some: list[Pair]) -> float | None:
         return playground.precision(readable(some)) if in_playground and some else None
@@ -450,7 +451,7 @@ def main(config: Config) -> dict:
 
     def answer(t: int) -> list[str]:
         samples = sample(policy, tokenizer, asked, 1, eos_ids, 900 + t, config, f"iteration {max(t, 0)}: answer")
-        return [data.decode(tokenizer, y, eos_ids) for [(y, _)] in samples]
+        return [data.decode(tokenizer, y, eos_ids, x) for x, [(y, _)] in zip(asked, samples)]
 
     def evaluate(t: int) -> tuple[dict, list[str]]:
         """Held-out pairs, and one fresh answer to every prompt of `asked`."""
