@@ -295,17 +295,19 @@ STUDIES = {
 
 def make(wanted: list[dict], runs: Runs, file: Path, work: Path, cores: int, desc: str) -> None:
     """Run what `runs` lacks, family by family, and write `file` after each."""
-    families: dict[str, dict[str, dict]] = {}
-    for spec in wanted:
-        if name_of(spec) not in runs:
-            shared = name_of({name: value for name, value in spec.items() if name in SHARED})
-            families.setdefault(shared, {})[name_of(spec)] = {**EVERY, **spec}
+    families: dict[str, list[dict[str, dict]]] = {}  # by what is shared, in parts of 6 runs, so that little is lost
+    for name, spec in {name_of(spec): spec for spec in wanted if name_of(spec) not in runs}.items():
+        parts = families.setdefault(name_of({key: value for key, value in spec.items() if key in SHARED}), [{}])
+        if len(parts[-1]) == 6:
+            parts.append({})
+        parts[-1][name] = {**EVERY, **spec}
+    together = [part for parts in families.values() for part in parts]
     machine = f"{cores} CPU cores, {platform.machine()}, one thread a run, torch {torch.__version__}"
     with ProcessPoolExecutor(cores) as pool:
-        seeds = {spec["seed"] for members in families.values() for spec in members.values()}
+        seeds = {spec["seed"] for part in together for spec in part.values()}
         list(pool.map(sft, [work / f"sft-{seed}" for seed in seeds], seeds))
-        bar = tqdm(total=sum(map(len, families.values())), desc=desc, unit="run")
-        for done in as_completed([pool.submit(family, work, members) for members in families.values()]):
+        bar = tqdm(total=sum(map(len, together)), desc=desc, unit="run")
+        for done in as_completed([pool.submit(family, work, part) for part in together]):
             runs |= done.result()
             bar.update(len(done.result()))
             file.parent.mkdir(exist_ok=True, parents=True)
@@ -520,11 +522,11 @@ def main(arguments: list[str] | None = None) -> None:
     file, cores = folder / "claims.json", os.cpu_count() or 1
     runs = json.loads(file.read_text())["runs"] if file.exists() else {}
     with tempfile.TemporaryDirectory() as work:
-        for study in options.studies:
-            for part in STUDIES[study]:
-                tune = [spec for loss in {loss_of(part)} for spec in tuning(loss)]
-                make(tune, runs, file, Path(work), cores, f"{part}: tuning")
-                make([spec for row in specs(runs, part).values() for spec in row], runs, file, Path(work), cores, part)
+        parts = [part for study in options.studies for part in STUDIES[study]]
+        losses = dict.fromkeys(map(loss_of, parts))
+        make([spec for loss in losses for spec in tuning(loss)], runs, file, Path(work), cores, "tuning")
+        wanted = [spec for part in parts for row in specs(runs, part).values() for spec in row]
+        make(wanted, runs, file, Path(work), cores, "studies")
     shown = tables(runs)
     (folder / "claims.md").write_text("\n\n".join(f"## {name}\n\n{text}" for name, text in shown.items()) + "\n")
     if {"main", "over"} <= shown.keys():
