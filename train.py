@@ -24,6 +24,7 @@ Choices of ours, where the paper is silent or was not known to us:
   6. Every pair's prompt is sampled for, so a prompt that D holds twice is sampled for twice.
 """
 
+import json
 import math
 import signal
 import sys
@@ -48,25 +49,37 @@ from sera_min.select import ensemble_margin, length_free, select_top
 OWN_BETA = {name: loss.__defaults__[0] for name, (loss, _, _) in LOSSES.items()}  # type: ignore[attr-defined, index]
 
 
+HEADINGS = {  # of --help, by the flag that begins each
+    "model_name_or_path": "the data D, and the SFT model π_ref",
+    "iterations": "the review, steps 2 to 6",
+    "loss_type": "training, steps 1 and 7",
+    "output_dir": "the run",
+}
+
+
 def flag(default, text: str):
     return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
 class Config:
-    # data and model
     model_name_or_path: str | None = flag(None, "SFT model, a hub name or folder (None: the playground)")
     dataset_name: str | None = flag(None, "preferences: a hub name, a .json, .jsonl or .parquet file, or a folder")
     dataset_train_split: str = flag("train", "the split of dataset_name to train on")
     max_train_pairs: int | None = flag(None, "use the first so many pairs (playground: make so many, 2000)")
-    eval_split: str = flag("test", "playground: the part of its prompts to evaluate on, test or validation")
-    eval_fraction: float = flag(0.05, "share of the prompts held out for evaluation (the playground has its own)")
+    eval_dataset_name: str | None = flag(None, "preferences to evaluate on, as dataset_name")
+    eval_split: str | None = flag(
+        None, "the split to evaluate on, of eval_dataset_name (None: test) or of dataset_name (None: hold out "
+        "eval_fraction); playground: test or validation prompts (None: test)")  # fmt: skip
+    eval_fraction: float = flag(0.05, "else: share of the prompts, with their pairs, that is held out for evaluation")
+    prompt_file: str | None = flag(
+        None, "prompts (JSON rows of instruction, or of prompt) that the final policy answers in samples.json, "
+        "AlpacaEval's format")  # fmt: skip
     max_length: int | None = flag(None, "tokens of prompt and response: a longer response loses its end (None: 1024)")
     max_prompt_length: int | None = flag(None, "tokens of a prompt: a longer one loses its beginning (None: 512)")
     label_noise: float = flag(0.3, "playground: share of flipped labels")
     length_bias: float = flag(0.0, "playground: share of pairs whose longer response is preferred, whatever it says")
-    # the method
-    iterations: int = flag(3, "T: the first trains on all pairs, each later one reviews them")
+    iterations: int = flag(3, "T: the first trains on all of D, each later one reviews it first")
     keep: float = flag(0.7, "share of the given pairs that selection keeps (K)")
     bootstrap: float = flag(0.3, "pairs that the policy writes and ranks itself, as a share of those given (K̃)")
     samples_per_prompt: int = flag(4, "N: samples of which the best and the worst become a pair")
@@ -74,12 +87,11 @@ class Config:
     select: str = flag("margin", "what K and K̃ are chosen by: margin, or random (the control)")
     length_free: bool = flag(False, "ours: select and pair by the reward that the response's length does not explain")
     token_floor: float = flag(
-        0.0, "ours: never pair a sample with a token less likely under the reference than this quantile of the given "
-        "responses' least likely tokens")  # fmt: skip
+        0.0, "ours: a sample with a token less likely under π_ref than all but this share of D's responses have is "
+        "never paired; 0.01 keeps out broken text")  # fmt: skip
     temperature: float = flag(1.0, "samples are drawn at this temperature")
     top_p: float = flag(1.0, "samples are drawn from the likeliest words that together have this probability")
     max_new_tokens: int | None = flag(None, "longest sample (None: max_length - max_prompt_length; playground: 32)")
-    # training
     loss_type: str = flag("dpo", "function of the margin: dpo, ipo, slic or simpo")
     beta: float | None = flag(None, f"β of the loss (None: {OWN_BETA}; playground: {playground.BETA})")
     label_smoothing: float = flag(0.0, "ε of dpo: the share of labels that the loss takes to be flipped")
@@ -89,7 +101,6 @@ class Config:
     per_device_train_batch_size: int = flag(32, "pairs per optimizer step")
     max_tokens: int = flag(16384, "tokens held at a time, padding included: lower it if memory runs out")
     gradient_checkpointing: bool = flag(False, "recompute activations in backward: less memory, a third more time")
-    # the run
     output_dir: str = flag("runs/sera", "where all of it goes")
     save_steps: int = flag(500, "steps between checkpoints within an iteration; the end of each is always one")
     resume_from_checkpoint: str | None = flag(None, "output_dir of a run to go on with, under the same flags")
@@ -110,7 +121,6 @@ EXPECTED = [  # of flags, where they are given: names, check, what it expects
     ("label_smoothing", lambda v: 0 <= v < 0.5, "at least 0 and below 0.5"),
     ("loss_type", LOSSES.__contains__, "one of " + ", ".join(LOSSES)),
     ("select", ("margin", "random").__contains__, "margin or random"),
-    ("eval_split", ("test", "validation").__contains__, "test or validation"),
     ("device", ("cpu", "cuda").__contains__, "cpu or cuda"),
 ]  # fmt: skip
 
@@ -129,12 +139,17 @@ def resolve(config: Config) -> Config:
         (max_length <= max_prompt_length, "--max_length is not above --max_prompt_length: no room for a response"),
         (c.label_smoothing > 0 and c.loss_type != "dpo", f"--label_smoothing is dpo's: {c.loss_type} has none"),
         ((c.dataset_name is None) != in_playground, "--model_name_or_path and --dataset_name go together"),
+        (in_playground and c.eval_split not in (None, "test", "validation"),
+         f"--eval_split is {c.eval_split!r}: the playground has test and validation prompts"),
+        (in_playground and (c.eval_dataset_name or c.prompt_file) is not None,
+         "--eval_dataset_name and --prompt_file are for a model of your own: the playground has its own prompts"),
         (c.device == "cuda" and not torch.cuda.is_available(), "--device is cuda, and there is no CUDA GPU"),
     ]:
         if wrong:
             raise InputError(message)
     return replace(
         c,
+        eval_split=c.eval_split or ("test" if in_playground or c.eval_dataset_name else None),
         max_length=max_length,
         max_prompt_length=max_prompt_length,
         beta=c.beta or (playground.BETA if in_playground else OWN_BETA)[c.loss_type],
@@ -283,6 +298,7 @@ def train_on(policy, pairs: list[Pair], reference: torch.Tensor, t: int, resume,
         for step, batch in enumerate(bar, first):
             rise, fall = (step + 1) / warm_up, (len(batches) - step) / (len(batches) - warm_up + 1)
             rate = optimizer.param_groups[0]["lr"] = config.learning_rate * min(rise, fall)
+            began = time.monotonic()
             try:
                 some, its_reference = [pairs[i] for i in batch], reference[batch]
                 metrics, config = fitting_step(policy, optimizer, some, its_reference, config)
@@ -292,8 +308,9 @@ def train_on(policy, pairs: list[Pair], reference: torch.Tensor, t: int, resume,
                 stays = "state/ holds the last good checkpoint"
                 raise FloatingPointError(f"iteration {t}, step {step + 1}, {lines}: {what}; {stays}") from None
             log(phase="train", iteration=t, step=step + 1, learning_rate=rate, **metrics)
-            shown = "loss", "rewards/accuracies", "rewards/margins"
-            bar.set_postfix({name.split("/")[-1]: f"{metrics[name]:.3f}" for name in shown})
+            shown = {name: metrics[name] for name in ("loss", "rewards/accuracies", "rewards/margins")}
+            tokens = sum(2 * len(x) + len(w) + len(l) for x, w, l in some)
+            bar.set_postfix_str(run.glance(shown, tokens / (time.monotonic() - began)))
             stop = bool(asked)
             if stop or ((step + 1) % config.save_steps == 0 and step + 1 < len(batches)):
                 save(step=step + 1, optimizer=optimizer.state_dict())
@@ -399,6 +416,36 @@ def sample(policy, tokenizer, prompts, n: int, eos_ids: list[int], seed: int, co
             tqdm.write(f"out of memory: sampling again, with {max_tokens} tokens of cache")
 
 
+def playground_pairs(config: Config, tokenizer, limits: dict) -> tuple[list[Pair], list[Pair], list[list[int]]]:
+    """D, held-out pairs without wrong labels, and the held-out prompts, twice each, to be answered."""
+    noise = {"label_noise": config.label_noise, "length_bias": config.length_bias}
+    rows = playground.preferences(config.max_train_pairs, "train", seed=config.seed, **noise)
+    test = playground.preferences(512, config.eval_split, seed=config.seed, label_noise=0, length_bias=0)
+    offline, counts = data.encode(rows, tokenizer, name="playground", **limits)
+    held, _ = data.encode(test, tokenizer, name=f"playground {config.eval_split}", **limits)
+    print(f"data: {data.said(counts)}; {len(held)} held out")
+    return offline, held, tokenizer(playground.prompts(config.eval_split) * 2).input_ids
+
+
+def own_pairs(config: Config, tokenizer, limits: dict) -> tuple[list[Pair], list[Pair], list[list[int]]]:
+    """D, held-out pairs, none of whose prompts is in D, and up to five of their prompts, to be answered."""
+    rows = data.read_rows(config.dataset_name, config.dataset_train_split, config.max_train_pairs)
+    if tokenizer.chat_template is None:
+        print("template: the tokenizer has none, so dialogues read '\\n\\nHuman: … \\n\\nAssistant: …'")
+    offline, counts = data.encode(rows, tokenizer, name=config.dataset_name, **limits)
+    if config.eval_split is None:
+        offline, held = data.split_by_prompt(offline, config.eval_fraction, config.seed)
+        print(f"data: {data.said(counts)}; {len(held)} of them held out")
+    else:
+        name = config.eval_dataset_name or config.dataset_name
+        held, held_counts = data.encode(data.read_rows(name, config.eval_split), tokenizer, name=name, **limits)
+        n, asked_there = len(offline), {tuple(x) for x, _, _ in held}
+        offline = [pair for pair in offline if tuple(pair[0]) not in asked_there]
+        counts["dropped: the prompt is in the evaluation data"] = n - len(offline)
+        print(f"data: {data.said(counts)}\nevaluation data: {data.said(held_counts)}")
+    return offline, held, [list(x) for x in dict.fromkeys(tuple(x) for x, _, _ in held or offline)][:5]
+
+
 def main(config: Config) -> dict:
     """Run it all; returns the last evaluation, the line of metrics.jsonl whose phase is "final"."""
     resuming, config = config.resume_from_checkpoint is not None, resolve(config)
@@ -419,23 +466,11 @@ def main(config: Config) -> dict:
     ends = policy.generation_config.eos_token_id or []
     eos_ids = list(dict.fromkeys([tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)]))
     limits: dict = {"eos_ids": eos_ids, "max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
-    if in_playground:
-        noise = {"label_noise": config.label_noise, "length_bias": config.length_bias}
-        rows = playground.preferences(config.max_train_pairs, "train", seed=config.seed, **noise)
-        test = playground.preferences(512, config.eval_split, seed=config.seed, label_noise=0, length_bias=0)
-        offline, counts = data.encode(rows, tokenizer, name="playground", **limits)
-        held, _ = data.encode(test, tokenizer, name=f"playground {config.eval_split}", **limits)
-        asked = tokenizer(playground.prompts(config.eval_split) * 2).input_ids  # two samples a prompt
-    else:
-        read = data.read_rows(config.dataset_name, config.dataset_train_split, config.max_train_pairs)
-        if tokenizer.chat_template is None:
-            print("template: the tokenizer has none, so dialogues read '\\n\\nHuman: … \\n\\nAssistant: …'")
-        kept, counts = data.encode(read, tokenizer, name=config.dataset_name, **limits)
-        offline, held = data.split_by_prompt(kept, config.eval_fraction, config.seed)
-        asked = [list(x) for x in dict.fromkeys(tuple(x) for x, _, _ in held or offline)][:5]
-    print("data:", ", ".join(f"{count} {what}" for what, count in counts.items()), f"({len(held)} held out)")
+    offline, held, asked = (playground_pairs if in_playground else own_pairs)(config, tokenizer, limits)
     if not offline:
         raise InputError(f"--dataset_name {config.dataset_name}: no pair is left to train on")
+    rows = data.read_rows(config.prompt_file, "train") if config.prompt_file else []
+    to_answer = data.encode_prompts(rows, tokenizer, name=config.prompt_file, **limits)
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     questions = [data.decode(tokenizer, x, eos_ids) for x in asked]
@@ -449,9 +484,9 @@ def main(config: Config) -> dict:
 
     label_accuracy = precision(offline)
 
-    def answer(t: int) -> list[str]:
-        samples = sample(policy, tokenizer, asked, 1, eos_ids, 900 + t, config, f"iteration {max(t, 0)}: answer")
-        return [data.decode(tokenizer, y, eos_ids, x) for x, [(y, _)] in zip(asked, samples)]
+    def answer(prompts: list[list[int]], t: int) -> list[str]:
+        samples = sample(policy, tokenizer, prompts, 1, eos_ids, 900 + t, config, f"iteration {max(t, 0)}: answer")
+        return [data.decode(tokenizer, y, eos_ids, x) for x, [(y, _)] in zip(prompts, samples)]
 
     def evaluate(t: int) -> tuple[dict, list[str]]:
         """Held-out pairs, and one fresh answer to every prompt of `asked`."""
@@ -465,7 +500,7 @@ def main(config: Config) -> dict:
                 "eval_rewards/accuracies": ((m > 0).float() + 0.5 * (m == 0)).mean().item(),
                 "eval_rewards/margins": config.beta * m.mean().item(),
             }
-        answers = answer(t)
+        answers = answer(asked, t)
         if in_playground:
             result |= playground.judge(questions, answers, state["before"])
             result |= {"data/label_accuracy": label_accuracy, **state.get("precisions", {})}
@@ -484,7 +519,7 @@ def main(config: Config) -> dict:
         scored = once("pairs", lambda: pair_logps(policy, offline, config, f"{desc} pairs", sum_and_least))
         state["reference"], state["least"] = scored.unbind(-1)  # (N, 2)
         state["held_reference"] = once("held", lambda: pair_logps(policy, held, config, f"{desc} held-out pairs"))
-        state |= {"before": answer(-1), "previous": None, "table": [], "kept": None}
+        state |= {"before": answer(asked, -1), "previous": None, "table": [], "kept": None}
         run.save_checkpoint(out, 0, policy, tokenizer, state)
         state |= {"iteration": 0, "step": None}
 
@@ -519,6 +554,11 @@ def main(config: Config) -> dict:
         train_on(policy, pairs, reference, t, resume, config, partial(run.log, out), save_step)
         save(state=state)
         state["step"] = None
+    if to_answer:
+        pairs_of = zip(rows, answer(to_answer, t))
+        run.replace(out / "samples.json", json.dumps([
+            {"instruction": row.get("instruction") or row["prompt"], "output": text, "generator": out.name}
+            for row, text in pairs_of], indent=1, ensure_ascii=False) + "\n")  # fmt: skip
     run.finish(out, t, state["table"], list(zip(questions, state["before"], answers))[:5])
     return result
 
@@ -527,6 +567,7 @@ def command_line(arguments: list[str] | None = None) -> None:
     """`main` from flags; what the user can mend ends in one line and exit status 1."""
     usage = "python train.py [--flag value ...]"
     parser = HfArgumentParser(Config, usage=usage, description=__doc__, formatter_class=run.HelpFormatter)  # type: ignore
+    run.group_help(parser, HEADINGS)
     parser.error = lambda message: sys.exit(f"error: {message}")  # type: ignore[method-assign]
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

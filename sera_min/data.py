@@ -256,6 +256,22 @@ def encode(
     return pairs, counts
 
 
+def encode_prompts(rows: Rows, tokenizer: Any, *, name: str, **limits: Any) -> list[Ids]:
+    """Prompts to answer, rows of `instruction` or `prompt` as above, as token ids. Raises InputError where one is none.
+
+    A row is read as a pair with two made-up answers, so that its prompt is cut, templated and checked as a pair's is.
+    """
+    answered = [{**row, "chosen": "yes", "rejected": "no"} if isinstance(row, dict) else row for row in rows]
+    pairs, counts = encode(answered, tokenizer, name=name, **limits)
+    if len(pairs) < len(rows):
+        raise InputError(f"{name}: not every row is a prompt to answer: {said(counts)}")
+    return [x for x, _, _ in pairs]
+
+
+def said(counts: Counter) -> str:
+    return ", ".join(f"{count} {what}" for what, count in counts.items())
+
+
 def split_by_prompt(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
     """The pairs to train on and those held out: a random `share` of the prompts, none of which is in both."""
     prompts = list(dict.fromkeys(tuple(x) for x, _, _ in pairs))

@@ -6,6 +6,9 @@
       iteration-<t>/pairs.jsonl, samples.jsonl
       policy/                   the final policy and its tokenizer, for `from_pretrained`
       report.md                 the table of iterations, and prompts answered before and after
+      curves.png, margins.png   its figures, where matplotlib is installed
+      tensorboard/              the metrics again, where tensorboard is installed
+      samples.json              the final policy's answers to --prompt_file, in AlpacaEval's format
       state/                    while it runs, what `--resume_from_checkpoint` needs:
         <t>-done, <t>-<step>    policy, optimizer and state, after iteration t or within it; at 0 the reference
         <t>-<phase>.pt          what a finished phase of iteration t returned: log-probs, samples
@@ -23,7 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +70,27 @@ def timed(phase: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return decorate
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """--help: the file's header as it is written, and every flag with its default."""
+def group_help(parser: argparse.ArgumentParser, headings: dict[str, str]) -> None:
+    """--help under headings, each begun by the flag that it is given for."""
+    flags, group = parser._optionals._group_actions, parser._optionals
+    for action in list(flags):
+        if action.dest in headings:
+            group = parser.add_argument_group(headings[action.dest])
+        if group is not parser._optionals:
+            flags.remove(action)
+            group._group_actions.append(action)
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """--help: the file's header as it is written, and every flag with its default in the place of a value."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=36, width=120)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if action.dest == "help":
+            return super()._format_action_invocation(action)
+        return f"--{action.dest} {'…' if action.default is None else action.default}"
 
 
 def existing(path: Path) -> Path:
@@ -206,15 +228,70 @@ def replace(file: Path, text: str) -> None:
     beside.replace(file)
 
 
+def read_jsonl(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+
+
 def write_jsonl(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     replace(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def log(out: Path, **metrics: Any) -> dict[str, Any]:
-    """Append a line to metrics.jsonl. No clock is in it: a resumed run's lines are the uninterrupted run's."""
+    """Append a line to metrics.jsonl. No clock is in it: a resumed run's lines are the uninterrupted run's.
+
+    Where tensorboard is installed, also an event: a curve an iteration by step, and the evaluations by iteration.
+    """
     with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(metrics) + "\n")
+    t = metrics["iteration"]
+    curve, at = (f"iteration-{t}", metrics["step"]) if metrics["phase"] == "train" else ("evaluation", t)
+    if writer := events(out / "tensorboard" / curve):
+        for name, value in metrics.items():
+            if isinstance(value, float):
+                writer.add_scalar(name, value, at)
+        writer.flush()
     return metrics
+
+
+@cache
+def events(folder: Path) -> Any:
+    """TensorBoard's writer into the folder; None where tensorboard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder))
+
+
+def draw(out: Path, t: int) -> list[str]:
+    """curves.png and margins.png, where matplotlib is installed; the names of those drawn."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return []
+    steps = [row for row in read_jsonl(out / "metrics.jsonl") if row["phase"] == "train"]
+    curves = Figure((11, 3), layout="constrained")
+    for axes, name in zip(curves.subplots(1, 3), ("loss", "rewards/accuracies", "rewards/margins")):
+        for i in range(1, t + 1):
+            axes.plot(*zip(*((at, row[name]) for at, row in enumerate(steps, 1) if row["iteration"] == i)))
+        axes.set(title=name, xlabel="step, a colour an iteration")
+    curves.savefig(out / "curves.png")
+    if t == 1:  # nothing was selected
+        return ["curves.png"]
+    pairs, margins = read_jsonl(out / f"iteration-{t}" / "pairs.jsonl"), Figure((6, 3), layout="constrained")
+    sources = ("offline", "bootstrap")
+    axes = margins.subplots()
+    axes.hist([[pair["margin"] for pair in pairs if pair["source"] == s] for s in sources], bins=50, label=sources)
+    axes.set(xlabel=f"margin of the pairs of iteration {t}, nats", ylabel="pairs")
+    axes.legend()
+    margins.savefig(out / "margins.png")
+    return ["curves.png", "margins.png"]
+
+
+def glance(metrics: dict[str, float], tokens_per_second: float) -> str:
+    """What a progress bar says of a step."""
+    shown = [f"{name.split('/')[-1]}={value:.3f}" for name, value in metrics.items()]
+    return ", ".join([*shown, f"{tokens_per_second:,.0f} tokens/s"])
 
 
 def save_checkpoint(
@@ -292,6 +369,7 @@ def finish(out: Path, t: int, rows: list[dict[str, Any]], answers: Iterable[tupl
     for prompt, before, after in answers:
         report += [f"**{prompt.strip()}**", "", f"- SFT: {before.strip()}", f"- now: {after.strip()}", ""]
     print("\n" + "\n".join(report[2:]))
+    report += [f"![{name}]({name})" for name in draw(out, t)]
     replace(out / "report.md", "\n".join(report))
     (out / "state" / f"{t:03d}-done").rename(out / "policy")
     tidy(out)
