@@ -7,7 +7,7 @@ import torch
 from conftest import FAMILIES, tiny_model
 
 from sera_min import logprobs
-from sera_min.logprobs import implicit_reward, score, sequence_logprobs, token_batches
+from sera_min.logprobs import implicit_reward, score, sequence_logprobs, sum_and_least, token_batches
 
 
 def ragged(n=5, vocab=61, seed=0):
@@ -144,3 +144,16 @@ def test_implicit_reward_is_a_difference_and_per_token_on_request():
     policy, reference = torch.tensor([-10.0, -4.0]), torch.tensor([-12.0, -3.0])
     assert implicit_reward(policy, reference).tolist() == [2.0, -1.0]
     assert implicit_reward(policy, reference, torch.tensor([4, 2])).tolist() == [0.5, -0.5]
+
+
+def test_sum_and_least_token_of_any_number_of_rows():
+    model, (prompts, responses) = tiny_model(), ragged(9)
+    got, counts = score(model, prompts, responses, max_tokens=20, of=sum_and_least)
+    with torch.no_grad():
+        for (total, least), x, y in zip(got, prompts, responses):
+            logps = tiny_model().double()(input_ids=torch.tensor([x + y])).logits[0, len(x) - 1 : -1].log_softmax(-1)
+            each = logps.gather(1, torch.tensor(y)[:, None])
+            assert total.item() == pytest.approx(each.sum().item(), abs=1e-4)
+            assert least.item() == pytest.approx(each.min().item(), abs=1e-4)
+    assert counts.tolist() == [len(y) for y in responses]
+    assert score(model, [], [], max_tokens=20, of=sum_and_least)[0].shape == (0, 2)

@@ -40,7 +40,13 @@ def test_labels():
 
 def test_no_prompt_is_in_both_parts():
     train, test = world.prompts("train"), world.prompts("test")
-    assert not {*train} & {*test} and len(test) == 512 and len({*train}) == len(train) == 1048
+    validation = world.prompts("validation")
+    assert len({*train, *test, *validation}) == 792 + 512 + 256 == len(train) + len(test) + len(validation)
+
+
+def test_broken_answers_are_counted():
+    answers = ["the fox is lovely .", "the fox fox is lovely .", "", "the fox is lovely . the"]
+    assert world.judge([X] * 4, answers, answers)["gold/broken"] == 0.75
 
 
 def test_win_rate_counts_ties_half():

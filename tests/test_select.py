@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sera_min.select import ensemble_margin, select_top
+from sera_min.select import ensemble_margin, length_free, select_top
 
 
 @given(st.lists(st.integers(-3, 3), max_size=12), st.data())
@@ -41,3 +41,19 @@ def test_ensemble():
     assert ensemble_margin(newest, previous, 0.25).tolist() == [1.5, 1.0]
     assert ensemble_margin(newest, previous, 0.0).tolist() == newest.tolist()
     assert ensemble_margin(newest, previous, 1.0).tolist() == previous.tolist()
+
+
+def test_length_free_is_the_least_squares_line_within_prompts():
+    """Against float64 lstsq with a dummy variable a prompt, absent samples left out."""
+    torch.manual_seed(0)
+    lengths = torch.randint(1, 30, (20, 4))
+    rewards = 0.7 * lengths + 3 * torch.randn(20, 1) + torch.randn(20, 4)
+    absent = torch.rand(20, 4) < 0.2
+    rewards[absent] = float("nan")
+    got = length_free(rewards, lengths)
+    design = torch.cat([lengths.reshape(-1, 1), torch.eye(20).repeat_interleave(4, 0)], 1).double()  # (80, 1 + 20)
+    there = ~absent.flatten()
+    slope = torch.linalg.lstsq(design[there], rewards.flatten()[there].double()[:, None], driver="gelsd").solution[0, 0]
+    assert slope == pytest.approx(0.7, abs=0.1)
+    torch.testing.assert_close(got.double(), (rewards - slope * lengths).double(), rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert length_free(torch.tensor([[1.0, 2.0]]), torch.tensor([[5, 5]])).tolist() == [[1.0, 2.0]]  # no slope to be had

@@ -33,7 +33,7 @@ STEP_KEYS = {
     "phase", "iteration", "step", "loss", "learning_rate", "grad_norm", "rewards/chosen", "rewards/rejected",
     "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
 }  # fmt: skip
-GOLD = {"gold/reward", "gold/win_rate", "gold/length", "select/precision", "bootstrap/precision", "data/label_accuracy"}
+GOLD = {"gold/reward", "gold/win_rate", "gold/length", "gold/broken", "select/precision", "bootstrap/precision", "data/label_accuracy"}
 
 
 @pytest.fixture(scope="session")
@@ -69,8 +69,12 @@ def real(model_dir, file, out, **changed):
     })  # fmt: skip
 
 
+def read(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
 def lines(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return read(out / "metrics.jsonl")
 
 
 @pytest.mark.parametrize("loss_type", LOSSES)
@@ -97,7 +101,10 @@ def test_the_contract_in_the_playground(world, tmp_path, loss_type):
     assert policy.dtype == torch.float32 and tokenizer.eos_token == "<eos>"
     assert json.loads((out / "config.json").read_text())["beta"] == playground.BETA[loss_type]
     assert "| iteration |" in (out / "report.md").read_text()
-    assert {p.name for p in out.iterdir()} == {"config.json", "metrics.jsonl", "policy", "report.md", *(f"iteration-{t}" for t in (1, 2, 3))}  # fmt: skip
+    assert {p.name for p in out.iterdir()} == {
+        "config.json", "metrics.jsonl", "policy", "report.md", "tensorboard", "curves.png", "margins.png",
+        *(f"iteration-{t}" for t in (1, 2, 3)),
+    }  # fmt: skip
 
 
 def test_selection_keeps_the_largest_margins_of_the_previous_policies(world, tmp_path, monkeypatch):
@@ -152,6 +159,93 @@ def test_a_model_and_data_of_one_s_own(model_dir, preferences, tmp_path, capsys)
     assert lines(out)[0] == {"phase": "eval", "iteration": 0, "eval_loss": pytest.approx(0.693147, abs=1e-4),
                              "eval_rewards/accuracies": 0.5, "eval_rewards/margins": 0.0}  # fmt: skip
     assert (out / "policy/model.safetensors").exists() and "- now:" in (out / "report.md").read_text()
+
+
+def test_an_iteration_takes_the_steps_asked_for(world, tmp_path):
+    """7 where a pass has 3, of 48 or 24 pairs alike; no pair a third time before every pair came twice."""
+    main(small(tmp_path / "a", steps_per_iteration=7, iterations=2, keep=0.5, bootstrap=0.0))
+    steps = [line for line in lines(tmp_path / "a") if line["phase"] == "train"]
+    assert [line["iteration"] for line in steps] == [1] * 7 + [2] * 7
+    with pytest.raises(InputError, match="steps_per_iteration is 0"):
+        main(small(tmp_path / "b", steps_per_iteration=0))
+
+
+def test_no_sample_below_the_floor_is_paired(world, tmp_path, capsys):
+    """By an independent pass: every token of an own pair is as likely under the reference as the quantile asks."""
+    out = tmp_path / "run"
+    main(small(out, token_floor=0.25, iterations=2, learning_rate=1e-3))
+    assert re.search("[1-9][0-9]* samples below --token_floor", capsys.readouterr().out)
+    policy, tokenizer = playground.make_sft_policy(0, "cpu")
+
+    def least(x, y):
+        x, y = tokenizer(x).input_ids, [*tokenizer(y).input_ids, tokenizer.eos_token_id]
+        with torch.no_grad():
+            logps = policy(torch.tensor([x + y])).logits[0, len(x) - 1 : -1].double().log_softmax(-1)
+        return logps.gather(1, torch.tensor(y)[:, None]).min().item()
+
+    of = {source: [least(row["prompt"], row[y]) for t in (1, 2) for row in read(out / f"iteration-{t}/pairs.jsonl")
+                   if row["source"] == source and (t == 1 or source == "bootstrap") for y in ("chosen", "rejected")]
+          for source in ("offline", "bootstrap")}  # fmt: skip
+    floor = sorted(of["offline"])[len(of["offline"]) // 4]
+    assert len(of["offline"]) == 96 and of["bootstrap"] and min(of["bootstrap"]) >= floor - 1e-4
+
+
+def test_length_free_margins_are_not_explained_by_length(world, tmp_path):
+    out = tmp_path / "run"
+    main(small(out, length_free=True, keep=1.0, iterations=2, learning_rate=1e-3))
+    rows = [row for row in read(out / "iteration-2/pairs.jsonl") if row["source"] == "offline"]
+    longer = torch.tensor([float(len(r["chosen"].split()) - len(r["rejected"].split())) for r in rows])
+    margins = torch.tensor([r["margin"] for r in rows])
+    assert len(rows) == 48 and (longer * margins).sum().abs() < 1e-2 * longer.norm() * margins.norm()
+
+
+def test_evaluation_data_of_one_s_own(model_dir, preferences, tmp_path, capsys):
+    """What is evaluated on is never trained on; the part of it that D holds too is dropped and counted."""
+    rows, file = read(preferences), tmp_path / "held.json"
+    file.write_text(json.dumps([*rows[:3], {"instruction": "New?", "chosen": "yes", "rejected": "no"}]))
+    out = tmp_path / "run"
+    final = main(real(model_dir, preferences, out, eval_dataset_name=str(file)))
+    printed = capsys.readouterr().out
+    assert "3 dropped: the prompt is in the evaluation data" in printed and "evaluation data: 4 read, 4 kept" in printed
+    trained = {row["prompt"] for row in read(out / "iteration-1/pairs.jsonl")}
+    assert len(trained) == 17 and not any("Say 0" in x or "Say 2\n" in x for x in trained)
+    assert {"eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"} <= final.keys()
+
+
+def test_answers_for_an_outside_judge(model_dir, preferences, tmp_path):
+    file, out = tmp_path / "ask.json", tmp_path / "run"
+    asked = [{"instruction": "Say 3", "dataset": "x"}, {"instruction": "What is 2 + 2?"}, {"prompt": "Say"}]
+    file.write_text(json.dumps(asked))
+    main(real(model_dir, preferences, out, iterations=1, prompt_file=str(file)))
+    answers = json.loads((out / "samples.json").read_text())
+    assert [row["instruction"] for row in answers] == ["Say 3", "What is 2 + 2?", "Say"]
+    assert all(row.keys() == {"instruction", "output", "generator"} and row["generator"] == "run" for row in answers)
+    file.write_text(json.dumps([{"instruction": "a </s> b"}]))
+    with pytest.raises(InputError, match=r"ask.json: not every row is a prompt.*spells a special token"):
+        main(real(model_dir, preferences, tmp_path / "other", prompt_file=str(file)))
+
+
+def test_tensorboard_shows_the_metrics_and_is_not_needed(model_dir, preferences, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "with"
+    main(real(model_dir, preferences, out, iterations=2))
+    for t in (1, 2):
+        events = EventAccumulator(str(out / f"tensorboard/iteration-{t}")).Reload()
+        want = [line["loss"] for line in lines(out) if line["phase"] == "train" and line["iteration"] == t]
+        assert [event.value for event in events.Scalars("loss")] == pytest.approx(want, rel=1e-5)
+    events = EventAccumulator(str(out / "tensorboard/evaluation")).Reload().Scalars("eval_rewards/margins")
+    assert [event.step for event in events] == [0, 1, 2]
+    assert "![margins.png](margins.png)" in (out / "report.md").read_text()
+
+    out = tmp_path / "without"
+    for name in ("torch.utils.tensorboard", "matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    run.events.cache_clear()
+    main(real(model_dir, preferences, out, iterations=2))
+    assert not {"tensorboard", "curves.png", "margins.png"} & {path.name for path in out.iterdir()}
+    assert lines(out) == lines(tmp_path / "with")
+    run.events.cache_clear()
 
 
 def test_micro_batches_and_checkpointing_change_nothing(model_dir, preferences, tmp_path):
