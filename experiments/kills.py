@@ -10,6 +10,8 @@ byte. Needs fork: Linux or macOS.
 """
 
 import argparse
+import contextlib
+import importlib
 import itertools
 import json
 import os
@@ -29,6 +31,10 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from tqdm import tqdm
+
+with contextlib.suppress(ImportError):  # here, so that no run spends its seconds on them
+    importlib.import_module("matplotlib.figure")
+    importlib.import_module("torch.utils.tensorboard")
 
 import train
 from sera_min import playground
@@ -88,8 +94,9 @@ def read_all(out: Path) -> None:
 
 
 def results(out: Path) -> dict[str, bytes]:
-    """What must be alike: all files but those that hold the folder's name, or seconds."""
+    """What must be alike: all files but those that hold the folder's name, or seconds, as TensorBoard's events do."""
     files = {str(file.relative_to(out)): file for file in sorted(out.rglob("*")) if file.is_file()}
+    files = {name: file for name, file in files.items() if not name.startswith("tensorboard")}
     return {name: b"" if name in ("config.json", "report.md") else file.read_bytes() for name, file in files.items()}
 
 

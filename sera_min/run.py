@@ -26,7 +26,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache, wraps
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ COLUMNS = {  # of the table: heading -> where it comes from, and what it is
 
 
 SECONDS: Counter[str] = Counter()  # of this process, by phase
+WRITERS: dict[Path, Any] = {}  # of TensorBoard's events, by folder
 
 
 def timed(phase: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -253,14 +254,15 @@ def log(out: Path, **metrics: Any) -> dict[str, Any]:
     return metrics
 
 
-@cache
 def events(folder: Path) -> Any:
-    """TensorBoard's writer into the folder; None where tensorboard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder))
+    """TensorBoard's writer into the folder, open until the run is finished; None where tensorboard is not installed."""
+    if folder not in WRITERS:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return None
+        WRITERS[folder] = SummaryWriter(str(folder))
+    return WRITERS[folder]
 
 
 def draw(out: Path, t: int) -> list[str]:
@@ -371,6 +373,8 @@ def finish(out: Path, t: int, rows: list[dict[str, Any]], answers: Iterable[tupl
     print("\n" + "\n".join(report[2:]))
     report += [f"![{name}]({name})" for name in draw(out, t)]
     replace(out / "report.md", "\n".join(report))
+    for folder in [folder for folder in WRITERS if out in folder.parents]:
+        WRITERS.pop(folder).close()
     (out / "state" / f"{t:03d}-done").rename(out / "policy")
     tidy(out)
     print("Seconds:", ", ".join(f"{seconds:.0f} {phase}" for phase, seconds in SECONDS.most_common()))

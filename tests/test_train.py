@@ -241,11 +241,9 @@ def test_tensorboard_shows_the_metrics_and_is_not_needed(model_dir, preferences,
     out = tmp_path / "without"
     for name in ("torch.utils.tensorboard", "matplotlib", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
-    run.events.cache_clear()
     main(real(model_dir, preferences, out, iterations=2))
     assert not {"tensorboard", "curves.png", "margins.png"} & {path.name for path in out.iterdir()}
     assert lines(out) == lines(tmp_path / "with")
-    run.events.cache_clear()
 
 
 def test_micro_batches_and_checkpointing_change_nothing(model_dir, preferences, tmp_path):
