@@ -22,6 +22,8 @@ Choices of ours, where the paper is silent or was not known to us:
   5. `--select random` takes random pairs, offline and bootstrapped: the control.
      `--keep 1 --bootstrap 0` is the loss alone: as many steps on all of D, nothing reviewed.
   6. Every pair's prompt is sampled for, so a prompt that D holds twice is sampled for twice.
+  7. Two remedies that are not the paper's, off unless asked for: `--length_free`, rewards less what a response's
+     length explains, and `--token_floor`, no own pairs of text that the reference finds too unlikely.
 """
 
 import json
