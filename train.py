@@ -351,9 +351,10 @@ def review(t: int, policy, tokenizer, offline: list[Pair], state, eos_ids: list[
           ", ".join(f"{count} {what}" for what, count in dropped.items() if count) or "none")  # fmt: skip
     taken = [triples[p] for p in own]
     own_pairs = [(prompts[i], responses[i][best], responses[i][worst]) for i, best, worst in taken]
-    own_reference = [logps[i, [best, worst]] for i, best, worst in taken]  # K̃ of (2,)
+    index = torch.tensor(taken, dtype=torch.int64).view(-1, 3)  # (K̃, 3): prompt, best, worst
+    reference = torch.cat([reference, logps[index[:, :1], index[:, 1:]]])  # (K, 2) and (K̃, 2)
     sources = ["offline"] * len(pairs) + ["bootstrap"] * len(own)
-    return pairs + own_pairs, torch.stack([*reference, *own_reference]), torch.cat([margins, own_margins[own]]), sources
+    return pairs + own_pairs, reference, torch.cat([margins, own_margins[own]]), sources
 
 
 def sampled_rewards(t: int, policy, tokenizer, prompts, state, eos_ids: list[int], config: Config, out: Path):
@@ -396,6 +397,7 @@ def sampled_rewards(t: int, policy, tokenizer, prompts, state, eos_ids: list[int
 
 
 def mended(r: torch.Tensor, lengths: torch.Tensor, config: Config) -> torch.Tensor:
+    """The rewards (P, n), without what the responses' lengths explain where that is asked for."""
     return length_free(r, lengths) if config.length_free else r
 
 
