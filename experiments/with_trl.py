@@ -137,6 +137,11 @@ class Run:
     def folder(self, t: int) -> str:
         return str(Path(self.args.output_dir) / f"iteration-{t}" / "policy") if t else self.sera.model_name_or_path
 
+    @property
+    def wanted(self) -> int:
+        """K̃."""
+        return round(self.sera.bootstrap * len(self.offline))
+
     def amp(self):
         device = PartialState().device.type
         return torch.autocast(device, dtype=torch.bfloat16, enabled=bool(self.args.bf16))
@@ -204,7 +209,7 @@ class Run:
         """The same from a file; a prompt must be one of D's, as pairs.jsonl has it. Raises InputError."""
         known = {data.decode(self.tokenizer, x, self.eos_ids): x for x, _, _ in self.offline}
         try:
-            encode = lambda text: self.tokenizer(text, add_special_tokens=False).input_ids  # noqa: E731
+            encode = lambda text: data.continued(self.tokenizer, text)  # noqa: E731
             prompts, samples = bootstrap.read_responses(file, encode, self.eos_ids[0])
         except ValueError as error:
             raise InputError(str(error)) from None
@@ -215,8 +220,7 @@ class Run:
 
     def bootstrapped(self, t: int, samples: str | None) -> list[dict]:
         """The K̃ pairs of samples, best against worst under π_θ(t−1) and π_θ(t−2), with the largest margin."""
-        wanted = round(self.sera.bootstrap * len(self.offline))
-        if t == 1 or not wanted:
+        if t == 1 or not self.wanted:
             return []
         prompts, written = self.read_samples(samples) if samples else self.sample(t)
         responses, ended = ([[one[k] for one in row] for row in written] for k in (0, 1))
@@ -232,10 +236,10 @@ class Run:
             return [[next(values) if is_whole else torch.nan for is_whole in row] for row in ended]
 
         triples, margins, dropped = bootstrap.best_worst_pairs(by_prompt(r), ended, responses)
-        kept = select_top(margins, min(wanted, len(triples)))
+        kept = select_top(margins, min(self.wanted, len(triples)))
         if PartialState().is_main_process:
-            print(f"iteration {t}: {len(triples)} pairs of samples, {len(kept)} kept of the {wanted} wanted; dropped:",
-                  ", ".join(f"{count} {what}" for what, count in dropped.items()) or "none")  # fmt: skip
+            print(f"iteration {t}: {len(triples)} pairs of samples, {len(kept)} kept of the {self.wanted} wanted;",
+                  "dropped:", ", ".join(f"{count} {what}" for what, count in dropped.items()) or "none")  # fmt: skip
         taken, logps = [triples[i] for i in kept], by_prompt(reference)
         pairs = [(prompts[i], responses[i][best], responses[i][worst]) for i, best, worst in taken]
         their = torch.tensor([[logps[i][best], logps[i][worst]] for i, best, worst in taken]).view(-1, 2)
@@ -296,19 +300,25 @@ def main(sera: Sera, args: DPOConfig) -> None:
         raise InputError(f"--dataset_name {sera.dataset_name}: no pair is left to train on")
     state, samples, out = PartialState(), sera.samples, Path(args.output_dir)
     this = Run(sera, args, tokenizer, eos_ids, offline)
-    first = next(t for t in range(1, sera.iterations + 2) if not Path(this.folder(t)).is_dir())
+    asked = range(1, sera.iterations + 1)
+    first = next((t for t in asked if not Path(this.folder(t)).is_dir()), sera.iterations + 1)
     if state.is_main_process:
         print("data:", ", ".join(f"{count} {what}" for what, count in counts.items()))
         print(f"{state.num_processes} processes; iterations {first} to {sera.iterations}")
     if samples and first == 1:
         raise InputError(f"--samples: nothing is reviewed before iteration 2, and {this.folder(1)} is not there")
+    if samples and first > sera.iterations:
+        raise InputError(f"--samples: no iteration is left to review, for {this.folder(sera.iterations)} is there")
+    if samples and not this.wanted:
+        raise InputError(f"--samples: --bootstrap {sera.bootstrap} of {len(offline)} pairs is none, so none is read")
     for t in range(first, sera.iterations + 1):
         rows = this.select(t) + this.bootstrapped(t, samples)
         if not rows:
             raise InputError(f"iteration {t}: no pair is left to train on; --keep and --bootstrap take too few")
         if state.is_main_process:
-            texts = ({name: data.decode(tokenizer, row[f"{name}_ids"], eos_ids)
-                      for name in ("prompt", "chosen", "rejected")} for row in rows)  # fmt: skip
+            texts = ({"prompt": data.decode(tokenizer, row["prompt_ids"], eos_ids),
+                      **{name: data.decode(tokenizer, row[f"{name}_ids"], eos_ids, row["prompt_ids"])
+                         for name in ("chosen", "rejected")}} for row in rows)  # fmt: skip
             run.write_jsonl(out / f"iteration-{t}" / "pairs.jsonl", (
                 {**text, "margin": row["margin"], "source": row["source"]} for text, row in zip(texts, rows)
             ))  # fmt: skip

@@ -176,7 +176,7 @@ def _ask_and_answer(prompt: str | Messages | None, value: Any, where: str) -> tu
     return dialogue[:-1], dialogue[-1]["content"]
 
 
-def _continued(tokenizer: Any, text: str) -> Ids:
+def continued(tokenizer: Any, text: str) -> Ids:
     """Token ids of a text that goes on after a line break: SentencePiece puts a space before the first word of all."""
     before, ids = tokenizer(["\n", "\n" + text], add_special_tokens=False).input_ids
     return ids[len(before) :] if ids[: len(before)] == before else tokenizer(text, add_special_tokens=False).input_ids
@@ -198,7 +198,7 @@ def tokenise(tokenizer: Any, x: str | Messages, ys: list[str], eos_ids: Ids, whe
     responses = []
     for whole, ids in zip(wholes, whole_ids):
         n = len(prompt_ids)  # where tokens merge across the border, the response is tokenised apart
-        y = ids[n:] if ids[:n] == prompt_ids else _continued(tokenizer, whole[len(prompt) :])
+        y = ids[n:] if ids[:n] == prompt_ids else continued(tokenizer, whole[len(prompt) :])
         end = next((j for j, token in enumerate(y) if token in eos_ids), None)
         responses.append(y[: end + 1] if end is not None else [*y, eos_ids[0]] if y else [])
     return [prompt_ids, *responses]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CHATML, LLAMA2, bpe_tokenizer, tiny_model
+from conftest import CHATML, LLAMA2, bpe_tokenizer, tiny_model, unigram_tokenizer
 
 trl = pytest.importorskip("trl")
 
@@ -95,8 +95,8 @@ def test_the_pairs_of_a_review_are_those_of_the_method(runs):
     assert margins(pairs).tolist() == pytest.approx([row["margin"] for row in pairs], abs=1e-3)
     given = lines(runs / "pairs.jsonl")
     best = [given[i] for i in select.select_top(margins(given), round(0.7 * PAIRS))]
-    of = lambda rows: {tuple(row[k] for k in ("prompt", "chosen", "rejected")) for row in rows}  # noqa: E731
-    assert of(best) == of(row for row in pairs if row["source"] == "offline")
+    offline = {(row["prompt"], row["chosen"], row["rejected"]) for row in pairs if row["source"] == "offline"}
+    assert offline == {(row["prompt"], " " + row["chosen"], " " + row["rejected"]) for row in best}  # a prompt's text goes on
 
 
 def test_samples_of_another_engine_and_an_end_at_the_pairs(runs, tmp_path):
@@ -115,7 +115,7 @@ def test_samples_of_another_engine_and_an_end_at_the_pairs(runs, tmp_path):
     with_trl.command_line([*flags, "--samples", str(write(tmp_path / "samples.jsonl", samples))])
     own = [row for row in lines(tmp_path / "out/iteration-2/pairs.jsonl") if row["source"] == "bootstrap"]
     assert sorted(row["prompt"] for row in own) == sorted({row["prompt"] for row in given[:10]})
-    assert all({row["chosen"], row["rejected"]} == set(written[:2]) for row in own)  # never the cut-off one
+    assert all({row["chosen"], row["rejected"]} == {" " + y for y in written[:2]} for row in own)  # never the cut-off one
 
     samples[3]["prompt"] = "tell me about the sun and the moon"
     for file, message in [
@@ -135,7 +135,9 @@ def test_samples_of_another_engine_and_an_end_at_the_pairs(runs, tmp_path):
         (["--max_prompt_length", "64"], "--max_length is not above --max_prompt_length"),
         (["--max_new_tokens", "60"], "--max_new_tokens is 60: a sample must fit"),
         (["--keep", "0", "--bootstrap", "0"], "--keep and --bootstrap"),
-        (["--samples", "f.jsonl"], "nothing is reviewed before iteration 2"),
+        (["--samples", "f.jsonl"], "--samples: nothing is reviewed before iteration 2"),
+        (["--samples", "f.jsonl", "--iterations", "7"], "--samples: no iteration is left to review, for .*iteration-7/policy"),
+        (["--samples", "f.jsonl", "--iterations", "8", "--bootstrap", "0.4"], "--samples: --bootstrap 0.4 of 1 pairs is none"),
         (["--dataset_name", "no.jsonl"], "no.jsonl: no such file"),
     ],
 )  # fmt: skip
@@ -145,13 +147,31 @@ def test_what_cannot_be_is_one_line(model_dir, tmp_path, monkeypatch, rank, wron
     monkeypatch.setattr(with_trl, "gather_object", None)
     file = write(tmp_path / "pairs.jsonl", [{"prompt": "ab", "chosen": "cd", "rejected": "ef"}])
     flags = ["--model_name_or_path", str(model_dir), "--dataset_name", str(file), "--output_dir", str(tmp_path / "out")]
+    for t in range(1, 8 if "--iterations" in wrong else 1):  # done before
+        (tmp_path / f"out/iteration-{t}/policy").mkdir(parents=True)
     with pytest.raises(SystemExit) as error:
         with_trl.command_line([*flags, *LIMITS, *wrong])
     assert error.value.code == 1 if rank == "1" else re.fullmatch(f"error: .*{message}.*", error.value.code)
 
 
+def test_nothing_is_left_to_do(model_dir, tmp_path, monkeypatch, capsys):
+    """Asked for fewer iterations than are there, it ends as it does asked for as many."""
+    monkeypatch.setattr(with_trl, "gather_object", None)
+    file = write(tmp_path / "pairs.jsonl", [{"prompt": "ab", "chosen": "cd", "rejected": "ef"}])
+    for t in (1, 2, 3):
+        (tmp_path / f"out/iteration-{t}/policy").mkdir(parents=True)
+    flags = ["--model_name_or_path", str(model_dir), "--dataset_name", str(file), "--output_dir", str(tmp_path / "out")]
+    for asked in ("2", "3"):
+        with_trl.command_line([*flags, *LIMITS, "--iterations", asked])
+        assert "pairs and policies are in" in capsys.readouterr().out
+
+
 def texts(n: int) -> list[dict]:
     return [{"prompt": f"What is {i} + {i}?", "chosen": f"It's {2 * i}; naturally!", "rejected": f"The fox {i}."} for i in range(n)]
+
+
+def spaced(n: int) -> list[dict]:
+    return [{**row, "chosen": " " + row["chosen"], "rejected": " " + row["rejected"]} for row in texts(n)]
 
 
 def messages(n: int) -> list[dict]:
@@ -160,14 +180,33 @@ def messages(n: int) -> list[dict]:
              "rejected": say("assistant", row["rejected"])} for row in texts(n)]  # fmt: skip
 
 
+@pytest.mark.parametrize("template", [None, CHATML, LLAMA2], ids=["text", "ChatML", "Llama-2"])
+@pytest.mark.parametrize("make", [bpe_tokenizer, unigram_tokenizer])
+def test_samples_of_a_file_are_tokenised_as_given_pairs_are(tmp_path, make, template):
+    """D's own responses, handed back as another engine's, are D's token ids: with a space before them and without."""
+    tokenizer = make(template, adds_bos=template != CHATML)
+    end, given = tokenizer.eos_token_id, messages(8) if template else texts(4) + spaced(8)[4:]
+    limits = {"eos_ids": [end], "max_length": 120, "max_prompt_length": 100}
+    offline, _ = data.encode(given, tokenizer, name="rows", **limits)
+    rows = [{"prompt": data.decode(tokenizer, x, [end]), "response": data.decode(tokenizer, y, [end], after=x)}
+            for x, *both in offline for y in both]  # fmt: skip
+    if not template:
+        assert rows == [{"prompt": row["prompt"], "response": row[side]} for row in given for side in ("chosen", "rejected")]
+    this = with_trl.Run(with_trl.Sera(), None, tokenizer, [end], offline)
+    prompts, samples = this.read_samples(str(write(tmp_path / "samples.jsonl", rows)))
+    assert prompts == [x for x, _, _ in offline]
+    assert samples == [[(w, True), (l, True)] for _, w, l in offline]
+
+
 @pytest.mark.parametrize("by", ["train.py", "with_trl.py"])
 @pytest.mark.parametrize(
     "tokenizer, rows, added",
     [
         (bpe_tokenizer(adds_bos=True), texts(8), []), (bpe_tokenizer(LLAMA2, adds_bos=True), messages(8), []),
+        (unigram_tokenizer(adds_bos=True), spaced(8), []), (unigram_tokenizer(LLAMA2, adds_bos=True), messages(8), []),
         (bpe_tokenizer(CHATML), messages(8), []), (bpe_tokenizer(CHATML, adds_bos=True), messages(8), [2]),
     ],
-    ids=["text", "Llama-2", "ChatML", "ChatML without the tokenizer's BOS"],
+    ids=["text", "Llama-2", "SentencePiece text", "SentencePiece Llama-2", "ChatML", "ChatML without the tokenizer's BOS"],
 )  # fmt: skip
 def test_trl_reads_pairs_jsonl_as_it_is(tmp_path, by, tokenizer, rows, added):
     """TRL's token ids are those that sera_min scores and trains on, and a training step on them is taken.
