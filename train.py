@@ -20,7 +20,7 @@ Choices of ours, where the paper is silent or was not known to us:
      At t = 2 only θ_1's reward counts, though SimPO's reward of π_ref, being without reference, is not 0.
   4. Samples cut off by the length limit are never paired, identical ones neither.
   5. `--select random` takes random pairs, offline and bootstrapped: the control.
-     `--keep 1 --bootstrap 0` is the loss alone: as many steps on all of D, nothing reviewed.
+     `--keep 1 --bootstrap 0` is the loss alone: as many steps on all of D, whose margins are still told.
   6. Every pair's prompt is sampled for, so a prompt that D holds twice is sampled for twice.
   7. Two remedies that are not the paper's, off unless asked for: `--length_free`, rewards less what a response's
      length explains, and `--token_floor`, no own pairs of text that the reference finds too unlikely.
@@ -68,15 +68,15 @@ class Config:
     model_name_or_path: str | None = flag(None, "SFT model, a hub name or folder (None: the playground)")
     dataset_name: str | None = flag(None, "preferences: a hub name, a .json, .jsonl or .parquet file, or a folder")
     dataset_train_split: str = flag("train", "the split of dataset_name to train on")
-    max_train_pairs: int | None = flag(None, "use the first so many pairs (playground: make so many, 2000)")
+    max_train_pairs: int | None = flag(None, "read the first so many rows (playground: make so many pairs, 2000)")
     eval_dataset_name: str | None = flag(None, "preferences to evaluate on, as dataset_name")
     eval_split: str | None = flag(
         None, "the split to evaluate on, of eval_dataset_name (None: test) or of dataset_name (None: hold out "
         "eval_fraction); playground: test or validation prompts (None: test)")  # fmt: skip
-    eval_fraction: float = flag(0.05, "else: share of the prompts, with their pairs, that is held out for evaluation")
+    eval_fraction: float = flag(0.05, "without the two above: share of the prompts, with their pairs, that is held out")
     prompt_file: str | None = flag(
-        None, "prompts (JSON rows of instruction, or of prompt) that the final policy answers in samples.json, "
-        "AlpacaEval's format")  # fmt: skip
+        None, "JSON rows of instruction (templated as dialogues are) or prompt, which the final policy answers in "
+        "samples.json, AlpacaEval's format")  # fmt: skip
     max_length: int | None = flag(None, "tokens of prompt and response: a longer response loses its end (None: 1024)")
     max_prompt_length: int | None = flag(None, "tokens of a prompt: a longer one loses its beginning (None: 512)")
     label_noise: float = flag(0.3, "playground: share of flipped labels")
@@ -89,8 +89,8 @@ class Config:
     select: str = flag("margin", "what K and K̃ are chosen by: margin, or random (the control)")
     length_free: bool = flag(False, "ours: select and pair by the reward that the response's length does not explain")
     token_floor: float = flag(
-        0.0, "ours: a sample with a token less likely under π_ref than all but this share of D's responses have is "
-        "never paired; 0.01 keeps out broken text")  # fmt: skip
+        0.0, "ours: a sample is never paired if its least likely token under π_ref is below this quantile of the same "
+        "over D's responses; 0.01 keeps out broken text")  # fmt: skip
     temperature: float = flag(1.0, "samples are drawn at this temperature")
     top_p: float = flag(1.0, "samples are drawn from the likeliest words that together have this probability")
     max_new_tokens: int | None = flag(None, "longest sample (None: max_length - max_prompt_length; playground: 32)")
@@ -130,12 +130,13 @@ EXPECTED = [  # of flags, where they are given: names, check, what it expects
 def resolve(config: Config) -> Config:
     """Every None that stands for a choice becomes that choice; what cannot be is an InputError."""
     c, in_playground = config, config.model_name_or_path is None
-    max_length = c.max_length or (playground.MAX_LENGTH if in_playground else 1024)
-    max_prompt_length = c.max_prompt_length or (playground.MAX_PROMPT_LENGTH if in_playground else 512)
+    file = not in_playground and Path(c.dataset_name or "").is_file()
     for names, holds, what in EXPECTED:
         for name in names.split():
             if (value := getattr(c, name)) is not None and not holds(value):
                 raise InputError(f"--{name} is {value!r}: expected {what}")
+    max_length = c.max_length or (playground.MAX_LENGTH if in_playground else 1024)
+    max_prompt_length = c.max_prompt_length or (playground.MAX_PROMPT_LENGTH if in_playground else 512)
     for wrong, message in [
         (c.keep + c.bootstrap == 0, "--keep and --bootstrap are both 0: nothing would be left to train on"),
         (max_length <= max_prompt_length, "--max_length is not above --max_prompt_length: no room for a response"),
@@ -145,6 +146,15 @@ def resolve(config: Config) -> Config:
          f"--eval_split is {c.eval_split!r}: the playground has test and validation prompts"),
         (in_playground and (c.eval_dataset_name or c.prompt_file) is not None,
          "--eval_dataset_name and --prompt_file are for a model of your own: the playground has its own prompts"),
+        (not in_playground and (c.label_noise, c.length_bias) != (Config.label_noise, Config.length_bias),
+         "--label_noise and --length_bias are the playground's: data of your own has what it has"),
+        (file and (c.dataset_train_split != "train" or (c.eval_split and not c.eval_dataset_name)),
+         f"--dataset_name {c.dataset_name} is a file, which has no splits: --eval_dataset_name takes another file"),
+        (c.steps_per_iteration and c.epochs_per_iteration != Config.epochs_per_iteration,
+         "--steps_per_iteration and --epochs_per_iteration: give one of them"),
+        (c.token_floor > 0 and c.bootstrap == 0, "--token_floor is for own pairs, and --bootstrap is 0"),
+        (c.resume_from_checkpoint and c.output_dir not in (Config.output_dir, c.resume_from_checkpoint),
+         "--output_dir: a run that is resumed stays where it is"),
         (c.device == "cuda" and not torch.cuda.is_available(), "--device is cuda, and there is no CUDA GPU"),
     ]:
         if wrong:
@@ -228,11 +238,12 @@ def preflight(policy, pairs: list[Pair], config: Config) -> None:
 
 
 def train_step(policy, optimizer, pairs: list[Pair], reference: torch.Tensor, config: Config) -> dict[str, float]:
-    """One optimizer step on the mean loss of the pairs, against their reference log-probs (b, 2); TRL's metrics.
+    """One optimizer step on the mean loss of the pairs, against their reference log-probs (b, 2). Returns metrics.
 
     `max_tokens` tokens' activations are held at a time: a micro-batch of pairs. Within it chosen and rejected go
     through the model by their length, whichever they are, a quarter of it at a time: there is little padding.
     """
+    optimizer.zero_grad()
     parts = []  # of the micro-batches: losses, rewards and log-probs, (m, 1 + 2 + 2)
     micros = token_batches([2 * len(x) + len(w) + len(l) for x, w, l in pairs], config.max_tokens)
     for micro in micros:
@@ -251,35 +262,29 @@ def train_step(policy, optimizer, pairs: list[Pair], reference: torch.Tensor, co
             part.backward(gradient)  # a pass at a time: its (V, H) gradients do not wait for the next one's
         parts.append(torch.cat([losses[:, None], r, logps], 1).detach())
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item()
-    loss, r_w, r_l, logp_w, logp_l = torch.cat(parts).T.cpu()
-    if not (math.isfinite(loss.mean()) and math.isfinite(norm)):
-        wrong = [i for i, value in zip((i for micro in micros for i in micro), loss) if not value.isfinite()]
-        raise FloatingPointError(f"the loss is {loss.mean():.3g}, its gradient {norm:.3g}", wrong)
+    losses, r, logps = torch.cat(parts).cpu().split([1, 2, 2], 1)  # (b, 1), (b, 2), (b, 2)
+    metrics = preference_metrics(losses, r, config) | {"grad_norm": norm}
+    if not (math.isfinite(metrics["loss"]) and math.isfinite(norm)):
+        wrong = [i for i, value in zip((i for micro in micros for i in micro), losses) if not value.isfinite()]
+        raise FloatingPointError(f"the loss is {metrics['loss']:.3g}, its gradient {norm:.3g}", wrong)
     try:
         optimizer.step()
     except torch.OutOfMemoryError:
         raise InputError("AdamW's two moments of every weight do not fit the GPU beside the model") from None
-    optimizer.zero_grad()
+    optimizer.zero_grad()  # gradients need not wait in memory for the next step
+    for name, of_both in {"rewards": config.beta * r, "logps": logps}.items():
+        metrics |= dict(zip((f"{name}/chosen", f"{name}/rejected"), of_both.mean(0).tolist()))
+    return metrics
+
+
+def preference_metrics(losses: torch.Tensor, r: torch.Tensor, config: Config) -> dict[str, float]:
+    """Means over the pairs' losses and rewards (b, 2), by TRL's names; a tied reward is half right, as a guess is."""
+    margins = r[:, 0] - r[:, 1]  # (b,)
     return {
-        "loss": loss.mean().item(), "grad_norm": norm,
-        "rewards/chosen": config.beta * r_w.mean().item(), "rewards/rejected": config.beta * r_l.mean().item(),
-        "rewards/accuracies": ((r_w > r_l).float() + 0.5 * (r_w == r_l)).mean().item(),
-        "rewards/margins": config.beta * (r_w - r_l).mean().item(),
-        "logps/chosen": logp_w.mean().item(), "logps/rejected": logp_l.mean().item(),
-    }  # fmt: skip
-
-
-def fitting_step(policy, optimizer, pairs: list[Pair], reference, config: Config) -> tuple[dict[str, float], Config]:
-    """`train_step`, and where the GPU's memory runs out again with half the `max_tokens`: the sums are the same."""
-    while True:
-        try:
-            return train_step(policy, optimizer, pairs, reference, config), config
-        except torch.OutOfMemoryError:
-            if config.max_tokens <= max(2 * len(x) + len(w) + len(l) for x, w, l in pairs):
-                raise
-            config = replace(config, max_tokens=config.max_tokens // 2)
-            optimizer.zero_grad()
-            tqdm.write(f"out of memory: this step, and this iteration's rest, with --max_tokens {config.max_tokens}")
+        "loss": losses.mean().item(),
+        "rewards/accuracies": ((margins > 0).float() + 0.5 * (margins == 0)).mean().item(),
+        "rewards/margins": config.beta * margins.mean().item(),
+    }
 
 
 @run.timed("training")
@@ -291,9 +296,15 @@ def train_on(policy, pairs: list[Pair], reference: torch.Tensor, t: int, resume,
     passes = range(math.ceil(steps / math.ceil(n / size)))
     batches = [b for _ in passes for b in torch.randperm(n, generator=order).split(size)][:steps]
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
-    if resume["optimizer"]:
-        optimizer.load_state_dict(resume["optimizer"])
-    first, warm_up = resume["step"] or 0, math.ceil(0.1 * len(batches))
+    if resume.get("optimizer"):
+        optimizer.load_state_dict(resume.pop("optimizer"))
+    first, warm_up, max_tokens = resume["step"] or 0, math.ceil(0.1 * len(batches)), config.max_tokens
+    lengths = [2 * len(x) + len(w) + len(l) for x, w, l in pairs]
+
+    def step_on(batch: torch.Tensor, max_tokens: int) -> dict[str, float]:
+        fitting = replace(config, max_tokens=max_tokens)
+        return train_step(policy, optimizer, [pairs[i] for i in batch], reference[batch], fitting)
+
     policy.train()
     bar = tqdm(batches[first:], f"iteration {t}: train", initial=first, total=len(batches), unit="step")
     with run.stop_after_step() as asked:
@@ -302,17 +313,17 @@ def train_on(policy, pairs: list[Pair], reference: torch.Tensor, t: int, resume,
             rate = optimizer.param_groups[0]["lr"] = config.learning_rate * min(rise, fall)
             began = time.monotonic()
             try:
-                some, its_reference = [pairs[i] for i in batch], reference[batch]
-                metrics, config = fitting_step(policy, optimizer, some, its_reference, config)
+                tokens = [lengths[i] for i in batch]
+                metrics, max_tokens = run.halving(partial(step_on, batch), max_tokens, least=max(tokens))
             except FloatingPointError as error:
                 what, wrong = error.args
                 lines = f"pairs.jsonl lines {[int(batch[i]) + 1 for i in wrong or range(len(batch))]}"
                 stays = "state/ holds the last good checkpoint"
                 raise FloatingPointError(f"iteration {t}, step {step + 1}, {lines}: {what}; {stays}") from None
             log(phase="train", iteration=t, step=step + 1, learning_rate=rate, **metrics)
-            shown = {name: metrics[name] for name in ("loss", "rewards/accuracies", "rewards/margins")}
-            tokens = sum(2 * len(x) + len(w) + len(l) for x, w, l in some)
-            bar.set_postfix_str(run.glance(shown, tokens / (time.monotonic() - began)))
+            rates = f"{sum(tokens) / (time.monotonic() - began):,.0f} tokens/s"
+            bar.set_postfix_str("loss {loss:.3f}, accuracy {rewards/accuracies:.3f}, margin {rewards/margins:.3f}, "
+                                .format_map(metrics) + rates)  # fmt: skip
             stop = bool(asked)
             if stop or ((step + 1) % config.save_steps == 0 and step + 1 < len(batches)):
                 save(step=step + 1, optimizer=optimizer.state_dict())
@@ -341,12 +352,13 @@ def review(t: int, policy, tokenizer, offline: list[Pair], state, eos_ids: list[
 
     # 5, 6: samples, best against worst, and the K̃ pairs with the largest margin
     prompts = [x for x, _, _ in offline]
-    samples, r, logps = sampled_rewards(t, policy, tokenizer, prompts, state, eos_ids, config, out)  # r: (P, n)
+    samples, whole, r, logps = sampled_rewards(t, policy, tokenizer, prompts, state, eos_ids, config, out)  # (P, N)
     responses = [[y for y, _ in row] for row in samples]
-    triples, own_margins, dropped = bootstrap.best_worst_pairs(r.tolist(), (~r.isnan()).tolist(), responses)
+    triples, own_margins, dropped = bootstrap.best_worst_pairs(r.tolist(), whole.tolist(), responses)
     own = choose(own_margins, wanted)
-    dropped["cut-off samples"] = sum(not ended for row in samples for _, ended in row)
-    dropped["samples below --token_floor"] = int(r.isnan().sum()) - dropped["cut-off samples"]
+    ended = sum(ended for row in samples for _, ended in row)
+    dropped["samples below --token_floor"] = ended - int(whole.sum())  # the rest of what was not whole was cut off
+    dropped["cut-off samples"] -= dropped["samples below --token_floor"]
     print(f"iteration {t}: {len(triples)} pairs of samples, {len(own)} kept of the {wanted} wanted; dropped:",
           ", ".join(f"{count} {what}" for what, count in dropped.items() if count) or "none")  # fmt: skip
     taken = [triples[p] for p in own]
@@ -358,8 +370,9 @@ def review(t: int, policy, tokenizer, offline: list[Pair], state, eos_ids: list[
 
 
 def sampled_rewards(t: int, policy, tokenizer, prompts, state, eos_ids: list[int], config: Config, out: Path):
-    """N responses y ~ π_θ(t−1) to each of P prompts, r̄_t (P, N) and log π_ref (P, N) of them; NaN: not to be paired.
+    """N responses y ~ π_θ(t−1) to each of P prompts; whether each may be paired, its r̄_t and log π_ref, all (P, N).
 
+    A sample that was cut off may not be paired and has neither, they are NaN; one below --token_floor may not either.
     What the policy has written or scored is asked for `once`: a run resumed within the iteration reads it again.
     """
     once, n = partial(run.once, out, t), config.samples_per_prompt
@@ -387,13 +400,14 @@ def sampled_rewards(t: int, policy, tokenizer, prompts, state, eos_ids: list[int
         r = ensemble_margin(r, older, config.ensemble_gamma)
     if config.token_floor:
         floor = state["least"].flatten().sort().values[int(config.token_floor * state["least"].numel())]
-        r = r.where(least >= floor, math.nan)
+        whole &= least >= floor
+    r = mended(r, lengths, config)
     run.write_jsonl(out / f"iteration-{t}" / "samples.jsonl", (
         {"prompt": data.decode(tokenizer, x, eos_ids), "response": data.decode(tokenizer, y, eos_ids, x),
          "finish_reason": "stop" if ended else "length", "reward": None if math.isnan(reward) else reward}
         for x, row, values in zip(prompts, samples, r.tolist()) for (y, ended), reward in zip(row, values)
     ))  # fmt: skip
-    return samples, mended(r, lengths, config), reference
+    return samples, whole, r, reference
 
 
 def mended(r: torch.Tensor, lengths: torch.Tensor, config: Config) -> torch.Tensor:
@@ -404,20 +418,17 @@ def mended(r: torch.Tensor, lengths: torch.Tensor, config: Config) -> torch.Tens
 @run.timed("sampling")
 def sample(policy, tokenizer, prompts, n: int, eos_ids: list[int], seed: int, config: Config, desc: str):
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    max_tokens = bootstrap.CACHE_TOKENS[config.device]
-    while True:
-        try:
-            with amp(config):
-                return bootstrap.sample_responses(
-                    policy, prompts, n, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                    top_p=config.top_p, eos_token_id=eos_ids, pad_token_id=pad, seed=1000 * config.seed + seed,
-                    max_tokens=max_tokens, desc=desc,
-                )  # fmt: skip
-        except torch.OutOfMemoryError:  # in the first batch, most likely: the longest prompts come first
-            if max_tokens <= n * (config.max_prompt_length + config.max_new_tokens):
-                raise
-            max_tokens //= 2
-            tqdm.write(f"out of memory: sampling again, with {max_tokens} tokens of cache")
+
+    def attempt(max_tokens: int):
+        with amp(config):
+            return bootstrap.sample_responses(
+                policy, prompts, n, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+                top_p=config.top_p, eos_token_id=eos_ids, pad_token_id=pad, seed=1000 * config.seed + seed,
+                max_tokens=max_tokens, desc=desc,
+            )  # fmt: skip
+
+    least = n * (config.max_prompt_length + config.max_new_tokens)  # longest prompts come first: it fails at once
+    return run.halving(attempt, bootstrap.CACHE_TOKENS[config.device], least)[0]
 
 
 def playground_pairs(config: Config, tokenizer, limits: dict) -> tuple[list[Pair], list[Pair], list[list[int]]]:
@@ -445,13 +456,16 @@ def own_pairs(config: Config, tokenizer, limits: dict) -> tuple[list[Pair], list
         held, held_counts = data.encode(data.read_rows(name, config.eval_split), tokenizer, name=name, **limits)
         n, asked_there = len(offline), {tuple(x) for x, _, _ in held}
         offline = [pair for pair in offline if tuple(pair[0]) not in asked_there]
-        counts["dropped: the prompt is in the evaluation data"] = n - len(offline)
+        counts["kept"], counts["dropped: the prompt is in the evaluation data"] = len(offline), n - len(offline)
         print(f"data: {data.said(counts)}\nevaluation data: {data.said(held_counts)}")
+        if not held:
+            raise InputError(f"{name}, split '{config.eval_split}': no pair is left to evaluate on")
     return offline, held, [list(x) for x in dict.fromkeys(tuple(x) for x, _, _ in held or offline)][:5]
 
 
 def main(config: Config) -> dict:
     """Run it all; returns the last evaluation, the line of metrics.jsonl whose phase is "final"."""
+    run.SECONDS.clear()
     resuming, config = config.resume_from_checkpoint is not None, resolve(config)
     out, in_playground = Path(config.output_dir), config.model_name_or_path is None
     run.check(out, asdict(config), resuming)
@@ -473,8 +487,9 @@ def main(config: Config) -> dict:
     offline, held, asked = (playground_pairs if in_playground else own_pairs)(config, tokenizer, limits)
     if not offline:
         raise InputError(f"--dataset_name {config.dataset_name}: no pair is left to train on")
-    rows = data.read_rows(config.prompt_file, "train") if config.prompt_file else []
-    to_answer = data.encode_prompts(rows, tokenizer, name=config.prompt_file, **limits)
+    if config.prompt_file:
+        asked_there = data.read_rows(config.prompt_file, "train")
+        asked_texts, to_answer = data.encode_prompts(asked_there, tokenizer, name=config.prompt_file, **limits)
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})
     questions = [data.decode(tokenizer, x, eos_ids) for x in asked]
@@ -498,12 +513,7 @@ def main(config: Config) -> dict:
         if held:
             logps = pair_logps(policy, held, config, f"iteration {t}: evaluate")
             r = rewards(logps, state["held_reference"], lengths_of(held), config)
-            m = r[:, 0] - r[:, 1]
-            result |= {
-                "eval_loss": pair_losses(r, config).mean().item(),
-                "eval_rewards/accuracies": ((m > 0).float() + 0.5 * (m == 0)).mean().item(),
-                "eval_rewards/margins": config.beta * m.mean().item(),
-            }
+            result |= {f"eval_{k}": v for k, v in preference_metrics(pair_losses(r, config), r, config).items()}
         answers = answer(asked, t)
         if in_playground:
             result |= playground.judge(questions, answers, state["before"])
@@ -558,11 +568,11 @@ def main(config: Config) -> dict:
         train_on(policy, pairs, reference, t, resume, config, partial(run.log, out), save_step)
         save(state=state)
         state["step"] = None
-    if to_answer:
-        pairs_of = zip(rows, answer(to_answer, t))
-        run.replace(out / "samples.json", json.dumps([
-            {"instruction": row.get("instruction") or row["prompt"], "output": text, "generator": out.name}
-            for row, text in pairs_of], indent=1, ensure_ascii=False) + "\n")  # fmt: skip
+    if config.prompt_file:
+        answered = zip(asked_texts, answer(to_answer, t))
+        run.replace(out / "samples.json", json.dumps(
+            [{"instruction": x, "output": y, "generator": out.name} for x, y in answered], indent=1, ensure_ascii=False
+        ) + "\n")  # fmt: skip
     run.finish(out, t, state["table"], list(zip(questions, state["before"], answers))[:5])
     return result
 

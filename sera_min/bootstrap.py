@@ -62,7 +62,9 @@ def sample_responses(
         return torch.full_like(logits, -torch.inf).scatter_(1, drawn, 0.0)
 
     try:
-        with torch.random.fork_rng(), tqdm(total=len(prompts), desc=desc, unit="prompt", disable=desc is None) as bar:
+        gpus = [model.device] if model.device.type == "cuda" else []
+        bar = tqdm(total=len(prompts), desc=desc, unit="prompt", disable=desc is None)
+        with torch.random.fork_rng(gpus), bar:
             torch.manual_seed(seed)
             for batch in (order[start : start + size] for start in range(0, len(order), size)):
                 written = continue_all(model, [prompts[i] for i in batch], n, max_new_tokens, ends, pad_token_id, pick)

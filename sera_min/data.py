@@ -243,12 +243,12 @@ def encode(
             if isinstance(x, str) and prompt[:1] != bos:  # a template writes its own
                 prompt = bos + prompt
             pair = cut(prompt, responses, tokenizer.bos_token_id, max_length, max_prompt_length)
-            counts["prompts cut"] += len(prompt) > max_prompt_length
-            counts["responses cut"] += sum(kept != y for kept, y in zip(pair[1:], responses))
             if not all(ys) or not all(pair):
                 raise Unusable("no token of the prompt or a response")
             if pair[1] == pair[2]:
                 raise Unusable("chosen equals rejected")
+            counts["prompts cut"] += len(prompt) > max_prompt_length
+            counts["responses cut"] += sum(kept != y for kept, y in zip(pair[1:], responses))
             pairs.append(pair)
         except Unusable as why:
             counts[f"dropped: {why}"] += 1
@@ -256,16 +256,20 @@ def encode(
     return pairs, counts
 
 
-def encode_prompts(rows: Rows, tokenizer: Any, *, name: str, **limits: Any) -> list[Ids]:
-    """Prompts to answer, rows of `instruction` or `prompt` as above, as token ids. Raises InputError where one is none.
+def encode_prompts(rows: Rows, tokenizer: Any, *, name: str, **limits: Any) -> tuple[list[str], list[Ids]]:
+    """Prompts to answer, rows of `instruction` or `prompt` as above: their texts, and their token ids.
 
     A row is read as a pair with two made-up answers, so that its prompt is cut, templated and checked as a pair's is.
+    Raises InputError where a row is none.
     """
     answered = [{**row, "chosen": "yes", "rejected": "no"} if isinstance(row, dict) else row for row in rows]
     pairs, counts = encode(answered, tokenizer, name=name, **limits)
     if len(pairs) < len(rows):
         raise InputError(f"{name}: not every row is a prompt to answer: {said(counts)}")
-    return [x for x, _, _ in pairs]
+    print(f"prompts to answer: {said(counts)}")
+    asked = [normalise(row, name)[0] for row in answered]
+    texts = [x if isinstance(x, str) else "\n\n".join(message["content"] for message in x) for x in asked]
+    return texts, [x for x, _, _ in pairs]
 
 
 def said(counts: Counter) -> str:

@@ -128,7 +128,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 def make_sft_policy(seed: int, device: str, steps: int = 1400, batch: int = 64):
     """A llama of 2 layers, 64 wide, and its tokenizer, trained on fresh responses of the world's people."""
     tokenizer, rng = make_tokenizer(), random.Random(f"{seed} sft")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # Untied and with a wide initialisation, or it does not learn to copy the prompt's words in so few steps.
         config = LlamaConfig(

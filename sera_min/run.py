@@ -26,14 +26,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sera_min.data import InputError
+from sera_min.data import InputError, one_line
 
 COLUMNS = {  # of the table: heading -> where it comes from, and what it is
     "iteration": ("iteration", "0 is the SFT policy"),
@@ -54,21 +54,26 @@ SECONDS: Counter[str] = Counter()  # of this process, by phase
 WRITERS: dict[Path, Any] = {}  # of TensorBoard's events, by folder
 
 
-def timed(phase: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator: what the function takes is counted as this phase's."""
+@contextmanager
+def timed(phase: str) -> Iterator[None]:
+    """As a decorator: what the function takes is counted as this phase's."""
+    began = time.monotonic()
+    try:
+        yield
+    finally:
+        SECONDS[phase] += time.monotonic() - began  # type: ignore[assignment]
 
-    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        @wraps(function)
-        def timing(*args: Any, **kwargs: Any) -> Any:
-            began = time.monotonic()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                SECONDS[phase] += time.monotonic() - began  # type: ignore[assignment]
 
-        return timing
-
-    return decorate
+def halving(attempt: Callable[[int], Any], tokens: int, least: int) -> tuple[Any, int]:
+    """attempt(tokens), and where the GPU's memory runs out with half of it, not below `least`; and what was enough."""
+    while True:
+        try:
+            return attempt(tokens), tokens
+        except torch.OutOfMemoryError:
+            if tokens <= least:
+                raise
+            tokens //= 2
+            tqdm.write(f"out of memory: again, with {tokens} tokens at a time")
 
 
 def group_help(parser: argparse.ArgumentParser, headings: dict[str, str]) -> None:
@@ -164,7 +169,7 @@ def writing(path: Path) -> Iterator[None]:
     except Exception as error:  # safetensors and torch each raise their own
         shutil.rmtree(path.with_name(f".{path.name}"), ignore_errors=True)
         path.with_suffix(".tmp").unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from None
+        raise OSError(f"{path} cannot be written: {one_line(error)}") from None
 
 
 @contextmanager
@@ -173,7 +178,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # json and torch each raise their own
-        raise InputError(f"{path} cannot be read: {(str(error).splitlines() or ['?'])[0]}") from None
+        raise InputError(f"{path} cannot be read: {one_line(error)}") from None
 
 
 @contextmanager
@@ -246,7 +251,7 @@ def log(out: Path, **metrics: Any) -> dict[str, Any]:
         file.write(json.dumps(metrics) + "\n")
     t = metrics["iteration"]
     curve, at = (f"iteration-{t}", metrics["step"]) if metrics["phase"] == "train" else ("evaluation", t)
-    if writer := events(out / "tensorboard" / curve):
+    if writer := events(out / "tensorboard" / curve, at):
         for name, value in metrics.items():
             if isinstance(value, float):
                 writer.add_scalar(name, value, at)
@@ -254,14 +259,17 @@ def log(out: Path, **metrics: Any) -> dict[str, Any]:
     return metrics
 
 
-def events(folder: Path) -> Any:
-    """TensorBoard's writer into the folder, open until the run is finished; None where tensorboard is not installed."""
+def events(folder: Path, at: int) -> Any:
+    """TensorBoard's writer into the folder, from step `at` on, open until the run ends; None where there is none."""
     if folder not in WRITERS:
         try:
             from torch.utils.tensorboard import SummaryWriter
+
+            WRITERS[folder] = SummaryWriter(str(folder), purge_step=at)
         except ImportError:
-            return None
-        WRITERS[folder] = SummaryWriter(str(folder))
+            WRITERS[folder] = None
+        except Exception as error:  # a broken installation raises anything, and is no reason to end a run
+            WRITERS[folder] = print(f"no TensorBoard: {one_line(error)}")
     return WRITERS[folder]
 
 
@@ -270,6 +278,9 @@ def draw(out: Path, t: int) -> list[str]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
+        return []
+    except Exception as error:  # as in `events`
+        print(f"no figures: {one_line(error)}")
         return []
     steps = [row for row in read_jsonl(out / "metrics.jsonl") if row["phase"] == "train"]
     curves = Figure((11, 3), layout="constrained")
@@ -288,12 +299,6 @@ def draw(out: Path, t: int) -> list[str]:
     axes.legend()
     margins.savefig(out / "margins.png")
     return ["curves.png", "margins.png"]
-
-
-def glance(metrics: dict[str, float], tokens_per_second: float) -> str:
-    """What a progress bar says of a step."""
-    shown = [f"{name.split('/')[-1]}={value:.3f}" for name, value in metrics.items()]
-    return ", ".join([*shown, f"{tokens_per_second:,.0f} tokens/s"])
 
 
 def save_checkpoint(
@@ -330,7 +335,7 @@ def latest_checkpoint(out: Path) -> tuple[Path, dict[str, Any]] | None:
         (out / "metrics.jsonl").unlink(missing_ok=True)
         return None
     with reading(folders[-1] / "state.pt"):
-        state = torch.load(folders[-1] / "state.pt", weights_only=True)
+        state = torch.load(folders[-1] / "state.pt", weights_only=True, map_location="cpu")
     with open(out / "metrics.jsonl", "a") as file:
         file.truncate(state["metrics_bytes"])
     return folders[-1], state
@@ -374,7 +379,8 @@ def finish(out: Path, t: int, rows: list[dict[str, Any]], answers: Iterable[tupl
     report += [f"![{name}]({name})" for name in draw(out, t)]
     replace(out / "report.md", "\n".join(report))
     for folder in [folder for folder in WRITERS if out in folder.parents]:
-        WRITERS.pop(folder).close()
+        if writer := WRITERS.pop(folder):
+            writer.close()
     (out / "state" / f"{t:03d}-done").rename(out / "policy")
     tidy(out)
     print("Seconds:", ", ".join(f"{seconds:.0f} {phase}" for phase, seconds in SECONDS.most_common()))

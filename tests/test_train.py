@@ -11,7 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import fields
+from collections import Counter
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -161,9 +162,19 @@ def test_a_model_and_data_of_one_s_own(model_dir, preferences, tmp_path, capsys)
     assert (out / "policy/model.safetensors").exists() and "- now:" in (out / "report.md").read_text()
 
 
-def test_an_iteration_takes_the_steps_asked_for(world, tmp_path):
-    """7 where a pass has 3, of 48 or 24 pairs alike; no pair a third time before every pair came twice."""
+def test_an_iteration_takes_the_steps_asked_for(world, tmp_path, monkeypatch):
+    """7 where a pass over 48 pairs has 3, or over 24 has 2; no pair a third time before every pair came twice."""
+    seen, step = [], train.train_step
+
+    def watched(policy, optimizer, pairs, *rest):
+        seen.append([str(pair) for pair in pairs])
+        return step(policy, optimizer, pairs, *rest)
+
+    monkeypatch.setattr(train, "train_step", watched)
     main(small(tmp_path / "a", steps_per_iteration=7, iterations=2, keep=0.5, bootstrap=0.0))
+    for part, n in ((seen[:7], 48), (seen[7:], 24)):
+        counts = Counter(pair for batch in part for pair in batch)
+        assert len(counts) == n and max(counts.values()) - min(counts.values()) <= 1
     steps = [line for line in lines(tmp_path / "a") if line["phase"] == "train"]
     assert [line["iteration"] for line in steps] == [1] * 7 + [2] * 7
     with pytest.raises(InputError, match="steps_per_iteration is 0"):
@@ -197,6 +208,18 @@ def test_length_free_margins_are_not_explained_by_length(world, tmp_path):
     longer = torch.tensor([float(len(r["chosen"].split()) - len(r["rejected"].split())) for r in rows])
     margins = torch.tensor([r["margin"] for r in rows])
     assert len(rows) == 48 and (longer * margins).sum().abs() < 1e-2 * longer.norm() * margins.norm()
+    # The samples' rewards too, within a prompt, and they are what ranks: a pair's margin is their difference.
+    samples = [row for row in read(out / "iteration-2/samples.jsonl") if row["finish_reason"] == "stop"]
+    by_prompt = {}
+    for i, row in enumerate(read(out / "iteration-2/samples.jsonl")):
+        if row["finish_reason"] == "stop":
+            by_prompt.setdefault(i // 4, []).append([row["reward"], float(len(row["response"].split()))])
+    apart = torch.cat([torch.tensor(some) - torch.tensor(some).mean(0) for some in by_prompt.values()])  # (W, 2)
+    assert (apart[:, 0] * apart[:, 1]).sum().abs() < 1e-2 * apart[:, 0].norm() * apart[:, 1].norm()
+    known = {(row["prompt"], row["response"]): row["reward"] for row in samples}
+    own = [row for row in read(out / "iteration-2/pairs.jsonl") if row["source"] == "bootstrap"]
+    assert own and all(row["margin"] == pytest.approx(
+        known[row["prompt"], row["chosen"]] - known[row["prompt"], row["rejected"]], abs=1e-4) for row in own)  # fmt: skip
 
 
 def test_evaluation_data_of_one_s_own(model_dir, preferences, tmp_path, capsys):
@@ -206,23 +229,33 @@ def test_evaluation_data_of_one_s_own(model_dir, preferences, tmp_path, capsys):
     out = tmp_path / "run"
     final = main(real(model_dir, preferences, out, eval_dataset_name=str(file)))
     printed = capsys.readouterr().out
-    assert "3 dropped: the prompt is in the evaluation data" in printed and "evaluation data: 4 read, 4 kept" in printed
+    assert "21 read, 17 kept" in printed and "3 dropped: the prompt is in the evaluation data" in printed
+    assert "evaluation data: 4 read, 4 kept" in printed
     trained = {row["prompt"] for row in read(out / "iteration-1/pairs.jsonl")}
     assert len(trained) == 17 and not any("Say 0" in x or "Say 2\n" in x for x in trained)
     assert {"eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"} <= final.keys()
 
 
+def test_a_split_of_the_same_data_set_to_evaluate_on(model_dir, preferences, tmp_path, capsys):
+    rows, folder = read(preferences), tmp_path / "set"
+    folder.mkdir()
+    for split, some in {"train": rows[:12], "test": rows[12:20]}.items():
+        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, some)))
+    main(real(model_dir, folder, tmp_path / "run", iterations=1, eval_split="test"))
+    printed = capsys.readouterr().out
+    assert "data: 12 read, 12 kept" in printed and "evaluation data: 8 read, 8 kept" in printed
+
+
 def test_answers_for_an_outside_judge(model_dir, preferences, tmp_path):
+    """In each row the question that the model was asked, whole."""
     file, out = tmp_path / "ask.json", tmp_path / "run"
-    asked = [{"instruction": "Say 3", "dataset": "x"}, {"instruction": "What is 2 + 2?"}, {"prompt": "Say"}]
+    asked = [{"instruction": "Say 3", "dataset": "x"}, {"instruction": "What is", "input": "2 + 2?"}, {"prompt": "Say"},
+             {"prompt": [{"role": "system", "content": "Be"}, {"role": "user", "content": "kind"}]}]  # fmt: skip
     file.write_text(json.dumps(asked))
     main(real(model_dir, preferences, out, iterations=1, prompt_file=str(file)))
     answers = json.loads((out / "samples.json").read_text())
-    assert [row["instruction"] for row in answers] == ["Say 3", "What is 2 + 2?", "Say"]
+    assert [row["instruction"] for row in answers] == ["Say 3", "What is\n\n2 + 2?", "Say", "Be\n\nkind"]
     assert all(row.keys() == {"instruction", "output", "generator"} and row["generator"] == "run" for row in answers)
-    file.write_text(json.dumps([{"instruction": "a </s> b"}]))
-    with pytest.raises(InputError, match=r"ask.json: not every row is a prompt.*spells a special token"):
-        main(real(model_dir, preferences, tmp_path / "other", prompt_file=str(file)))
 
 
 def test_tensorboard_shows_the_metrics_and_is_not_needed(model_dir, preferences, tmp_path, monkeypatch):
@@ -307,10 +340,15 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("moment", [0, 8])  # the line of metrics.jsonl at which it dies
-def test_a_killed_run_goes_on_to_the_same_end(world, tmp_path, monkeypatch, moment):
+REVIEWED = {"loss_type": "ipo", "token_floor": 0.05, "length_free": True, "learning_rate": 1e-3}
+
+
+@pytest.mark.parametrize("moment, more", [(0, {}), (8, {}), (11, REVIEWED)])  # the line of metrics.jsonl at which it dies
+def test_a_killed_run_goes_on_to_the_same_end(world, tmp_path, monkeypatch, moment, more):
+    """At its first line, after iteration 2, and within iteration 3, where it goes on from a step's checkpoint."""
     whole, out, log = tmp_path / "whole", tmp_path / "out", run.log
-    main(small(whole, save_steps=2))
+    more = {"save_steps": 2, **more}
+    main(small(whole, **more))
 
     def dies(*args, **metrics):
         if moment == len(lines(out) if (out / "metrics.jsonl").exists() else []):
@@ -319,16 +357,17 @@ def test_a_killed_run_goes_on_to_the_same_end(world, tmp_path, monkeypatch, mome
 
     monkeypatch.setattr(run, "log", dies)
     with pytest.raises(Killed):
-        main(small(out, save_steps=2))
+        main(small(out, **more))
+    assert moment < 11 or run.latest_checkpoint(out)[1]["step"] == 2
     monkeypatch.setattr(run, "log", log)
     with pytest.raises(InputError, match="begun with beta = 1.0, not 0.5"):
-        main(small(out, save_steps=2, resume_from_checkpoint=str(out), beta=0.5))
-    main(small(out, save_steps=2, resume_from_checkpoint=str(out)))
+        main(small(out, **more, resume_from_checkpoint=str(out), beta=0.5))
+    main(small(out, **more, resume_from_checkpoint=str(out)))
     assert (out / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
     assert (out / "policy/model.safetensors").read_bytes() == (whole / "policy/model.safetensors").read_bytes()
     assert (out / "iteration-3/pairs.jsonl").read_text() == (whole / "iteration-3/pairs.jsonl").read_text()
     with pytest.raises(InputError, match="this run has ended"):
-        main(small(out, save_steps=2, resume_from_checkpoint=str(out)))
+        main(small(out, **more, resume_from_checkpoint=str(out)))
 
 
 def interrupted(*args, **kwargs):
@@ -419,7 +458,7 @@ def test_a_loss_that_is_nan_stops_with_its_step_and_what_was_saved_stays(world, 
     out, losses = tmp_path / "run", train.pair_losses
     calls = iter(range(100))
     monkeypatch.setattr(train, "pair_losses", lambda r, c: losses(r, c) * (float("nan") if next(calls) == 8 else 1))
-    every = r"lines \[\d+(, \d+){15}\]"  # 3 losses (preflight's twice, evaluation's) and 3 steps before; 16 pairs a step
+    every = r"lines \[\d+(, \d+){15}\]"  # before: 2 losses of preflight, 2 of evaluations, 4 steps; 16 pairs a step
     with pytest.raises(FloatingPointError, match=rf"iteration 2, step 2, pairs.jsonl {every}: the loss is nan"):
         main(small(out))
     folder, state = run.latest_checkpoint(out)
@@ -480,7 +519,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(tmp_path, monk
         log = steps[name].append
         train.train_on(tiny_model(), pairs, reference, 1, resume, config, lambda log=log, **line: log(line), None)
     said = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
-    assert 1 <= len(said) <= 10 and said[-1].endswith(("--max_tokens 64", "--max_tokens 32"))
+    assert 1 <= len(said) <= 10 and said[-1].endswith(("with 64 tokens at a time", "with 32 tokens at a time"))
     for a, b in zip(steps["any"], steps["sixty"], strict=True):
         assert b.pop("phase") == a.pop("phase") and b == pytest.approx(a, rel=1e-4, abs=1e-5)
     monkeypatch.setattr(train, "sequence_logprobs", lambda model, x, y: limited(model, x * 99, y))
@@ -504,8 +543,12 @@ def test_out_of_memory_after_a_backward_pass_starts_the_step_anew(tmp_path, monk
 
         monkeypatch.setattr(train, "sequence_logprobs", limited)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        steps.append(train.fitting_step(model, optimizer, pairs, torch.zeros(8, 2), config))
-    assert failed and steps[1][1].max_tokens == 50 and steps[1][0] == pytest.approx(steps[0][0], rel=1e-4)
+
+        def step(max_tokens, model=model, optimizer=optimizer):
+            return train.train_step(model, optimizer, pairs, torch.zeros(8, 2), replace(config, max_tokens=max_tokens))
+
+        steps.append(run.halving(step, 100, 20))
+    assert failed and steps[1][1] == 50 and steps[1][0] == pytest.approx(steps[0][0], rel=1e-4)
 
 
 def test_out_of_memory_in_sampling_halves_the_batch(tmp_path, monkeypatch, capsys):
@@ -549,6 +592,16 @@ WRONG = [
     (["--dataset_name", "d.jsonl"], "--model_name_or_path and --dataset_name go together"),
     (["--max_length", "16"], "--max_length is not above --max_prompt_length"),
     (["--model_name_or_path", "MODEL", "--dataset_name", "DATA"], "is 1024: the model has 128 positions"),
+    (["--eval_split", "dev"], "--eval_split is 'dev': the playground has test and validation prompts"),
+    (["--prompt_file", "DATA"], "--prompt_file are for a model of your own"),
+    (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--eval_split", "test"], "DATA.jsonl is a file, which has no splits"),
+    (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--dataset_train_split", "x"], "DATA.jsonl is a file, which has no splits"),
+    (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--label_noise", "0"], "--label_noise and --length_bias are the playground's"),
+    (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--eval_dataset_name", "ALIKE", *SHORT], "no pair is left to evaluate on"),
+    (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--prompt_file", "SPELLS", *SHORT], "SPELLS.jsonl: not every row is a prompt"),
+    (["--steps_per_iteration", "3", "--epochs_per_iteration", "2"], "give one of them"),
+    (["--token_floor", "0.1", "--bootstrap", "0"], "--token_floor is for own pairs, and --bootstrap is 0"),
+    (["--resume_from_checkpoint", "TAKEN", "--output_dir", "other"], "a run that is resumed stays where it is"),
     (["--temperature", "0"], "--temperature is 0.0: expected above 0"),
     (["--model_name_or_path", "MODEL", "--dataset_name", "gone.jsonl", *SHORT], "gone.jsonl: no such file"),
     (["--model_name_or_path", "no/such-model", "--dataset_name", "DATA"], "no/such-model: "),
@@ -591,7 +644,8 @@ def wrong_things(model_dir, tmp_path_factory):
     save_file(headless, here / "HEADLESS/model.safetensors", {"format": "pt"})
     (here / "HOLDS-POLICY/policy").mkdir(parents=True)
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
-    for name, rows in {"DATA": [row], "ALIKE": [{**row, "rejected": "b"}], "BAD": [row, {"prompt": "a", "chosen": "b"}]}.items():
+    for name, rows in {"DATA": [row], "ALIKE": [{**row, "rejected": "b"}], "BAD": [row, {"prompt": "a", "chosen": "b"}],
+                       "SPELLS": [{"instruction": "a </s> b"}]}.items():  # fmt: skip
         (here / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (here / "TAKEN").mkdir()
     (here / "TAKEN/config.json").write_text("{}")
@@ -602,7 +656,7 @@ def wrong_things(model_dir, tmp_path_factory):
 def test_bad_input_is_one_line_and_nothing_is_written(wrong_things, monkeypatch, capsys, flags, message):
     monkeypatch.chdir(wrong_things)
     before = sorted(Path().rglob("*"))
-    flags = [f + ".jsonl" if f in ("DATA", "ALIKE", "BAD") else f for f in flags]
+    flags = [f + ".jsonl" if f in ("DATA", "ALIKE", "BAD", "SPELLS") else f for f in flags]
     with pytest.raises(SystemExit) as stop:
         train.command_line(flags)
     assert isinstance(stop.value.code, str) and stop.value.code.startswith("error: ") and message in stop.value.code
