@@ -13,6 +13,7 @@
     over    six iterations: where the policy begins to fool itself, and what mends it
     asked   what the paper's reviewers asked: all pairs of the samples, own pairs alone, the ensemble's γ, N, cost
 
+The studies after `losses` have every method at its best of `main`, tuned at 30 % flipped labels, whatever they change.
 Every run is `train.main`, and every iteration of every run takes as many optimizer steps. What runs share, the SFT
 policy and iteration 1, is computed once: a run goes on from a copy of it (a "base"). Intervals are of the mean paired
 difference over the seeds, 95 %, by Student's t. Needs matplotlib. Writes experiments/results/claims.json (every run,
@@ -226,6 +227,17 @@ def measured(out: Path, config: train.Config) -> list[dict]:
 # What is run
 
 
+class Missing(KeyError):
+    """A run that a table needs and that has not been made."""
+
+
+class Measured(dict):
+    """Runs by name; what is not there is `Missing`."""
+
+    def __missing__(self, name: str):
+        raise Missing(name)
+
+
 def name_of(spec: dict) -> str:
     return json.dumps(spec, sort_keys=True)
 
@@ -271,8 +283,8 @@ def settings(runs: Runs, study: str) -> dict[str, tuple[str, dict]]:
         "asked": {
             "SeRA: γ = 0.5, N = 4, best against worst": sera(**long),
             "every pair of the samples": sera(patch="every pair"),
-            "own pairs alone (K = 0, K̃ = |D|)": sera(keep=0.0, bootstrap=1.0),
-            "nothing removed (K = |D|)": ("bootstrapping only", long),
+            "own pairs alone (K = 0, K̃ = all)": sera(keep=0.0, bootstrap=1.0),
+            "nothing removed (K = all)": ("bootstrapping only", long),
             **{f"γ = {gamma}": sera(ensemble_gamma=gamma) for gamma in (0.0, 0.3, 0.7)},
             **{f"N = {n}": sera(samples_per_prompt=n) for n in (2, 8, 16)},
         },
@@ -384,6 +396,19 @@ def methods_table(runs: Runs, study: str) -> str:
                      "precision", "own precision", "words"], lines)  # fmt: skip
 
 
+def tuning_table(runs: Runs) -> str:
+    """DPO's win rate on validation prompts, mean over the tuning seeds, at every β with its best learning rate."""
+    betas, rates = GRID["dpo"]
+
+    def win(method: str, beta: float, rate: float) -> float:
+        point = {"beta": beta, "learning_rate": rate, "eval_split": "validation"}
+        tried = [runs[name_of(at("dpo", method, seed, **point))] for seed in TUNING_SEEDS["dpo"]]
+        return statistics.mean(run["iterations"][3]["gold/win_rate"] for run in tried)
+
+    lines = [[m, *(f"{max(win(m, beta, rate) for rate in rates):.3f}" for beta in betas)] for m in METHODS]
+    return markdown(["win rate over SFT, validation", *(f"β = {beta:g}" for beta in betas)], lines)
+
+
 def noise_tables(runs: Runs) -> str:
     levels = sorted([*NOISE, 0.3])
     rows, at_k = [], []
@@ -444,14 +469,15 @@ def asked_table(runs: Runs) -> str:
 def tables(runs: Runs) -> dict[str, str]:
     """Of every study that is whole."""
     makers = {
-        "main": partial(methods_table, runs, "main"), "noise": partial(noise_tables, runs),
+        "main": partial(methods_table, runs, "main"), "tuning": partial(tuning_table, runs),
+        "noise": partial(noise_tables, runs),
         "length": partial(length_table, runs), "over": partial(over_table, runs), "asked": partial(asked_table, runs),
         "three": partial(over_table, runs, "three", ("gold/reward", "bootstrap/precision")),
         **{loss: partial(methods_table, runs, loss) for loss in ("ipo", "slic", "simpo")},
     }  # fmt: skip
     shown = {}
     for name, maker in makers.items():
-        with contextlib.suppress(KeyError):
+        with contextlib.suppress(Missing):
             shown[name] = maker()
     return shown
 
@@ -525,7 +551,7 @@ def main(arguments: list[str] | None = None) -> None:
         quicken()
         shutil.rmtree(folder, ignore_errors=True)
     file, cores = folder / "claims.json", os.cpu_count() or 1
-    runs = json.loads(file.read_text())["runs"] if file.exists() else {}
+    runs = Measured(json.loads(file.read_text())["runs"] if file.exists() else {})
     with tempfile.TemporaryDirectory() as work:
         parts = [part for study in options.studies for part in STUDIES[study]]
         losses = dict.fromkeys(map(loss_of, parts))

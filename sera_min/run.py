@@ -33,7 +33,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sera_min.data import InputError, one_line
+from sera_min.data import InputError
 
 COLUMNS = {  # of the table: heading -> where it comes from, and what it is
     "iteration": ("iteration", "0 is the SFT policy"),
@@ -161,6 +161,10 @@ def once(out: Path, t: int, phase: str, compute: Callable[[], Any]) -> Any:
     return result
 
 
+def first_line(error: Exception) -> str:  # torch's go on with a trace of their own
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """What fails here is an OSError of one line, and leaves no half a file or folder to fill the disk."""
@@ -169,7 +173,7 @@ def writing(path: Path) -> Iterator[None]:
     except Exception as error:  # safetensors and torch each raise their own
         shutil.rmtree(path.with_name(f".{path.name}"), ignore_errors=True)
         path.with_suffix(".tmp").unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written: {one_line(error)}") from None
+        raise OSError(f"{path} cannot be written: {first_line(error)}") from None
 
 
 @contextmanager
@@ -178,7 +182,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # json and torch each raise their own
-        raise InputError(f"{path} cannot be read: {one_line(error)}") from None
+        raise InputError(f"{path} cannot be read: {first_line(error)}") from None
 
 
 @contextmanager
@@ -269,7 +273,7 @@ def events(folder: Path, at: int) -> Any:
         except ImportError:
             WRITERS[folder] = None
         except Exception as error:  # a broken installation raises anything, and is no reason to end a run
-            WRITERS[folder] = print(f"no TensorBoard: {one_line(error)}")
+            WRITERS[folder] = print(f"no TensorBoard: {first_line(error)}")
     return WRITERS[folder]
 
 
@@ -280,7 +284,7 @@ def draw(out: Path, t: int) -> list[str]:
     except ImportError:
         return []
     except Exception as error:  # as in `events`
-        print(f"no figures: {one_line(error)}")
+        print(f"no figures: {first_line(error)}")
         return []
     steps = [row for row in read_jsonl(out / "metrics.jsonl") if row["phase"] == "train"]
     curves = Figure((11, 3), layout="constrained")

@@ -566,7 +566,7 @@ def test_out_of_memory_in_sampling_halves_the_batch(tmp_path, monkeypatch, capsy
     args = tiny_model(), bpe_tokenizer(), [[5, 6], [7]], 2, [1], 0, config, None
     got = train.sample(*args)
     assert tried == [32768, 16384, 8192] and [len(row) for row in got] == [2, 2]
-    assert "sampling again, with 8192 tokens" in capsys.readouterr().out
+    assert "again, with 8192 tokens at a time" in capsys.readouterr().out
     room[0] = 0
     with pytest.raises(torch.OutOfMemoryError):
         train.sample(*args)
