@@ -178,7 +178,7 @@ def _family(work: Path, runs: dict[str, dict]) -> dict[str, dict]:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         base, saved = Path(folder) / "base", work / f"sft-{shared['seed']}"
         load = partial(run.load, saved, "cpu")
-        stack.enter_context(mock.patch.multiple(run, draw=lambda *_: [], events=lambda _: None))  # nobody looks at them
+        stack.enter_context(mock.patch.multiple(run, draw=lambda *_: [], events=lambda *_: None))  # nobody looks at them
         stack.enter_context(mock.patch.object(playground, "make_sft_policy", lambda seed, device: load()))
         with mock.patch.object(run, "save_checkpoint", save), counting(first), contextlib.suppress(Done):
             train.main(train.Config(**plain, **shared, output_dir=str(base)))
@@ -318,7 +318,8 @@ def make(wanted: list[dict], runs: Runs, file: Path, work: Path, cores: int, des
         if len(parts[-1]) == 6:
             parts.append({})
         parts[-1][name] = {**EVERY, **spec}
-    together = [part for parts in families.values() for part in parts]
+    rounds = range(max(map(len, families.values()), default=0))  # the first studies first, whatever shares with them
+    together = [parts[i] for i in rounds for parts in families.values() if i < len(parts)]
     machine = f"{cores} CPU cores, {platform.machine()}, one thread a run, torch {torch.__version__}"
     with ProcessPoolExecutor(cores) as pool:
         seeds = {spec["seed"] for part in together for spec in part.values()}
@@ -413,11 +414,15 @@ def noise_tables(runs: Runs) -> str:
     levels = sorted([*NOISE, 0.3])
     rows, at_k = [], []
     for noise in levels:
-        some = specs(runs, "main" if noise == 0.3 else f"noise {noise}")
+        every = specs(runs, "main" if noise == 0.3 else f"noise {noise}")
+        if (some := made(runs, every)) != every:
+            continue
         win = {method: column(runs, row, "gold/win_rate") for method, row in some.items() if method != "random K"}
         rows.append([f"{noise:.0%}", *map(spread, win.values()), gain(win["SeRA"], win["loss alone"])])
         ks = zip(*column(runs, some["loss alone"], "precision at K", 2))
         at_k.append([f"{noise:.0%}", *(f"{statistics.mean(k):.3f}" for k in ks)])
+    if len(rows) < 2:
+        raise Missing("noise")
     return (markdown(["flipped labels", *win, "SeRA against the loss alone"], rows) + "\n\n"
             + markdown(["precision at K =", *(f"{k}0 %" for k in range(1, 11))], at_k))  # fmt: skip
 
@@ -456,7 +461,9 @@ def over_table(runs: Runs, study: str = "over", keys=tuple(OVER)) -> str:
 
 
 def asked_table(runs: Runs) -> str:
-    rows = specs(runs, "asked")
+    rows = made(runs, specs(runs, "asked"))
+    if len(rows) < 2:
+        raise Missing("asked")
     win = {name: column(runs, row, "gold/win_rate") for name, row in rows.items()}
     first = next(iter(rows))
     return markdown(
@@ -466,8 +473,13 @@ def asked_table(runs: Runs) -> str:
     )  # fmt: skip
 
 
+def made(runs: Runs, rows: dict[str, list[dict]]) -> dict[str, list[dict]]:
+    """The rows whose runs have all been made."""
+    return {name: row for name, row in rows.items() if all(name_of(spec) in runs for spec in row)}
+
+
 def tables(runs: Runs) -> dict[str, str]:
-    """Of every study that is whole."""
+    """Of every study that has been run, in the rows that are whole."""
     makers = {
         "main": partial(methods_table, runs, "main"), "tuning": partial(tuning_table, runs),
         "noise": partial(noise_tables, runs),
