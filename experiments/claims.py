@@ -178,7 +178,7 @@ def _family(work: Path, runs: dict[str, dict]) -> dict[str, dict]:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         base, saved = Path(folder) / "base", work / f"sft-{shared['seed']}"
         load = partial(run.load, saved, "cpu")
-        stack.enter_context(mock.patch.multiple(run, draw=lambda *_: [], events=lambda *_: None))  # nobody looks at them
+        stack.enter_context(mock.patch.multiple(run, draw=lambda *_: [], events=lambda *_: None))
         stack.enter_context(mock.patch.object(playground, "make_sft_policy", lambda seed, device: load()))
         with mock.patch.object(run, "save_checkpoint", save), counting(first), contextlib.suppress(Done):
             train.main(train.Config(**plain, **shared, output_dir=str(base)))
