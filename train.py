@@ -48,6 +48,11 @@ from sera_min.logprobs import implicit_reward, score, sequence_logprobs, sum_and
 from sera_min.losses import LOSSES
 from sera_min.select import ensemble_margin, length_free, select_top
 
+
+def said_of(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in values.items())
+
+
 OWN_BETA = {name: loss.__defaults__[0] for name, (loss, _, _) in LOSSES.items()}  # type: ignore[attr-defined, index]
 
 
@@ -65,20 +70,20 @@ def flag(default, text: str):
 
 @dataclass(frozen=True)
 class Config:
-    model_name_or_path: str | None = flag(None, "SFT model, a hub name or folder (None: the playground)")
+    model_name_or_path: str | None = flag(None, "SFT model, a hub name or folder (without: the playground)")
     dataset_name: str | None = flag(None, "preferences: a hub name, a .json, .jsonl or .parquet file, or a folder")
     dataset_train_split: str = flag("train", "the split of dataset_name to train on")
-    max_train_pairs: int | None = flag(None, "read the first so many rows (playground: make so many pairs, 2000)")
+    max_train_pairs: int | None = flag(None, "read the first so many rows (all; playground: makes 2000 pairs)")
     eval_dataset_name: str | None = flag(None, "preferences to evaluate on, as dataset_name")
     eval_split: str | None = flag(
-        None, "the split to evaluate on, of eval_dataset_name (None: test) or of dataset_name (None: hold out "
-        "eval_fraction); playground: test or validation prompts (None: test)")  # fmt: skip
+        None, "the split to evaluate on, of eval_dataset_name (test) or of dataset_name (without either: eval_fraction "
+        "is held out); playground: test or validation prompts (test)")  # fmt: skip
     eval_fraction: float = flag(0.05, "without the two above: share of the prompts, with their pairs, that is held out")
     prompt_file: str | None = flag(
         None, "JSON rows of instruction (templated as dialogues are) or prompt, which the final policy answers in "
-        "samples.json, AlpacaEval's format")  # fmt: skip
-    max_length: int | None = flag(None, "tokens of prompt and response: a longer response loses its end (None: 1024)")
-    max_prompt_length: int | None = flag(None, "tokens of a prompt: a longer one loses its beginning (None: 512)")
+        "samples.json, AlpacaEval's format; its generator is output_dir")  # fmt: skip
+    max_length: int | None = flag(None, "of prompt and response: a longer response loses its end (1024; playground: 64)")
+    max_prompt_length: int | None = flag(None, "in tokens: a longer prompt loses its beginning (512; playground: 16)")
     label_noise: float = flag(0.3, "playground: share of flipped labels")
     length_bias: float = flag(0.0, "playground: share of pairs whose longer response is preferred, whatever it says")
     iterations: int = flag(3, "T: the first trains on all of D, each later one reviews it first")
@@ -93,11 +98,11 @@ class Config:
         "over D's responses; 0.01 keeps out broken text")  # fmt: skip
     temperature: float = flag(1.0, "samples are drawn at this temperature")
     top_p: float = flag(1.0, "samples are drawn from the likeliest words that together have this probability")
-    max_new_tokens: int | None = flag(None, "longest sample (None: max_length - max_prompt_length; playground: 32)")
+    max_new_tokens: int | None = flag(None, "longest sample (max_length - max_prompt_length; playground: 32)")
     loss_type: str = flag("dpo", "function of the margin: dpo, ipo, slic or simpo")
-    beta: float | None = flag(None, f"β of the loss (None: {OWN_BETA}; playground: {playground.BETA})")
-    label_smoothing: float = flag(0.0, "ε of dpo: the share of labels that the loss takes to be flipped")
-    learning_rate: float | None = flag(None, f"at its peak (None: 1e-6; playground: {playground.LEARNING_RATE:g})")
+    beta: float | None = flag(None, f"β of the loss ({said_of(OWN_BETA)}; playground: {said_of(playground.BETA)})")
+    label_smoothing: float = flag(0.0, "ε, dpo only: the share of labels that the loss takes to be flipped")
+    learning_rate: float | None = flag(None, f"at its peak (1e-6; playground: {playground.LEARNING_RATE:g})")
     epochs_per_iteration: int = flag(1, "passes over an iteration's pairs")
     steps_per_iteration: int | None = flag(None, "so many optimizer steps instead, whatever K and K̃ (for comparisons)")
     per_device_train_batch_size: int = flag(32, "pairs per optimizer step")
@@ -106,7 +111,7 @@ class Config:
     output_dir: str = flag("runs/sera", "where all of it goes")
     save_steps: int = flag(500, "steps between checkpoints within an iteration; the end of each is always one")
     resume_from_checkpoint: str | None = flag(None, "output_dir of a run to go on with, under the same flags")
-    device: str | None = flag(None, "cuda or cpu (None: cuda where there is one)")
+    device: str | None = flag(None, "cuda or cpu (cuda where there is one)")
     seed: int = flag(0, "of the order of pairs, of sampling, and of the playground")
 
 
@@ -571,7 +576,7 @@ def main(config: Config) -> dict:
     if config.prompt_file:
         answered = zip(asked_texts, answer(to_answer, t))
         run.replace(out / "samples.json", json.dumps(
-            [{"instruction": x, "output": y, "generator": out.name} for x, y in answered], indent=1, ensure_ascii=False
+            [{"instruction": x, "output": y, "generator": str(out)} for x, y in answered], indent=1, ensure_ascii=False
         ) + "\n")  # fmt: skip
     run.finish(out, t, state["table"], list(zip(questions, state["before"], answers))[:5])
     return result
@@ -596,8 +601,8 @@ def command_line(arguments: list[str] | None = None) -> None:
         less = "a smaller --max_tokens or --gradient_checkpointing takes less, and a resume accepts both"
         sys.exit(f"error: out of GPU memory: {less}")
     except KeyboardInterrupt:
-        how = f"; these flags and --resume_from_checkpoint {out} go on from the last checkpoint"
-        print("interrupted" + how * (out / "config.json").exists(), file=sys.stderr)
+        how = f"to go on from the last checkpoint: the same command with --resume_from_checkpoint {out}"
+        print("interrupted;", how if (out / "config.json").exists() else "nothing is saved yet", file=sys.stderr)
         sys.exit(130)
 
 

@@ -280,6 +280,7 @@ def check(sera: Sera, args: DPOConfig) -> None:
          f"--max_length less --max_prompt_length, {room}"),
         (not 0 <= sera.keep <= 1 or not 0 <= sera.bootstrap <= 1 or sera.keep + sera.bootstrap == 0,
          "--keep and --bootstrap: expected shares between 0 and 1, not both 0"),
+        (sera.iterations < 1, "--iterations: expected at least 1"),
         (sera.samples_per_prompt < 2, "--samples_per_prompt: expected at least 2"),
         ((Path(args.output_dir) / "config.json").exists(), f"{args.output_dir} holds a run of train.py"),
     ]:  # fmt: skip
@@ -292,6 +293,9 @@ def main(sera: Sera, args: DPOConfig) -> None:
     policy, tokenizer = whole(sera.model_name_or_path)
     ends = policy.generation_config.eos_token_id or []
     eos_ids = list(dict.fromkeys([tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)]))
+    positions = getattr(policy.config, "max_position_embeddings", None) or args.max_length
+    if args.max_length > positions:
+        raise InputError(f"--max_length is {args.max_length}: the model has {positions} positions")
     del policy
     read = data.read_rows(sera.dataset_name, sera.dataset_train_split, sera.max_train_pairs)
     limits = {"max_length": args.max_length, "max_prompt_length": sera.max_prompt_length}

@@ -205,6 +205,8 @@ def stop_after_step() -> Iterator[list[int]]:
 
 def load(path: str | Path, device: str) -> tuple[Any, Any]:
     """A policy in float32, on `device` and without dropout, and its tokenizer; safetensors only, no remote code."""
+    if not Path(path).exists() and (str(path).count("/") > 1 or str(path).startswith((".", "~", "/"))):
+        raise InputError(f"{path}: no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
@@ -378,7 +380,9 @@ def finish(out: Path, t: int, rows: list[dict[str, Any]], answers: Iterable[tupl
     shown = table(rows)
     report = [f"# {out.name}", "", shown, "", *(f"- {c}: {COLUMNS[c][1]}" for c in COLUMNS if f" {c} " in shown), ""]
     for prompt, before, after in answers:
-        report += [f"**{prompt.strip()}**", "", f"- SFT: {before.strip()}", f"- now: {after.strip()}", ""]
+        for who, text in {"prompt": prompt, "SFT": before, "now": after}.items():
+            report += [f"    {who:>6}: {line}" for line in text.strip().split("\n")]  # as code: it is no Markdown
+        report += [""]
     print("\n" + "\n".join(report[2:]))
     report += [f"![{name}]({name})" for name in draw(out, t)]
     replace(out / "report.md", "\n".join(report))

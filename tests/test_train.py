@@ -159,7 +159,7 @@ def test_a_model_and_data_of_one_s_own(model_dir, preferences, tmp_path, capsys)
     assert final["eval_rewards/accuracies"] > 0.5 and not any(key.startswith("gold") for key in final)
     assert lines(out)[0] == {"phase": "eval", "iteration": 0, "eval_loss": pytest.approx(0.693147, abs=1e-4),
                              "eval_rewards/accuracies": 0.5, "eval_rewards/margins": 0.0}  # fmt: skip
-    assert (out / "policy/model.safetensors").exists() and "- now:" in (out / "report.md").read_text()
+    assert (out / "policy/model.safetensors").exists() and "now: " in (out / "report.md").read_text()
 
 
 def test_an_iteration_takes_the_steps_asked_for(world, tmp_path, monkeypatch):
@@ -255,7 +255,7 @@ def test_answers_for_an_outside_judge(model_dir, preferences, tmp_path):
     main(real(model_dir, preferences, out, iterations=1, prompt_file=str(file)))
     answers = json.loads((out / "samples.json").read_text())
     assert [row["instruction"] for row in answers] == ["Say 3", "What is\n\n2 + 2?", "Say", "Be\n\nkind"]
-    assert all(row.keys() == {"instruction", "output", "generator"} and row["generator"] == "run" for row in answers)
+    assert all(row.keys() == {"instruction", "output", "generator"} and row["generator"] == str(out) for row in answers)
 
 
 def test_tensorboard_shows_the_metrics_and_is_not_needed(model_dir, preferences, tmp_path, monkeypatch):
