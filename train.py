@@ -82,7 +82,7 @@ class Config:
     prompt_file: str | None = flag(
         None, "JSON rows of instruction (templated as dialogues are) or prompt, which the final policy answers in "
         "samples.json, AlpacaEval's format; its generator is output_dir")  # fmt: skip
-    max_length: int | None = flag(None, "prompt and response in tokens: a longer one loses its end (1024; playground: 64)")
+    max_length: int | None = flag(None, "prompt and response, in tokens: more loses its end (1024; playground: 64)")
     max_prompt_length: int | None = flag(None, "in tokens: a longer prompt loses its beginning (512; playground: 16)")
     label_noise: float = flag(0.3, "playground: share of flipped labels")
     length_bias: float = flag(0.0, "playground: share of pairs whose longer response is preferred, whatever it says")
