@@ -524,7 +524,7 @@ def figures(runs: Runs, folder: Path) -> None:
     plt.text(cut, plt.ylim()[1] * 0.95, " kept: K = 0.7·|D| →", va="top")
     plt.xlabel("implicit reward margin after iteration 1, nats")
     plt.ylabel("pairs")
-    plt.legend(frameon=False, loc="upper right")
+    plt.legend(frameon=False, loc="upper left")
     save("margins")
 
     for name, row in main.items():
