@@ -507,12 +507,13 @@ def figures(runs: Runs, folder: Path) -> None:
         plt.savefig(folder / f"{name}.png")
         plt.close()
 
-    def band(row: list[dict], key: str, label: str, **style) -> None:
+    def band(row: list[dict], key: str, label: str) -> None:
         times = [t for t in range(LONG + 1) if None not in column(runs, row, key, t)]
         values = [column(runs, row, key, t) for t in times]
         mean = [statistics.mean(v) for v in values]
         sd = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-        plt.plot(times, mean, marker="o", markersize=3, label=label, **style)
+        plt.plot(times, mean, marker="o", markersize=3, label=label)
+        plt.xticks(times)
         plt.fill_between(times, [m - s for m, s in zip(mean, sd)], [m + s for m, s in zip(mean, sd)], alpha=0.15)
 
     main, over = specs(runs, "main"), specs(runs, "over")
