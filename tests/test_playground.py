@@ -1,6 +1,7 @@
 """The world keeps its promises: the judge, the labels, the held-out prompts."""
 
 import random
+from pathlib import Path
 
 import pytest
 
@@ -52,3 +53,10 @@ def test_broken_answers_are_counted():
 def test_win_rate_counts_ties_half():
     good, bad = "the fox is lovely .", "the owl is rude ."
     assert world.judge([X] * 3, [good, bad, good], [good, good, bad])["gold/win_rate"] == pytest.approx(0.5)
+
+
+def test_the_readme_s_world_is_this_one():
+    """Its table's precision at iteration 1 is the share of right labels in the default data, which nothing rounds."""
+    rows = world.preferences(2000, "train", label_noise=0.3, length_bias=0.0, seed=0)
+    share = world.precision([(r["prompt"], r["chosen"], r["rejected"]) for r in rows])
+    assert f"|         1 |  2000 |     {share:.3f} |" in (Path(__file__).parent.parent / "README.md").read_text()
