@@ -330,7 +330,8 @@ def make(wanted: list[dict], runs: Runs, file: Path, work: Path, cores: int, des
             bar.update(len(done.result()))
             file.parent.mkdir(exist_ok=True, parents=True)
             beside = file.with_suffix(".tmp")
-            beside.write_text(json.dumps({"machine": machine, "runs": dict(sorted(runs.items()))}, indent=0) + "\n")
+            lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(one)}" for name, one in sorted(runs.items()))
+            beside.write_text(f'{{"machine": {json.dumps(machine)}, "runs": {{\n{lines}\n}}}}\n')
             beside.replace(file)
         bar.close()
 
