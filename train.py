@@ -31,7 +31,6 @@ import math
 import signal
 import sys
 import time
-import zlib
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -48,14 +47,14 @@ from sera_min.logprobs import implicit_reward, score, sequence_logprobs, sum_and
 from sera_min.losses import LOSSES
 from sera_min.select import ensemble_margin, length_free, select_top
 
-
-def said_of(values: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:g}" for name, value in values.items())
-
-
 OWN_BETA = {name: loss.__defaults__[0] for name, (loss, _, _) in LOSSES.items()}  # type: ignore[attr-defined, index]
-
-
+DEFAULTS: dict[str, tuple] = {  # of flags that are not given: with a model of your own, and in the playground
+    "max_train_pairs": (None, 2000),
+    "max_length": (1024, playground.MAX_LENGTH),
+    "max_prompt_length": (512, playground.MAX_PROMPT_LENGTH),
+    "max_new_tokens": (None, playground.MAX_NEW_TOKENS),
+    "learning_rate": (1e-6, playground.LEARNING_RATE),
+}
 HEADINGS = {  # of --help, by the flag that begins each
     "model_name_or_path": "the data D, and the SFT model π_ref",
     "iterations": "the review, steps 2 to 6",
@@ -66,6 +65,10 @@ HEADINGS = {  # of --help, by the flag that begins each
 
 def flag(default, text: str):
     return field(default=default, metadata={"help": text})
+
+
+def said_of(values: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in values.items())
 
 
 @dataclass(frozen=True)
@@ -134,17 +137,16 @@ EXPECTED = [  # of flags, where they are given: names, check, what it expects
 
 def resolve(config: Config) -> Config:
     """Every None that stands for a choice becomes that choice; what cannot be is an InputError."""
-    c, in_playground = config, config.model_name_or_path is None
-    file = not in_playground and Path(c.dataset_name or "").is_file()
     for names, holds, what in EXPECTED:
         for name in names.split():
-            if (value := getattr(c, name)) is not None and not holds(value):
+            if (value := getattr(config, name)) is not None and not holds(value):
                 raise InputError(f"--{name} is {value!r}: expected {what}")
-    max_length = c.max_length or (playground.MAX_LENGTH if in_playground else 1024)
-    max_prompt_length = c.max_prompt_length or (playground.MAX_PROMPT_LENGTH if in_playground else 512)
+    in_playground = config.model_name_or_path is None
+    c = replace(config, **{n: both[in_playground] for n, both in DEFAULTS.items() if getattr(config, n) is None})
+    file = not in_playground and Path(c.dataset_name or "").is_file()
     for wrong, message in [
         (c.keep + c.bootstrap == 0, "--keep and --bootstrap are both 0: nothing would be left to train on"),
-        (max_length <= max_prompt_length, "--max_length is not above --max_prompt_length: no room for a response"),
+        (c.max_length <= c.max_prompt_length, "--max_length is not above --max_prompt_length: no room for a response"),
         (c.label_smoothing > 0 and c.loss_type != "dpo", f"--label_smoothing is dpo's: {c.loss_type} has none"),
         ((c.dataset_name is None) != in_playground, "--model_name_or_path and --dataset_name go together"),
         (in_playground and c.eval_split not in (None, "test", "validation"),
@@ -167,13 +169,8 @@ def resolve(config: Config) -> Config:
     return replace(
         c,
         eval_split=c.eval_split or ("test" if in_playground or c.eval_dataset_name else None),
-        max_length=max_length,
-        max_prompt_length=max_prompt_length,
         beta=c.beta or (playground.BETA if in_playground else OWN_BETA)[c.loss_type],
-        learning_rate=c.learning_rate or (playground.LEARNING_RATE if in_playground else 1e-6),
-        max_new_tokens=c.max_new_tokens
-        or (playground.MAX_NEW_TOKENS if in_playground else max_length - max_prompt_length),
-        max_train_pairs=c.max_train_pairs or (2000 if in_playground else None),
+        max_new_tokens=c.max_new_tokens or c.max_length - c.max_prompt_length,
         device=c.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         output_dir=str(Path(c.resume_from_checkpoint or c.output_dir)),
         resume_from_checkpoint=None,
@@ -347,8 +344,10 @@ def review(t: int, policy, tokenizer, offline: list[Pair], state, eos_ids: list[
     # 3, 4: the margins of D under the last two policies, and the K pairs with the largest
     score_pairs = partial(pair_logps, policy, offline, config, f"iteration {t}: score pairs")
     newest = rewards(run.once(out, t, "pairs", score_pairs), state["reference"], lengths_of(offline), config)  # (N, 2)
-    r = mended(ensemble_margin(newest, state["previous"], config.ensemble_gamma), lengths_of(offline), config)
+    r = ensemble_margin(newest, state["previous"], config.ensemble_gamma)
     state["previous"] = newest
+    if config.length_free:
+        r = length_free(r, lengths_of(offline))
     margins = r[:, 0] - r[:, 1]  # (N,)
     kept = choose(margins, round(config.keep * len(offline)))
     pairs, reference, margins = [offline[i] for i in kept], state["reference"][kept], margins[kept]
@@ -406,18 +405,14 @@ def sampled_rewards(t: int, policy, tokenizer, prompts, state, eos_ids: list[int
     if config.token_floor:
         floor = state["least"].flatten().sort().values[int(config.token_floor * state["least"].numel())]
         whole &= least >= floor
-    r = mended(r, lengths, config)
+    if config.length_free:
+        r = length_free(r, lengths)
     run.write_jsonl(out / f"iteration-{t}" / "samples.jsonl", (
         {"prompt": data.decode(tokenizer, x, eos_ids), "response": data.decode(tokenizer, y, eos_ids, x),
          "finish_reason": "stop" if ended else "length", "reward": None if math.isnan(reward) else reward}
         for x, row, values in zip(prompts, samples, r.tolist()) for (y, ended), reward in zip(row, values)
     ))  # fmt: skip
     return samples, whole, r, reference
-
-
-def mended(r: torch.Tensor, lengths: torch.Tensor, config: Config) -> torch.Tensor:
-    """The rewards (P, n), without what the responses' lengths explain where that is asked for."""
-    return length_free(r, lengths) if config.length_free else r
 
 
 @run.timed("sampling")
@@ -483,11 +478,8 @@ def main(config: Config) -> dict:
     else:
         policy, tokenizer = run.timed("SFT")(playground.make_sft_policy)(config.seed, config.device)
     longest = max(config.max_length, config.max_prompt_length + config.max_new_tokens)
-    if longest > (positions := getattr(policy.config, "max_position_embeddings", None) or math.inf):
-        what = "--max_length or --max_prompt_length + --max_new_tokens"
-        raise InputError(f"{what} is {longest}: the model has {positions} positions")
-    ends = policy.generation_config.eos_token_id or []
-    eos_ids = list(dict.fromkeys([tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)]))
+    run.check_positions(policy, longest, "--max_length or --max_prompt_length + --max_new_tokens")
+    eos_ids = run.eos_ids_of(policy, tokenizer)
     limits: dict = {"eos_ids": eos_ids, "max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
     offline, held, asked = (playground_pairs if in_playground else own_pairs)(config, tokenizer, limits)
     if not offline:
@@ -525,13 +517,9 @@ def main(config: Config) -> dict:
             result |= {"data/label_accuracy": label_accuracy, **state.get("precisions", {})}
         return result, answers
 
-    crc = 0
-    for pair in [*offline, *held]:
-        crc = zlib.crc32(repr(pair).encode(), crc)
-    fingerprint = f"{len(offline)} + {len(held)} pairs, CRC {crc:08x}"
     if not state:  # Iteration 0. The reference's log-probs are computed once, by the policy, which it still is.
         preflight(policy, offline, config)
-    run.begin(out, asdict(config), fingerprint, policy)
+    run.begin(out, asdict(config), data.fingerprint(offline, held), policy)
     if not state:
         once = partial(run.once, out, 0)
         desc = "reference: score"

@@ -291,11 +291,8 @@ def check(sera: Sera, args: DPOConfig) -> None:
 def main(sera: Sera, args: DPOConfig) -> None:
     check(sera, args)
     policy, tokenizer = whole(sera.model_name_or_path)
-    ends = policy.generation_config.eos_token_id or []
-    eos_ids = list(dict.fromkeys([tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)]))
-    positions = getattr(policy.config, "max_position_embeddings", None) or args.max_length
-    if args.max_length > positions:
-        raise InputError(f"--max_length is {args.max_length}: the model has {positions} positions")
+    eos_ids = run.eos_ids_of(policy, tokenizer)
+    run.check_positions(policy, args.max_length, "--max_length")
     del policy
     read = data.read_rows(sera.dataset_name, sera.dataset_train_split, sera.max_train_pairs)
     limits = {"max_length": args.max_length, "max_prompt_length": sera.max_prompt_length}

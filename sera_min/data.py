@@ -17,6 +17,7 @@ A field that is missing or of another type is an error; a text that is there but
 import json
 import random
 import re
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -281,6 +282,14 @@ def split_by_prompt(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pa
     prompts = list(dict.fromkeys(tuple(x) for x, _, _ in pairs))
     held = set(random.Random(seed).sample(prompts, round(share * len(prompts))))
     return [p for p in pairs if tuple(p[0]) not in held], [p for p in pairs if tuple(p[0]) in held]
+
+
+def fingerprint(*parts: list[Pair]) -> str:
+    """How many pairs each part has, and a checksum of their token ids, by which a resumed run knows its data again."""
+    crc = 0
+    for pair in (pair for pairs in parts for pair in pairs):
+        crc = zlib.crc32(repr(pair).encode(), crc)
+    return f"{' + '.join(str(len(pairs)) for pairs in parts)} pairs, CRC {crc:08x}"
 
 
 def decode(tokenizer: Any, ids: Ids, eos_ids: Ids, after: Ids | None = None) -> str:

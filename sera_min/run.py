@@ -233,6 +233,19 @@ def load(path: str | Path, device: str) -> tuple[Any, Any]:
     return policy.to(device), tokenizer
 
 
+def eos_ids_of(policy: Any, tokenizer: Any) -> list[int]:
+    """The tokens that end a response: the tokenizer's first, then what else the model's `generation_config` names."""
+    ends = policy.generation_config.eos_token_id or []
+    return list(dict.fromkeys([tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)]))
+
+
+def check_positions(policy: Any, longest: int, flags: str) -> None:
+    """The model has a position for every token of the longest row that the flags allow. Raises InputError."""
+    positions = getattr(policy.config, "max_position_embeddings", None) or math.inf
+    if longest > positions:
+        raise InputError(f"{flags} is {longest}: the model has {positions} positions")
+
+
 def replace(file: Path, text: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(file.name + ".tmp")
