@@ -51,7 +51,7 @@ SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, vo
 }  # fmt: skip
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Prompt and response lengths are log-normal about these means, so that random batches of 8 pairs are half padding.
-PROMPT, RESPONSE, MAX_TOKENS, PAIRS = (200, 300, 16384, 32) if DEVICE == "cuda" else (100, 150, 4096, 16)
+PROMPT, RESPONSE, MAX_TOKENS, PAIRS = (200, 300, 16384, 32) if DEVICE == "cuda" else (100, 150, 2048, 16)
 LEARNING_RATE, TRL_BATCH, N = 1e-6, 8, 4
 FAIR = {"precompute_ref_log_probs": True, "gradient_checkpointing": False, "logging_strategy": "no"}
 SHIPPED: dict = {}
