@@ -10,7 +10,8 @@
     losses  the same under IPO, SLiC and SimPO
     noise   0 to 40 % flipped labels; precision of what is selected against K
     length  labels of which half favour the longer response: the kept pairs' length and the policy's
-    over    six iterations: where the policy begins to fool itself, and what mends it
+    over    six iterations: where the policy begins to fool itself, and what mends it; also at the playground's own β
+            and learning rate, which keep it near the reference
     asked   what the paper's reviewers asked: all pairs of the samples, own pairs alone, the ensemble's γ, N, cost
 
 The studies after `losses` have every method at its best of `main`, tuned at 30 % flipped labels, whatever they change.
@@ -280,6 +281,10 @@ def settings(runs: Runs, study: str) -> dict[str, tuple[str, dict]]:
             "loss alone": ("loss alone", long), "SeRA": ("SeRA", long),
             **{name: sera(**long, **REMEDIES[name]) for name in ("SeRA + floor", "SeRA + both")},
         },
+        "near": {
+            "SeRA": sera(**long, **NEAR), "SeRA + both": sera(**long, **NEAR, **REMEDIES["SeRA + both"]),
+            "SeRA + both, N = 8": sera(**long, **NEAR, **REMEDIES["SeRA + both"], samples_per_prompt=8),
+        },
         "asked": {
             "SeRA: γ = 0.5, N = 4, best against worst": sera(**long),
             "every pair of the samples": sera(patch="every pair"),
@@ -304,8 +309,9 @@ def specs(runs: Runs, study: str) -> dict[str, list[dict]]:
 
 
 LONG, NOISE, BIASED = 6, (0.0, 0.1, 0.2, 0.4), {"length_bias": 0.5, "label_noise": 0.15}
+NEAR = {"beta": playground.BETA["dpo"], "learning_rate": playground.LEARNING_RATE}  # as `python train.py` has them
 STUDIES = {
-    "main": ["main"], "over": ["over"], "noise": [f"noise {noise}" for noise in NOISE], "length": ["length"],
+    "main": ["main"], "over": ["over", "near"], "noise": [f"noise {noise}" for noise in NOISE], "length": ["length"],
     "asked": ["asked", "three"], "losses": ["ipo", "slic", "simpo"],
 }  # fmt: skip
 
@@ -443,14 +449,17 @@ def length_table(runs: Runs) -> str:
 
 
 OVER = {
-    "gold/reward": "true reward", "bootstrap/precision": "own precision, ties ½", "bootstrap/ties": "tied own pairs",
-    "gold/broken": "broken answers", "bootstrap/reward": "true reward of what own pairs choose",
+    "gold/reward": "true reward", "gold/win_rate": "win rate over SFT", "bootstrap/precision": "own precision, ties ½",
+    "bootstrap/ties": "tied own pairs", "gold/broken": "broken answers",
+    "bootstrap/reward": "true reward of what own pairs choose",
     "bootstrap/margin": "implicit margin of own pairs, nats",
 }  # fmt: skip
 
 
 def over_table(runs: Runs, study: str = "over", keys=tuple(OVER)) -> str:
-    rows = specs(runs, study)
+    rows = made(runs, specs(runs, study))
+    if len(rows) < 2:
+        raise Missing(study)
     lines = []
     for key in keys:
         for name, row in rows.items():
@@ -485,6 +494,7 @@ def tables(runs: Runs) -> dict[str, str]:
         "main": partial(methods_table, runs, "main"), "tuning": partial(tuning_table, runs),
         "noise": partial(noise_tables, runs),
         "length": partial(length_table, runs), "over": partial(over_table, runs), "asked": partial(asked_table, runs),
+        "near": partial(over_table, runs, "near", ("gold/reward", "gold/win_rate", *list(OVER)[2:5])),
         "three": partial(over_table, runs, "three", ("gold/reward", "bootstrap/precision")),
         **{loss: partial(methods_table, runs, loss) for loss in ("ipo", "slic", "simpo")},
     }  # fmt: skip
@@ -517,7 +527,7 @@ def figures(runs: Runs, folder: Path) -> None:
         plt.xticks(times)
         plt.fill_between(times, [m - s for m, s in zip(mean, sd)], [m + s for m, s in zip(mean, sd)], alpha=0.15)
 
-    main, over = specs(runs, "main"), specs(runs, "over")
+    main, over = specs(runs, "main"), made(runs, specs(runs, "over"))
     margins = column(runs, main["loss alone"], "margins", 2)[0]
     cut = margins[round(0.7 * len(margins)) - 1][0]
     groups = [[m for m, right in margins if right == r] for r in (1, 0)]
