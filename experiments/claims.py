@@ -467,7 +467,14 @@ def over_table(runs: Runs, study: str = "over", keys=tuple(OVER)) -> str:
             if any(v is not None for values in by_t for v in values):
                 digits = 1 if key == "bootstrap/margin" else 3
                 lines.append([OVER[key], name, *(spread(values, digits) for values in by_t)])
-    return markdown(["", "method", *(f"t = {t}" for t in range(1, LONG + 1))], lines)
+    times = [f"t = {t}" for t in range(1, LONG + 1)]
+    shown = markdown(["", "method", *times], lines)
+    if alone := rows.pop("loss alone", None):
+        win = {name: [column(runs, row, "gold/win_rate", t) for t in range(1, LONG + 1)] for name, row in rows.items()}
+        theirs = [column(runs, alone, "gold/win_rate", t) for t in range(1, LONG + 1)]
+        lines = [[name, *map(gain, ours, theirs)] for name, ours in win.items()]
+        shown += "\n\n" + markdown(["win rate against the loss alone", *times], lines)
+    return shown
 
 
 def asked_table(runs: Runs) -> str:
