@@ -143,7 +143,7 @@ def resolve(config: Config) -> Config:
                 raise InputError(f"--{name} is {value!r}: expected {what}")
     in_playground = config.model_name_or_path is None
     c = replace(config, **{n: both[in_playground] for n, both in DEFAULTS.items() if getattr(config, n) is None})
-    file = not in_playground and Path(c.dataset_name or "").is_file()
+    file, resumed = not in_playground and Path(c.dataset_name or "").is_file(), c.resume_from_checkpoint
     for wrong, message in [
         (c.keep + c.bootstrap == 0, "--keep and --bootstrap are both 0: nothing would be left to train on"),
         (c.max_length <= c.max_prompt_length, "--max_length is not above --max_prompt_length: no room for a response"),
@@ -160,7 +160,7 @@ def resolve(config: Config) -> Config:
         (c.steps_per_iteration and c.epochs_per_iteration != Config.epochs_per_iteration,
          "--steps_per_iteration and --epochs_per_iteration: give one of them"),
         (c.token_floor > 0 and c.bootstrap == 0, "--token_floor is for own pairs, and --bootstrap is 0"),
-        (c.resume_from_checkpoint and c.output_dir not in (Config.output_dir, c.resume_from_checkpoint),
+        (resumed and Path(c.output_dir) not in map(Path, (Config.output_dir, resumed)),
          "--output_dir: a run that is resumed stays where it is"),
         (c.device == "cuda" and not torch.cuda.is_available(), "--device is cuda, and there is no CUDA GPU"),
     ]:
@@ -172,7 +172,7 @@ def resolve(config: Config) -> Config:
         beta=c.beta or (playground.BETA if in_playground else OWN_BETA)[c.loss_type],
         max_new_tokens=c.max_new_tokens or c.max_length - c.max_prompt_length,
         device=c.device or ("cuda" if torch.cuda.is_available() else "cpu"),
-        output_dir=str(Path(c.resume_from_checkpoint or c.output_dir)),
+        output_dir=str(Path(resumed or c.output_dir)),
         resume_from_checkpoint=None,
     )
 
@@ -366,11 +366,11 @@ def review(t: int, policy, tokenizer, offline: list[Pair], state, eos_ids: list[
     print(f"iteration {t}: {len(triples)} pairs of samples, {len(own)} kept of the {wanted} wanted; dropped:",
           ", ".join(f"{count} {what}" for what, count in dropped.items() if count) or "none")  # fmt: skip
     taken = [triples[p] for p in own]
-    own_pairs = [(prompts[i], responses[i][best], responses[i][worst]) for i, best, worst in taken]
+    pairs = pairs + [(prompts[i], responses[i][best], responses[i][worst]) for i, best, worst in taken]
     index = torch.tensor(taken, dtype=torch.int64).view(-1, 3)  # (K̃, 3): prompt, best, worst
     reference = torch.cat([reference, logps[index[:, :1], index[:, 1:]]])  # (K, 2) and (K̃, 2)
-    sources = ["offline"] * len(pairs) + ["bootstrap"] * len(own)
-    return pairs + own_pairs, reference, torch.cat([margins, own_margins[own]]), sources
+    sources = ["offline"] * len(kept) + ["bootstrap"] * len(own)
+    return pairs, reference, torch.cat([margins, own_margins[own]]), sources
 
 
 def sampled_rewards(t: int, policy, tokenizer, prompts, state, eos_ids: list[int], config: Config, out: Path):
@@ -484,6 +484,8 @@ def main(config: Config) -> dict:
     offline, held, asked = (playground_pairs if in_playground else own_pairs)(config, tokenizer, limits)
     if not offline:
         raise InputError(f"--dataset_name {config.dataset_name}: no pair is left to train on")
+    asked_texts: list[str] = []
+    to_answer: list[list[int]] = []
     if config.prompt_file:
         asked_there = data.read_rows(config.prompt_file, "train")
         asked_texts, to_answer = data.encode_prompts(asked_there, tokenizer, name=config.prompt_file, **limits)
@@ -511,7 +513,7 @@ def main(config: Config) -> dict:
             logps = pair_logps(policy, held, config, f"iteration {t}: evaluate")
             r = rewards(logps, state["held_reference"], lengths_of(held), config)
             result |= {f"eval_{k}": v for k, v in preference_metrics(pair_losses(r, config), r, config).items()}
-        answers = answer(asked, t)
+        answers = answer(asked, t) if in_playground or t == config.iterations else []
         if in_playground:
             result |= playground.judge(questions, answers, state["before"])
             result |= {"data/label_accuracy": label_accuracy, **state.get("precisions", {})}
@@ -519,7 +521,7 @@ def main(config: Config) -> dict:
 
     if not state:  # Iteration 0. The reference's log-probs are computed once, by the policy, which it still is.
         preflight(policy, offline, config)
-    run.begin(out, asdict(config), data.fingerprint(offline, held), policy)
+    run.begin(out, asdict(config), data.fingerprint(offline, held, to_answer), policy)
     if not state:
         once = partial(run.once, out, 0)
         desc = "reference: score"

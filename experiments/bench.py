@@ -1,13 +1,13 @@
 """How fast, and how lean: sera_min beside TRL's DPOTrainer in one process, and every trick removed in turn.
 
     python experiments/bench.py                        all parts, on the CUDA GPU if there is one, else on the CPU
-    python experiments/bench.py --parts fair score    some of them
+    python experiments/bench.py --parts fair score     some of them
     python experiments/bench.py --shape 1.1B           a model of that shape, with random weights
 
 Both sides take their steps in turn, A B A B …, from the same weights, on the same pairs in the same order; at 7B, one
-side after the other. A rate is
-real (unpadded) tokens by the median of the timed steps. Peak memory is a fresh process's: how far it grows above the
-model's weights while it trains. TRL is timed twice: as fair as we know how (FAIR), and as it comes (SHIPPED).
+side after the other. A rate is real (unpadded) tokens by the median of the timed steps. Peak memory is a fresh
+process's: how far it grows above the model's weights while it trains. TRL is timed twice: as fair as we know how
+(FAIR), and as it comes (SHIPPED). FLOPs are of 790 TFLOP/s, an H100's or H200's in bfloat16 without sparsity.
 Writes experiments/results/bench-<device>-<shape>.json and .md after each part; a part not asked for keeps its rows.
 """
 

@@ -18,7 +18,8 @@ The studies after `losses` have every method at its best of `main`, tuned at 30 
 Every run is `train.main`, and every iteration of every run takes as many optimizer steps. What runs share, the SFT
 policy and iteration 1, is computed once: a run goes on from a copy of it (a "base"). Intervals are of the mean paired
 difference over the seeds, 95 %, by Student's t. Needs matplotlib. Writes experiments/results/claims.json (every run,
-each iteration of it), claims.md (the tables) and PNG figures; delete claims.json after a change of the code.
+each iteration of it, and the machines they ran on), claims.md (the tables) and PNG figures. What is in claims.json is
+not run again: delete it to have everything anew, as after a change of the code.
 """
 
 import argparse
@@ -327,6 +328,7 @@ def make(wanted: list[dict], runs: Runs, file: Path, work: Path, cores: int, des
     rounds = range(max(map(len, families.values()), default=0))  # the first studies first, whatever shares with them
     together = [parts[i] for i in rounds for parts in families.values() if i < len(parts)]
     machine = f"{cores} CPU cores, {platform.machine()}, one thread a run, torch {torch.__version__}"
+    machines = {machine, *(json.loads(file.read_text())["machines"] if file.exists() else ())}
     with ProcessPoolExecutor(cores) as pool:
         seeds = {spec["seed"] for part in together for spec in part.values()}
         list(pool.map(sft, [work / f"sft-{seed}" for seed in seeds], seeds))
@@ -337,7 +339,7 @@ def make(wanted: list[dict], runs: Runs, file: Path, work: Path, cores: int, des
             file.parent.mkdir(exist_ok=True, parents=True)
             beside = file.with_suffix(".tmp")
             lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(one)}" for name, one in sorted(runs.items()))
-            beside.write_text(f'{{"machine": {json.dumps(machine)}, "runs": {{\n{lines}\n}}}}\n')
+            beside.write_text(f'{{"machines": {json.dumps(sorted(machines))}, "runs": {{\n{lines}\n}}}}\n')
             beside.replace(file)
         bar.close()
 

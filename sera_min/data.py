@@ -263,7 +263,8 @@ def encode_prompts(rows: Rows, tokenizer: Any, *, name: str, **limits: Any) -> t
     A row is read as a pair with two made-up answers, so that its prompt is cut, templated and checked as a pair's is.
     Raises InputError where a row is none.
     """
-    answered = [{**row, "chosen": "yes", "rejected": "no"} if isinstance(row, dict) else row for row in rows]
+    answered = [{**row, "chosen": "yes", "rejected": "yes yes"} if isinstance(row, dict) else row for row in rows]
+    limits["max_length"] = limits["max_prompt_length"] + 64  # room for both, which differ whatever the vocabulary
     pairs, counts = encode(answered, tokenizer, name=name, **limits)
     if len(pairs) < len(rows):
         raise InputError(f"{name}: not every row is a prompt to answer: {said(counts)}")
@@ -284,12 +285,12 @@ def split_by_prompt(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pa
     return [p for p in pairs if tuple(p[0]) not in held], [p for p in pairs if tuple(p[0]) in held]
 
 
-def fingerprint(*parts: list[Pair]) -> str:
-    """How many pairs each part has, and a checksum of their token ids, by which a resumed run knows its data again."""
+def fingerprint(*parts: Sequence[Any]) -> str:
+    """How many rows each part has, and a checksum of their token ids, by which a resumed run knows its data again."""
     crc = 0
-    for pair in (pair for pairs in parts for pair in pairs):
-        crc = zlib.crc32(repr(pair).encode(), crc)
-    return f"{' + '.join(str(len(pairs)) for pairs in parts)} pairs, CRC {crc:08x}"
+    for row in (row for rows in parts for row in rows):
+        crc = zlib.crc32(repr(row).encode(), crc)
+    return f"{' + '.join(str(len(rows)) for rows in parts)} rows, CRC {crc:08x}"
 
 
 def decode(tokenizer: Any, ids: Ids, eos_ids: Ids, after: Ids | None = None) -> str:

@@ -96,7 +96,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _format_action_invocation(self, action: argparse.Action) -> str:
         if action.dest == "help":
             return super()._format_action_invocation(action)
-        return f"--{action.dest} {'…' if action.default is None else action.default}"
+        value = "…" if action.default is None else action.default
+        return f"--{action.dest}" if value is False else f"--{action.dest} {value}"
 
 
 def existing(path: Path) -> Path:
@@ -137,7 +138,7 @@ def begin(out: Path, config: dict[str, Any], data: str, policy: Any) -> None:
     """
     if (out / "config.json").exists():
         if (before := json.loads((out / "config.json").read_text()).get("data")) != data:
-            raise InputError(f"{out} was begun with other pairs: {before}, not {data}")
+            raise InputError(f"{out} was begun with other data: {before}, not {data}")
         for rest in (out / "state").glob(".*"):  # of a write that died
             shutil.rmtree(rest)
         return
@@ -210,9 +211,10 @@ def load(path: str | Path, device: str) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        for name, value in settings.to_dict().items():
-            if "drop" in name and isinstance(value, float):
-                setattr(settings, name, 0.0)
+        for part in (settings, settings.get_text_config()):  # within the former where it sees or hears too
+            for name, value in part.to_dict().items():
+                if "drop" in name and isinstance(value, float):
+                    setattr(part, name, 0.0)
         options: dict[str, Any] = {"config": settings, "dtype": torch.float32, "use_safetensors": True}
         options |= {"trust_remote_code": False, "output_loading_info": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)

@@ -16,7 +16,7 @@ def ensemble_margin(newest: Tensor, previous: Tensor | None = None, gamma: float
     """(1−γ)·newest + γ·previous, of margins or, since it is linear, of rewards; any one shape, in nats.
 
     newest: under π_θ(t−1). previous: under π_θ(t−2); None at t = 2, where π_θ(t−2) = π_ref, whose reward is 0
-    everywhere (but SimPO's, which has no reference: there it is our choice), and a positive factor changes no order.
+    everywhere (but SimPO's, which has no reference: there it is our choice): the newest orders alone, whatever γ.
     Source: SeRA, arXiv:2410.09362, eq. 7; γ = 0.5 is our choice.
     """
     return newest if previous is None else (1 - gamma) * newest + gamma * previous

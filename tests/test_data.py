@@ -10,6 +10,7 @@ from conftest import CHATML, GEMMA, LLAMA2, ZEPHYR, bpe_tokenizer, unigram_token
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sera_min import data, playground
 from sera_min.data import InputError, decode, encode, read_rows, split_by_prompt
 
 U, A, S = ({"role": role} for role in ("user", "assistant", "system"))
@@ -396,3 +397,11 @@ def test_no_prompt_is_on_both_sides():
     assert len(held) == 15 and len(train) == 35
     assert not {tuple(x) for x, *_ in train} & {tuple(x) for x, *_ in held}
     assert split_by_prompt(pairs, 0.0, seed=0) == (pairs, [])
+
+
+def test_prompts_to_answer_need_no_word_of_ours():
+    """Of a vocabulary that knows neither of the answers that they are read with."""
+    limits = {"eos_ids": [1], "max_length": 17, "max_prompt_length": 16}
+    rows = [{"prompt": "tell me about the fox and the owl"}, {"instruction": "tell me"}]
+    texts, ids = data.encode_prompts(rows, playground.make_tokenizer(), name="ask", **limits)
+    assert texts == [rows[0]["prompt"], "tell me"] and len(ids) == 2 and len(ids[0]) == 8

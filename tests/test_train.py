@@ -375,19 +375,24 @@ def interrupted(*args, **kwargs):
 
 
 def test_a_resume_asks_for_the_same_data_and_flags_but_those_of_memory(model_dir, preferences, tmp_path, monkeypatch):
-    out, rows = tmp_path / "out", preferences.read_text()
+    out, rows, asked = tmp_path / "out", preferences.read_text(), tmp_path / "ask.json"
+    asked.write_text('[{"instruction": "Say 3"}]')
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_on", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            main(real(model_dir, preferences, out))
-    again = {"resume_from_checkpoint": str(out)}
+            main(real(model_dir, preferences, f"{out}/", prompt_file=str(asked)))
+    again = {"resume_from_checkpoint": f"{out}/", "prompt_file": str(asked)}
     preferences.write_text(rows.replace("The fox is 7", "The fox is 8"))
-    with pytest.raises(InputError, match="out was begun with other pairs: .* CRC"):
+    with pytest.raises(InputError, match="out was begun with other data: .* CRC"):
         main(real(model_dir, preferences, out, **again))
     preferences.write_text(rows)
+    asked.write_text('[{"instruction": "Say 4"}]')
+    with pytest.raises(InputError, match="out was begun with other data: .* CRC"):
+        main(real(model_dir, preferences, out, **again))
+    asked.write_text('[{"instruction": "Say 3"}]')
     with pytest.raises(InputError, match="out was begun with seed = 0, not 1"):
         main(real(model_dir, preferences, out, seed=1, **again))
-    main(real(model_dir, preferences, out, max_tokens=512, gradient_checkpointing=True, save_steps=1, **again))
+    main(real(model_dir, preferences, f"{out}/", max_tokens=512, gradient_checkpointing=True, save_steps=1, **again))
     assert (out / "policy").exists()
 
 
