@@ -10,8 +10,8 @@
     losses  the same under IPO, SLiC and SimPO
     noise   0 to 40 % flipped labels; precision of what is selected against K
     length  labels of which half favour the longer response: the kept pairs' length and the policy's
-    over    six iterations: where the policy begins to fool itself, and what mends it; also at the playground's own β
-            and learning rate, which keep it near the reference
+    over    six iterations: where the policy begins to fool itself, and what mends it
+    near    the same at the playground's own β and learning rate, which keep the policy near the reference
     asked   what the paper's reviewers asked: all pairs of the samples, own pairs alone, the ensemble's γ, N, cost
 
 The studies after `losses` have every method at its best of `main`, tuned at 30 % flipped labels, whatever they change.
@@ -312,7 +312,8 @@ def specs(runs: Runs, study: str) -> dict[str, list[dict]]:
 LONG, NOISE, BIASED = 6, (0.0, 0.1, 0.2, 0.4), {"length_bias": 0.5, "label_noise": 0.15}
 NEAR = {"beta": playground.BETA["dpo"], "learning_rate": playground.LEARNING_RATE}  # as `python train.py` has them
 STUDIES = {
-    "main": ["main"], "over": ["over", "near"], "noise": [f"noise {noise}" for noise in NOISE], "length": ["length"],
+    "main": ["main"], "over": ["over"], "near": ["near"],
+    "noise": [f"noise {noise}" for noise in NOISE], "length": ["length"],
     "asked": ["asked", "three"], "losses": ["ipo", "slic", "simpo"],
 }  # fmt: skip
 
