@@ -463,19 +463,16 @@ def over_table(runs: Runs, study: str = "over", keys=tuple(OVER)) -> str:
     rows = made(runs, specs(runs, study))
     if len(rows) < 2:
         raise Missing(study)
-    lines = []
-    for key in keys:
-        for name, row in rows.items():
-            by_t = [column(runs, row, key, t) for t in range(1, LONG + 1)]
-            if any(v is not None for values in by_t for v in values):
-                digits = 1 if key == "bootstrap/margin" else 3
-                lines.append([OVER[key], name, *(spread(values, digits) for values in by_t)])
-    times = [f"t = {t}" for t in range(1, LONG + 1)]
+    ts = range(1, LONG + 1)
+    by_t = {key: {name: [column(runs, row, key, t) for t in ts] for name, row in rows.items()} for key in keys}
+    lines = [[OVER[key], name, *(spread(values, 1 if key == "bootstrap/margin" else 3) for values in of_row)]
+             for key, of_rows in by_t.items() for name, of_row in of_rows.items()
+             if any(v is not None for values in of_row for v in values)]  # fmt: skip
+    times = [f"t = {t}" for t in ts]
     shown = markdown(["", "method", *times], lines)
-    if alone := rows.pop("loss alone", None):
-        win = {name: [column(runs, row, "gold/win_rate", t) for t in range(1, LONG + 1)] for name, row in rows.items()}
-        theirs = [column(runs, alone, "gold/win_rate", t) for t in range(1, LONG + 1)]
-        lines = [[name, *map(gain, ours, theirs)] for name, ours in win.items()]
+    if "loss alone" in rows:
+        alone = by_t["gold/win_rate"].pop("loss alone")
+        lines = [[name, *map(gain, win, alone)] for name, win in by_t["gold/win_rate"].items()]
         shown += "\n\n" + markdown(["win rate against the loss alone", *times], lines)
     return shown
 

@@ -264,7 +264,7 @@ def encode_prompts(rows: Rows, tokenizer: Any, *, name: str, **limits: Any) -> t
     Raises InputError where a row is none.
     """
     answered = [{**row, "chosen": "yes", "rejected": "yes yes"} if isinstance(row, dict) else row for row in rows]
-    limits["max_length"] = limits["max_prompt_length"] + 64  # room for both, which differ whatever the vocabulary
+    limits["max_length"] = limits["max_prompt_length"] + 64  # room for both: they differ in how many words they are
     pairs, counts = encode(answered, tokenizer, name=name, **limits)
     if len(pairs) < len(rows):
         raise InputError(f"{name}: not every row is a prompt to answer: {said(counts)}")
