@@ -11,6 +11,7 @@
     noise   0 to 40 % flipped labels; precision of what is selected against K
     length  labels of which half favour the longer response: the kept pairs' length and the policy's
     over    six iterations: where the policy begins to fool itself, and what mends it
+    tried   the same with three other remedies, which are not kept
     near    the same at the playground's own β and learning rate, which keep the policy near the reference
     asked   what the paper's reviewers asked: all pairs of the samples, own pairs alone, the ensemble's γ, N, cost
 
@@ -36,7 +37,7 @@ import tempfile
 import warnings
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -102,9 +103,27 @@ def last_three():
     return mean
 
 
+def likelihood(r: torch.Tensor, config: train.Config, plain=train.pair_losses) -> torch.Tensor:
+    """In the place of `pair_losses`: less 0.015 r_w, whose gradient is that of 0.015 log π(y_w|x), the likelihood's."""
+    return plain(r, config) - 0.015 * r[:, 0]
+
+
+def smaller_steps(policy, pairs, reference, t: int, resume, config: train.Config, *others, plain=train.train_on):
+    """In the place of `train_on`: iteration t has a t-th of the learning rate."""
+    plain(policy, pairs, reference, t, resume, replace(config, learning_rate=config.learning_rate / t), *others)
+
+
+def undecided(margins: torch.Tensor, k: int, plain=train.select_top) -> torch.Tensor:
+    """In the place of `select_top`: none whose margin is large enough, above 10 nats (at β = 0.3 σ(βm) is 0.95)."""
+    return plain(margins.where(margins <= 10, -torch.inf), min(k, int((margins <= 10).sum())))
+
+
 PATCHES = {
     "every pair": lambda: (bootstrap, "best_worst_pairs", every_pair),
     "last three": lambda: (train, "ensemble_margin", last_three()),
+    "likelihood": lambda: (train, "pair_losses", likelihood),
+    "smaller steps": lambda: (train, "train_on", smaller_steps),
+    "undecided": lambda: (train, "select_top", undecided),
 }
 
 
@@ -193,7 +212,7 @@ def _family(work: Path, runs: dict[str, dict]) -> dict[str, dict]:
             shutil.copytree(base, out)
             config = train.Config(**plain, **changed, output_dir=str(out), resume_from_checkpoint=str(out))
             (out / "config.json").write_text(json.dumps({**asdict(train.resolve(config)), "data": data}))
-            with counting(tokens), mock.patch.object(*patch) if patch else contextlib.nullcontext():
+            with mock.patch.object(*patch) if patch else contextlib.nullcontext(), counting(tokens):
                 train.main(config)
             rows = measured(out, config)
             for t, row in enumerate(rows[1:], 1):
@@ -294,6 +313,13 @@ def settings(runs: Runs, study: str) -> dict[str, tuple[str, dict]]:
             **{f"γ = {gamma}": sera(ensemble_gamma=gamma) for gamma in (0.0, 0.3, 0.7)},
             **{f"N = {n}": sera(samples_per_prompt=n) for n in (2, 8, 16)},
         },
+        "tried": {
+            f"SeRA{more}{name}": sera(**long, **remedies, **patch)
+            for more, remedies in (("", {}), (" + both", REMEDIES["SeRA + both"]))
+            for name, patch in (("", {}), (", likelihood of the chosen", {"patch": "likelihood"}),
+                                (", smaller steps", {"patch": "smaller steps"}),
+                                (", none of a large margin", {"patch": "undecided"}))
+        },
         "three": {"SeRA": sera(**long), "select by the last three policies": sera(**long, patch="last three")},
     }[study]  # fmt: skip
 
@@ -312,14 +338,15 @@ def specs(runs: Runs, study: str) -> dict[str, list[dict]]:
 LONG, NOISE, BIASED = 6, (0.0, 0.1, 0.2, 0.4), {"length_bias": 0.5, "label_noise": 0.15}
 NEAR = {"beta": playground.BETA["dpo"], "learning_rate": playground.LEARNING_RATE}  # as `python train.py` has them
 STUDIES = {
-    "main": ["main"], "over": ["over"], "near": ["near"],
+    "main": ["main"], "over": ["over"], "tried": ["tried"], "near": ["near"],
     "noise": [f"noise {noise}" for noise in NOISE], "length": ["length"],
     "asked": ["asked", "three"], "losses": ["ipo", "slic", "simpo"],
 }  # fmt: skip
 
 
-def make(wanted: list[dict], runs: Runs, file: Path, work: Path, cores: int, desc: str) -> None:
-    """Run what `runs` lacks, family by family, and write `file` after each."""
+def make(wanted: list[dict], runs: Runs, machines: set[str], file: Path, work: Path, desc: str) -> None:
+    """Run what `runs` lacks, family by family, on all cores, and write `file` after each."""
+    cores = os.cpu_count() or 1
     families: dict[str, list[dict[str, dict]]] = {}  # by what is shared, in parts of 6 runs, so that little is lost
     for name, spec in {name_of(spec): spec for spec in wanted if name_of(spec) not in runs}.items():
         parts = families.setdefault(name_of({key: value for key, value in spec.items() if key in SHARED}), [{}])
@@ -328,8 +355,8 @@ def make(wanted: list[dict], runs: Runs, file: Path, work: Path, cores: int, des
         parts[-1][name] = {**EVERY, **spec}
     rounds = range(max(map(len, families.values()), default=0))  # the first studies first, whatever shares with them
     together = [parts[i] for i in rounds for parts in families.values() if i < len(parts)]
-    machine = f"{cores} CPU cores, {platform.machine()}, one thread a run, torch {torch.__version__}"
-    machines = {machine, *(json.loads(file.read_text())["machines"] if file.exists() else ())}
+    if together:
+        machines.add(f"{cores} CPU cores, {platform.machine()}, one thread a run, torch {torch.__version__}")
     with ProcessPoolExecutor(cores) as pool:
         seeds = {spec["seed"] for part in together for spec in part.values()}
         list(pool.map(sft, [work / f"sft-{seed}" for seed in seeds], seeds))
@@ -460,9 +487,7 @@ OVER = {
 
 
 def over_table(runs: Runs, study: str = "over", keys=tuple(OVER)) -> str:
-    rows = made(runs, specs(runs, study))
-    if len(rows) < 2:
-        raise Missing(study)
+    rows = made(runs, specs(runs, study), least=2)
     ts = range(1, LONG + 1)
     by_t = {key: {name: [column(runs, row, key, t) for t in ts] for name, row in rows.items()} for key in keys}
     lines = [[OVER[key], name, *(spread(values, 1 if key == "bootstrap/margin" else 3) for values in of_row)]
@@ -478,9 +503,7 @@ def over_table(runs: Runs, study: str = "over", keys=tuple(OVER)) -> str:
 
 
 def asked_table(runs: Runs) -> str:
-    rows = made(runs, specs(runs, "asked"))
-    if len(rows) < 2:
-        raise Missing("asked")
+    rows = made(runs, specs(runs, "asked"), least=2)
     win = {name: column(runs, row, "gold/win_rate") for name, row in rows.items()}
     first = next(iter(rows))
     return markdown(
@@ -490,9 +513,12 @@ def asked_table(runs: Runs) -> str:
     )  # fmt: skip
 
 
-def made(runs: Runs, rows: dict[str, list[dict]]) -> dict[str, list[dict]]:
-    """The rows whose runs have all been made."""
-    return {name: row for name, row in rows.items() if all(name_of(spec) in runs for spec in row)}
+def made(runs: Runs, rows: dict[str, list[dict]], least: int = 0) -> dict[str, list[dict]]:
+    """The rows whose runs have all been made; where they are fewer than `least`, they are `Missing`."""
+    whole = {name: row for name, row in rows.items() if all(name_of(spec) in runs for spec in row)}
+    if len(whole) < least:
+        raise Missing(f"{len(whole)} rows")
+    return whole
 
 
 def tables(runs: Runs) -> dict[str, str]:
@@ -502,6 +528,7 @@ def tables(runs: Runs) -> dict[str, str]:
         "noise": partial(noise_tables, runs),
         "length": partial(length_table, runs), "over": partial(over_table, runs), "asked": partial(asked_table, runs),
         "near": partial(over_table, runs, "near", ("gold/reward", "gold/win_rate", *list(OVER)[2:5])),
+        "tried": partial(over_table, runs, "tried", tuple(OVER)[:5]),
         "three": partial(over_table, runs, "three", ("gold/reward", "bootstrap/precision")),
         **{loss: partial(methods_table, runs, loss) for loss in ("ipo", "slic", "simpo")},
     }  # fmt: skip
@@ -581,14 +608,15 @@ def main(arguments: list[str] | None = None) -> None:
     if options.quick:
         quicken()
         shutil.rmtree(folder, ignore_errors=True)
-    file, cores = folder / "claims.json", os.cpu_count() or 1
-    runs = Measured(json.loads(file.read_text())["runs"] if file.exists() else {})
+    file = folder / "claims.json"
+    saved = json.loads(file.read_text()) if file.exists() else {"machines": [], "runs": {}}
+    runs, machines = Measured(saved["runs"]), set(saved["machines"])
     with tempfile.TemporaryDirectory() as work:
         parts = [part for study in options.studies for part in STUDIES[study]]
         losses = dict.fromkeys(map(loss_of, parts))
-        make([spec for loss in losses for spec in tuning(loss)], runs, file, Path(work), cores, "tuning")
+        make([spec for loss in losses for spec in tuning(loss)], runs, machines, file, Path(work), "tuning")
         wanted = [spec for part in parts for row in specs(runs, part).values() for spec in row]
-        make(wanted, runs, file, Path(work), cores, "studies")
+        make(wanted, runs, machines, file, Path(work), "studies")
     shown = tables(runs)
     (folder / "claims.md").write_text("\n\n".join(f"## {name}\n\n{text}" for name, text in shown.items()) + "\n")
     if {"main", "over"} <= shown.keys():
