@@ -19,7 +19,7 @@ import random
 import re
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -136,27 +136,39 @@ def _human_assistant(text: str, where: str) -> Messages:
     return [{"role": roles[r], "content": _text(c, where).strip()} for r, c in zip(turns[::2], turns[1::2])]
 
 
-def normalise(row: Any, where: str) -> tuple[str | Messages, str, str]:
-    """A row of any of the formats as (prompt, chosen, rejected); the prompt is a text, or the messages so far.
+def _asked(row: Any, where: str) -> str | Messages | None:
+    """The prompt that a row names: a text, or the messages so far; None where it is in the responses."""
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is a {type(row).__name__}: expected fields and their values")
+    if (prompt := row.get("prompt")) is not None:
+        return (_messages if isinstance(prompt, list) else _text)(prompt, f"{where}: 'prompt'")
+    if row.get("instruction") is None:
+        return None
+    question = _text(row["instruction"], f"{where}: 'instruction'")
+    if row.get("input") not in (None, ""):
+        question += "\n\n" + _text(row["input"], f"{where}: 'input'")
+    return [{"role": "user", "content": question}]
+
+
+def preference(row: Any, where: str) -> tuple[str | Messages, list[str]]:
+    """A row of any of the formats as its prompt, a text or the messages so far, and [chosen, rejected].
 
     Raises InputError naming the row and the field, and Unusable.
     """
-    if not isinstance(row, dict):
-        raise InputError(f"{where} is a {type(row).__name__}: expected fields and their values")
-    prompt = row.get("prompt")
-    if prompt is None and row.get("instruction") is not None:
-        question = _text(row["instruction"], f"{where}: 'instruction'")
-        if row.get("input") not in (None, ""):
-            question += "\n\n" + _text(row["input"], f"{where}: 'input'")
-        prompt = [{"role": "user", "content": question}]
-    elif prompt is not None:
-        prompt = (_messages if isinstance(prompt, list) else _text)(prompt, f"{where}: 'prompt'")
+    prompt = _asked(row, where)
     (x, chosen), (other_x, rejected) = (
         _ask_and_answer(prompt, row.get(field), f"{where}: '{field}'") for field in ("chosen", "rejected")
     )
     if x != other_x:
         raise Unusable("the responses answer different prompts")
-    return x, chosen, rejected
+    return x, [chosen, rejected]
+
+
+def question(row: Any, where: str) -> tuple[str | Messages, list[str]]:
+    """A row of `prompt` or `instruction` as a prompt to answer, and no responses. Raises as `preference` does."""
+    if (prompt := _asked(row, where)) is None:
+        raise InputError(f"{where}: expected 'prompt' or 'instruction'")
+    return prompt, []
 
 
 def _ask_and_answer(prompt: str | Messages | None, value: Any, where: str) -> tuple[str | Messages, str]:
@@ -205,22 +217,29 @@ def tokenise(tokenizer: Any, x: str | Messages, ys: list[str], eos_ids: Ids, whe
     return [prompt_ids, *responses]
 
 
-def cut(prompt: Ids, responses: list[Ids], bos: int | None, max_length: int, max_prompt_length: int) -> Pair:
+def cut(prompt: Ids, responses: list[Ids], bos: int | None, max_length: int, max_prompt_length: int) -> list[Ids]:
     """The prompt's last `max_prompt_length` tokens (and its BOS), of each response the first max_length − |prompt|."""
     if len(prompt) > max_prompt_length:
         first = prompt[:1] if prompt[0] == bos else []
         prompt = first + prompt[len(prompt) - max_prompt_length + len(first) :]
-    chosen, rejected = (y[: max_length - len(prompt)] for y in responses)
-    return prompt, chosen, rejected
+    return [prompt, *(y[: max_length - len(prompt)] for y in responses)]
 
 
 def encode(
-    rows: Rows, tokenizer: Any, *, name: str, eos_ids: Ids, max_length: int, max_prompt_length: int
-) -> tuple[list[Pair], Counter]:
+    rows: Rows,
+    tokenizer: Any,
+    *,
+    name: str,
+    eos_ids: Ids,
+    max_length: int,
+    max_prompt_length: int,
+    read: Callable[[Any, str], tuple[str | Messages, list[str]]] = preference,
+) -> tuple[list[Any], Counter]:
     """Rows of any of the formats as pairs of token ids, and the count of rows read, kept, cut and dropped, with why.
 
     eos_ids: the tokens that end a response, the one to append first. A tokenizer without a chat template is given
-    PLAIN_TEMPLATE, and keeps it where it is saved.
+    PLAIN_TEMPLATE, and keeps it where it is saved. read: what makes a row a prompt and its responses; by `question`
+    there are none, and a prompt's ids are alone in the place of a pair.
     A dialogue or response that spells a special token of the tokenizer, or PLAIN_TEMPLATE's turns where that is used,
     is dropped: it would forge a turn or an end. Turns that a template marks by plain text are not recognised.
     """
@@ -232,46 +251,44 @@ def encode(
     turns = ["\n\n(?:Human|Assistant):"] if tokenizer.chat_template.endswith(PLAIN_TEMPLATE) else []
     forged = re.compile("|".join([*specials, *turns]) or "(?!)")
     counts: Counter = Counter({"read": 0, "kept": 0})
-    pairs: list[Pair] = []
-    for i, row in enumerate(tqdm(decoded(rows, name), "reading pairs", len(rows), unit="row", leave=False)):
+    encoded: list[tuple[Ids, ...]] = []
+    for i, row in enumerate(tqdm(decoded(rows, name), f"reading {name}", len(rows), unit="row", leave=False)):
         counts["read"] += 1
         try:
-            x, *ys = normalise(row, f"{name}, row {i}")
+            x, ys = read(row, f"{name}, row {i}")
             ys = [y.removesuffix(tokenizer.eos_token) for y in ys]
             if any(forged.search(text) for text in [*ys, *(m["content"] for m in x if isinstance(m, dict))]):
                 raise Unusable("a text spells a special token")
             prompt, *responses = tokenise(tokenizer, x, ys, eos_ids, f"{name}, row {i}")
             if isinstance(x, str) and prompt[:1] != bos:  # a template writes its own
                 prompt = bos + prompt
-            pair = cut(prompt, responses, tokenizer.bos_token_id, max_length, max_prompt_length)
-            if not all(ys) or not all(pair):
+            ids = cut(prompt, responses, tokenizer.bos_token_id, max_length, max_prompt_length)
+            if not all(ys) or not all(ids):
                 raise Unusable("no token of the prompt or a response")
-            if pair[1] == pair[2]:
+            if ids[1:] and ids[1] == ids[2]:
                 raise Unusable("chosen equals rejected")
             counts["prompts cut"] += len(prompt) > max_prompt_length
-            counts["responses cut"] += sum(kept != y for kept, y in zip(pair[1:], responses))
-            pairs.append(pair)
+            for kept, y in zip(ids[1:], responses):
+                counts["responses cut"] += kept != y
+            encoded.append(tuple(ids))
         except Unusable as why:
             counts[f"dropped: {why}"] += 1
-    counts["kept"] = len(pairs)
-    return pairs, counts
+    counts["kept"] = len(encoded)
+    return encoded, counts
 
 
 def encode_prompts(rows: Rows, tokenizer: Any, *, name: str, **limits: Any) -> tuple[list[str], list[Ids]]:
-    """Prompts to answer, rows of `instruction` or `prompt` as above: their texts, and their token ids.
+    """Prompts to answer, rows of `prompt` or `instruction` as above: their texts, and their token ids.
 
-    A row is read as a pair with two made-up answers, so that its prompt is cut, templated and checked as a pair's is.
     Raises InputError where a row is none.
     """
-    answered = [{**row, "chosen": "yes", "rejected": "yes yes"} if isinstance(row, dict) else row for row in rows]
-    limits["max_length"] = limits["max_prompt_length"] + 64  # room for both: they differ in how many words they are
-    pairs, counts = encode(answered, tokenizer, name=name, **limits)
-    if len(pairs) < len(rows):
+    encoded, counts = encode(rows, tokenizer, name=name, read=question, **limits)
+    if len(encoded) < len(rows):
         raise InputError(f"{name}: not every row is a prompt to answer: {said(counts)}")
     print(f"prompts to answer: {said(counts)}")
-    asked = [normalise(row, name)[0] for row in answered]
+    asked = [question(row, name)[0] for row in rows]
     texts = [x if isinstance(x, str) else "\n\n".join(message["content"] for message in x) for x in asked]
-    return texts, [x for x, _, _ in pairs]
+    return texts, [x for [x] in encoded]
 
 
 def said(counts: Counter) -> str:

@@ -399,9 +399,25 @@ def test_no_prompt_is_on_both_sides():
     assert split_by_prompt(pairs, 0.0, seed=0) == (pairs, [])
 
 
-def test_prompts_to_answer_need_no_word_of_ours():
-    """Of a vocabulary that knows neither of the answers that they are read with."""
+def test_prompts_to_answer():
+    """As a pair's prompt is read, but alone: of a vocabulary that knows no word of ours, where no response has room."""
     limits = {"eos_ids": [1], "max_length": 17, "max_prompt_length": 16}
-    rows = [{"prompt": "tell me about the fox and the owl"}, {"instruction": "tell me"}]
+    rows = [{"prompt": "tell me about the fox and the owl"}, {"instruction": "tell me", "input": "about the owl"}]
     texts, ids = data.encode_prompts(rows, playground.make_tokenizer(), name="ask", **limits)
-    assert texts == [rows[0]["prompt"], "tell me"] and len(ids) == 2 and len(ids[0]) == 8
+    assert texts == [rows[0]["prompt"], "tell me\n\nabout the owl"] and len(ids[0]) == 8
+    for tokenizer in (bpe_tokenizer(CHATML), bpe_tokenizer(adds_bos=True), unigram_tokenizer(adds_bos=True)):
+        answered = [{**row, "chosen": "b", "rejected": "c"} for row in rows]
+        pairs, _ = encode(answered, tokenizer, name="d", **{**limits, "max_length": 99})
+        assert data.encode_prompts(rows, tokenizer, name="ask", **limits)[1] == [x for x, _, _ in pairs]
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"chosen": "b"}, "ask, row 1: expected 'prompt' or 'instruction'"),
+    ([], "ask, row 1 is a list: expected fields"),
+    ({"prompt": 5}, "ask, row 1: 'prompt' is a int: expected a text"),
+    ({"prompt": " "}, "not every row is a prompt to answer: 2 read, 1 kept, 0 prompts cut, 1 dropped: a text is empty"),
+])  # fmt: skip
+def test_what_is_no_prompt_to_answer(row, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        limits = {"eos_ids": [1], "max_length": 30, "max_prompt_length": 20}
+        data.encode_prompts([{"prompt": "a"}, row], bpe_tokenizer(), name="ask", **limits)
