@@ -5,10 +5,14 @@ import json
 import re
 import statistics
 import sys
+from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+import train
 from sera_min import playground
 
 ROOT = Path(__file__).parent.parent
@@ -72,21 +76,58 @@ def test_interval_is_student_s():
     assert (low, mean, high) == pytest.approx((0.2 - 0.09816, 0.2, 0.2 + 0.09816), abs=1e-4)
 
 
+def test_what_stands_in_the_place_of_the_method():
+    pairs, margins, _ = claims.every_pair([[3.0, 1.0, 2.0, 9.0, 3.0]], [[True] * 3 + [False, True]], [[[1], [2], [3], [4], [1]]])
+    assert sorted(zip(pairs, margins.tolist())) == [((0, 2, 1), 1.0), ((0, 4, 1), 2.0), ((0, 4, 2), 1.0)]
+    mean, of_pairs = claims.last_three(), [torch.full((3, 2), float(2**t)) for t in range(4)]
+    assert [mean(r)[0, 0].item() for r in of_pairs] == pytest.approx([1, 3 / 2, 7 / 3, 14 / 3])
+    assert mean(torch.ones(3, 4), torch.zeros(3, 4), 0.3)[0, 0].item() == pytest.approx(0.7)  # of samples: as it is
+
+    config = train.resolve(train.Config(device="cpu"))
+    logps = torch.tensor([[-9.0, -8.0]], requires_grad=True)  # log π_θ of a chosen and a rejected response
+    with_term, plain = (
+        torch.autograd.grad(loss(logps - torch.tensor([[-7.0, -9.0]]), config).sum(), logps)[0]
+        for loss in (claims.likelihood, train.pair_losses)
+    )
+    assert (with_term - plain).tolist() == [pytest.approx([-0.015, 0.0], abs=1e-7)]  # of −0.015 log π_θ(y_w|x)
+    assert claims.undecided(torch.tensor([12.0, 9.0, 3.0, 11.0, 10.0]), 4).tolist() == [4, 1, 2]
+    seen = []
+    claims.smaller_steps(*"pqr", 3, {}, config, "log", plain=lambda *args: seen.append(args))
+    assert seen[0][5] == replace(config, learning_rate=config.learning_rate / 3) and seen[0][6] == "log"
+
+
+class InThisProcess:
+    """In the place of a pool of processes, which would not have what is patched here."""
+
+    def __init__(self, *_):
+        self.map = map
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def submit(self, function, *args):
+        done = Future()
+        done.set_result(function(*args))
+        return done
+
+
 def test_quick_and_smaller(tmp_path, monkeypatch):
     """Two studies from end to end: shared runs go on from one iteration 1, and end as runs of their own would."""
-    import train
-
     every, made = playground.prompts, playground.make_sft_policy
     monkeypatch.setattr(playground, "prompts", lambda part: every(part)[:30])
     monkeypatch.setattr(playground, "make_sft_policy", functools.partial(made, steps=40))
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
-    for name in ("SEEDS", "STEPS", "LONG", "GRID", "EVERY"):
+    monkeypatch.setattr(claims, "ProcessPoolExecutor", InThisProcess)
+    for name in ("SEEDS", "LONG", "GRID", "EVERY"):
         monkeypatch.setattr(claims, name, getattr(claims, name).copy() if name in ("GRID", "EVERY") else getattr(claims, name))
     quicken = claims.quicken
 
     def smaller():
         quicken()
-        claims.STEPS, claims.EVERY["max_train_pairs"] = 2, 64
+        claims.EVERY.update(max_train_pairs=64, steps_per_iteration=2)
 
     monkeypatch.setattr(claims, "quicken", smaller)
     claims.main(["--quick", "--studies", "main", "over"])
@@ -97,7 +138,7 @@ def test_quick_and_smaller(tmp_path, monkeypatch):
     [spec] = claims.specs(runs, "main")["SeRA"]
     shared = runs[claims.name_of(spec)]["iterations"]
     out = tmp_path / "own"
-    train.main(train.Config(**{**spec, **claims.EVERY}, device="cpu", steps_per_iteration=2, output_dir=str(out)))
+    train.main(train.Config(**spec, **claims.EVERY, output_dir=str(out)))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for ours, own in zip(shared, [line for line in lines if line["phase"] != "train"], strict=True):
         assert {key: ours[key] for key in own} == own

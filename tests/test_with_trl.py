@@ -61,9 +61,13 @@ def runs(tmp_path_factory):
         where = ["--dataset_name", str(folder / "pairs.jsonl"), "--output_dir", str(folder / name)]
         return [*flags, *where, "--per_device_train_batch_size", str(batch)]
 
-    two = subprocess.Popen([*torchrun, *arguments("two", 2)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    with_trl.command_line(arguments("one", 4))
-    said = two.communicate(timeout=300)[0]
+    with open(folder / "log", "w") as log, subprocess.Popen([*torchrun, *arguments("two", 2)], env=env, stdout=log, stderr=log) as two:
+        try:
+            with_trl.command_line(arguments("one", 4))
+            two.wait(timeout=200)
+        finally:
+            two.terminate()  # torchrun ends its processes then, should they wait for each other
+    said = (folder / "log").read_text()
     assert two.returncode == 0 and "2 processes" in said, said[-3000:]
     return folder
 
