@@ -409,8 +409,10 @@ def sampled_rewards(t: int, policy, tokenizer, prompts, state, eos_ids: list[int
         r = length_free(r, lengths)
     run.write_jsonl(out / f"iteration-{t}" / "samples.jsonl", (
         {"prompt": data.decode(tokenizer, x, eos_ids), "response": data.decode(tokenizer, y, eos_ids, x),
-         "finish_reason": "stop" if ended else "length", "reward": None if math.isnan(reward) else reward}
-        for x, row, values in zip(prompts, samples, r.tolist()) for (y, ended), reward in zip(row, values)
+         "finish_reason": "stop" if ended else "length", "usable": usable,
+         "reward": None if math.isnan(reward) else reward}
+        for x, row, *others in zip(prompts, samples, whole.tolist(), r.tolist())
+        for (y, ended), usable, reward in zip(row, *others)
     ))  # fmt: skip
     return samples, whole, r, reference
 

@@ -97,7 +97,7 @@ def test_the_contract_in_the_playground(world, tmp_path, loss_type):
             assert margins == sorted(margins, reverse=True) and min(margins) > 0
     assert pairs["source"].count("offline") == 34 and pairs["source"].count("bootstrap") == 14
     samples = [json.loads(line) for line in (out / "iteration-2/samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 48 * 4 and samples[0].keys() == {"prompt", "response", "finish_reason", "reward"}
+    assert len(samples) == 48 * 4 and samples[0].keys() == {"prompt", "response", "finish_reason", "usable", "reward"}
     policy, tokenizer = AutoModelForCausalLM.from_pretrained(out / "policy"), AutoTokenizer.from_pretrained(out / "policy")
     assert policy.dtype == torch.float32 and tokenizer.eos_token == "<eos>"
     assert json.loads((out / "config.json").read_text())["beta"] == playground.BETA[loss_type]
@@ -185,7 +185,7 @@ def test_no_sample_below_the_floor_is_paired(world, tmp_path, capsys):
     """By an independent pass: every token of an own pair is as likely under the reference as the quantile asks."""
     out = tmp_path / "run"
     main(small(out, token_floor=0.25, iterations=2, learning_rate=1e-3))
-    assert re.search("[1-9][0-9]* samples below --token_floor", capsys.readouterr().out)
+    below = int(re.search("([1-9][0-9]*) samples below --token_floor", capsys.readouterr().out)[1])
     policy, tokenizer = playground.make_sft_policy(0, "cpu")
 
     def least(x, y):
@@ -199,6 +199,10 @@ def test_no_sample_below_the_floor_is_paired(world, tmp_path, capsys):
           for source in ("offline", "bootstrap")}  # fmt: skip
     floor = sorted(of["offline"])[len(of["offline"]) // 4]
     assert len(of["offline"]) == 96 and of["bootstrap"] and min(of["bootstrap"]) >= floor - 1e-4
+    samples = read(out / "iteration-2/samples.jsonl")
+    barred = [row for row in samples if row["finish_reason"] == "stop" and not row["usable"]]
+    assert len(barred) == below and all(least(row["prompt"], row["response"]) < floor + 1e-4 for row in barred)
+    assert not any(row["usable"] for row in samples if row["finish_reason"] == "length")
 
 
 def test_length_free_margins_are_not_explained_by_length(world, tmp_path):
