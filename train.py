@@ -16,7 +16,7 @@ Choices of ours, where the paper is silent or was not known to us:
   2. One epoch an iteration, warm start from the previous policy, a fresh AdamW without weight decay, and a linear
      schedule with 10 % warm-up for every iteration; gradient norms are clipped at 1.
   3. IPO's reward is per token, as in TRL; SimPO's is per token and without reference. Selection and bootstrapping
-     use the reward of the loss in use. SimPO's target margin is half its β.
+     use the reward of the loss in use. SimPO's γ is half its β: a target margin of 0.5 nats a token.
      At t = 2 only θ_1's reward counts, though SimPO's reward of π_ref, being without reference, is not 0.
   4. Samples cut off by the length limit are never paired, identical ones neither.
   5. `--select random` takes random pairs, offline and bootstrapped: the control.
@@ -160,7 +160,10 @@ def resolve(config: Config) -> Config:
         (c.steps_per_iteration and c.epochs_per_iteration != Config.epochs_per_iteration,
          "--steps_per_iteration and --epochs_per_iteration: give one of them"),
         (c.token_floor > 0 and c.bootstrap == 0, "--token_floor is for own pairs, and --bootstrap is 0"),
-        (resumed and Path(c.output_dir) not in map(Path, (Config.output_dir, resumed)),
+        (c.eval_fraction != Config.eval_fraction and (in_playground or c.eval_split or c.eval_dataset_name),
+         "--eval_fraction holds out pairs of your own data, where no others are given to evaluate on"),
+        (in_playground and c.dataset_train_split != "train", "--dataset_train_split is of --dataset_name"),
+        (resumed and Path(c.output_dir).resolve() not in [Path(p).resolve() for p in (Config.output_dir, resumed)],
          "--output_dir: a run that is resumed stays where it is"),
         (c.device == "cuda" and not torch.cuda.is_available(), "--device is cuda, and there is no CUDA GPU"),
     ]:
@@ -402,19 +405,20 @@ def sampled_rewards(t: int, policy, tokenizer, prompts, state, eos_ids: list[int
     if t > 2:
         older = rewards(logps_under(t - 2, "older policy"), reference, lengths, config)
         r = ensemble_margin(r, older, config.ensemble_gamma)
+    usable = whole  # (P, N)
     if config.token_floor:
         floor = state["least"].flatten().sort().values[int(config.token_floor * state["least"].numel())]
-        whole &= least >= floor
+        usable = whole & (least >= floor)
     if config.length_free:
         r = length_free(r, lengths)
     run.write_jsonl(out / f"iteration-{t}" / "samples.jsonl", (
         {"prompt": data.decode(tokenizer, x, eos_ids), "response": data.decode(tokenizer, y, eos_ids, x),
-         "finish_reason": "stop" if ended else "length", "usable": usable,
+         "finish_reason": "stop" if ended else "length", "usable": ok,
          "reward": None if math.isnan(reward) else reward}
-        for x, row, *others in zip(prompts, samples, whole.tolist(), r.tolist())
-        for (y, ended), usable, reward in zip(row, *others)
+        for x, row, *others in zip(prompts, samples, usable.tolist(), r.tolist())
+        for (y, ended), ok, reward in zip(row, *others)
     ))  # fmt: skip
-    return samples, whole, r, reference
+    return samples, usable, r, reference
 
 
 @run.timed("sampling")
@@ -452,7 +456,8 @@ def own_pairs(config: Config, tokenizer, limits: dict) -> tuple[list[Pair], list
     offline, counts = data.encode(rows, tokenizer, name=config.dataset_name, **limits)
     if config.eval_split is None:
         offline, held = data.split_by_prompt(offline, config.eval_fraction, config.seed)
-        print(f"data: {data.said(counts)}; {len(held)} of them held out")
+        few = " (--eval_fraction of the prompts is less than one)" if config.eval_fraction and not held else ""
+        print(f"data: {data.said(counts)}; {len(held)} of them held out{few}")
     else:
         name = config.eval_dataset_name or config.dataset_name
         held, held_counts = data.encode(data.read_rows(name, config.eval_split), tokenizer, name=name, **limits)
@@ -474,6 +479,7 @@ def main(config: Config) -> dict:
     folder, state = (resuming and run.latest_checkpoint(out)) or (None, {})
 
     # The policy, its tokenizer, and the pairs D as token ids, some of them held out.
+    asked_there = data.read_rows(config.prompt_file, "train") if config.prompt_file else []
     source = folder or config.model_name_or_path
     if source is not None:
         policy, tokenizer = run.load(source, config.device)
@@ -489,7 +495,6 @@ def main(config: Config) -> dict:
     asked_texts: list[str] = []
     to_answer: list[list[int]] = []
     if config.prompt_file:
-        asked_there = data.read_rows(config.prompt_file, "train")
         asked_texts, to_answer = data.encode_prompts(asked_there, tokenizer, name=config.prompt_file, **limits)
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable({"use_reentrant": False})

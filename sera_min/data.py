@@ -71,7 +71,7 @@ def read_rows(name: str, split: str, limit: int | None = None) -> Rows:
         cause: BaseException | None = error
         while cause is not None:
             causes += [one_line(cause)]
-            cause = cause.__cause__ or cause.__context__
+            cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
         raise InputError(f"{name}, split '{split}': cannot be read: {'; '.join(dict.fromkeys(causes))}") from None
 
 
@@ -239,7 +239,7 @@ def encode(
 
     eos_ids: the tokens that end a response, the one to append first. A tokenizer without a chat template is given
     PLAIN_TEMPLATE, and keeps it where it is saved. read: what makes a row a prompt and its responses; by `question`
-    there are none, and a prompt's ids are alone in the place of a pair.
+    there are none, a prompt's ids are alone in the place of a pair, and what would be dropped is an InputError.
     A dialogue or response that spells a special token of the tokenizer, or PLAIN_TEMPLATE's turns where that is used,
     is dropped: it would forge a turn or an end. Turns that a template marks by plain text are not recognised.
     """
@@ -257,7 +257,7 @@ def encode(
         try:
             x, ys = read(row, f"{name}, row {i}")
             ys = [y.removesuffix(tokenizer.eos_token) for y in ys]
-            if any(forged.search(text) for text in [*ys, *(m["content"] for m in x if isinstance(m, dict))]):
+            if any(forged.search(text) for text in [*ys, *(m["content"] for m in ([] if isinstance(x, str) else x))]):
                 raise Unusable("a text spells a special token")
             prompt, *responses = tokenise(tokenizer, x, ys, eos_ids, f"{name}, row {i}")
             if isinstance(x, str) and prompt[:1] != bos:  # a template writes its own
@@ -272,6 +272,8 @@ def encode(
                 counts["responses cut"] += kept != y
             encoded.append(tuple(ids))
         except Unusable as why:
+            if read is question:
+                raise InputError(f"{name}, row {i} is no prompt to answer: {why}") from None
             counts[f"dropped: {why}"] += 1
     counts["kept"] = len(encoded)
     return encoded, counts
@@ -283,8 +285,6 @@ def encode_prompts(rows: Rows, tokenizer: Any, *, name: str, **limits: Any) -> t
     Raises InputError where a row is none.
     """
     encoded, counts = encode(rows, tokenizer, name=name, read=question, **limits)
-    if len(encoded) < len(rows):
-        raise InputError(f"{name}: not every row is a prompt to answer: {said(counts)}")
     print(f"prompts to answer: {said(counts)}")
     asked = [question(row, name)[0] for row in rows]
     texts = [x if isinstance(x, str) else "\n\n".join(message["content"] for message in x) for x in asked]

@@ -88,7 +88,10 @@ def judge(asked: list[str], answers: list[str], sft_answers: list[str]) -> dict[
 
 
 def prompts(part: str) -> list[str]:
-    """Two nouns each, 1,560 in all: 512 for "test", 256 for "validation", the others for "train"; no prompt in two."""
+    """Two nouns each, 1,560 in all: 512 for "test", 256 for "validation", the others for "train"; no prompt in two.
+
+    But the same nouns in the other order may be: half of the test prompts have such a mirror in "train".
+    """
     every = [f"tell me about the {a} and the {b}" for a in NOUNS for b in NOUNS if a != b]
     random.Random(0).shuffle(every)
     return {"test": every[:512], "validation": every[512:768], "train": every[768:]}[part]

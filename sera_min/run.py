@@ -111,6 +111,8 @@ def check(out: Path, config: dict[str, Any], resume: bool) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"--output_dir {out}: {there} is no folder that can be written to")
     if not resume:
+        if (out / "policy").exists() and (out / "config.json").exists():
+            raise InputError(f"{out} already holds a run, which has ended: another --output_dir")
         if (out / "config.json").exists():
             raise InputError(f"{out} already holds a run: --resume_from_checkpoint {out}, or another --output_dir")
         for name in ("policy", "state", "metrics.jsonl"):
@@ -295,7 +297,7 @@ def events(folder: Path, at: int) -> Any:
 
 
 def draw(out: Path, t: int) -> list[str]:
-    """curves.png and margins.png, where matplotlib is installed; the names of those drawn."""
+    """curves.png and, of iteration t > 1, margins.png, where matplotlib is installed; the names of those drawn."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -309,17 +311,18 @@ def draw(out: Path, t: int) -> list[str]:
         for i in range(1, t + 1):
             axes.plot(*zip(*((at, row[name]) for at, row in enumerate(steps, 1) if row["iteration"] == i)))
         axes.set(title=name, xlabel="step, a colour an iteration")
-    curves.savefig(out / "curves.png")
-    if t == 1:  # nothing was selected
-        return ["curves.png"]
-    pairs, margins = read_jsonl(out / f"iteration-{t}" / "pairs.jsonl"), Figure((6, 3), layout="constrained")
-    sources = ("offline", "bootstrap")
-    axes = margins.subplots()
-    axes.hist([[pair["margin"] for pair in pairs if pair["source"] == s] for s in sources], bins=50, label=sources)
-    axes.set(xlabel=f"margin of the pairs of iteration {t}, nats", ylabel="pairs")
-    axes.legend()
-    margins.savefig(out / "margins.png")
-    return ["curves.png", "margins.png"]
+    figures = {"curves.png": curves}
+    if t > 1:  # something was selected
+        pairs, sources = read_jsonl(out / f"iteration-{t}" / "pairs.jsonl"), ("offline", "bootstrap")
+        figures["margins.png"] = Figure((6, 3), layout="constrained")
+        axes = figures["margins.png"].subplots()
+        axes.hist([[pair["margin"] for pair in pairs if pair["source"] == s] for s in sources], bins=50, label=sources)
+        axes.set(xlabel=f"margin of the pairs of iteration {t}, nats", ylabel="pairs")
+        axes.legend()
+    for name, figure in figures.items():
+        figure.savefig(out / f"{name}.tmp", format="png")
+        (out / f"{name}.tmp").replace(out / name)
+    return list(figures)
 
 
 def save_checkpoint(

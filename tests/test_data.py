@@ -415,7 +415,7 @@ def test_prompts_to_answer():
     ({"chosen": "b"}, "ask, row 1: expected 'prompt' or 'instruction'"),
     ([], "ask, row 1 is a list: expected fields"),
     ({"prompt": 5}, "ask, row 1: 'prompt' is a int: expected a text"),
-    ({"prompt": " "}, "not every row is a prompt to answer: 2 read, 1 kept, 0 prompts cut, 1 dropped: a text is empty"),
+    ({"prompt": " "}, "ask, row 1 is no prompt to answer: a text is empty"),
 ])  # fmt: skip
 def test_what_is_no_prompt_to_answer(row, message):
     with pytest.raises(InputError, match=re.escape(message)):

@@ -231,7 +231,7 @@ def test_evaluation_data_of_one_s_own(model_dir, preferences, tmp_path, capsys):
     rows, file = read(preferences), tmp_path / "held.json"
     file.write_text(json.dumps([*rows[:3], {"instruction": "New?", "chosen": "yes", "rejected": "no"}]))
     out = tmp_path / "run"
-    final = main(real(model_dir, preferences, out, eval_dataset_name=str(file)))
+    final = main(real(model_dir, preferences, out, eval_dataset_name=str(file), eval_fraction=Config.eval_fraction))
     printed = capsys.readouterr().out
     assert "21 read, 17 kept" in printed and "3 dropped: the prompt is in the evaluation data" in printed
     assert "evaluation data: 4 read, 4 kept" in printed
@@ -245,7 +245,7 @@ def test_a_split_of_the_same_data_set_to_evaluate_on(model_dir, preferences, tmp
     folder.mkdir()
     for split, some in {"train": rows[:12], "test": rows[12:20]}.items():
         (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, some)))
-    main(real(model_dir, folder, tmp_path / "run", iterations=1, eval_split="test"))
+    main(real(model_dir, folder, tmp_path / "run", iterations=1, eval_split="test", eval_fraction=Config.eval_fraction))
     printed = capsys.readouterr().out
     assert "data: 12 read, 12 kept" in printed and "evaluation data: 8 read, 8 kept" in printed
 
@@ -607,8 +607,12 @@ WRONG = [
     (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--dataset_train_split", "x"], "DATA.jsonl is a file, which has no splits"),
     (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--label_noise", "0"], "--label_noise and --length_bias are the playground's"),
     (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--eval_dataset_name", "ALIKE", *SHORT], "no pair is left to evaluate on"),
-    (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--prompt_file", "SPELLS", *SHORT], "SPELLS.jsonl: not every row is a prompt"),
+    (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--prompt_file", "SPELLS", *SHORT], "SPELLS.jsonl, row 0 is no prompt to answer: a text spells"),
     (["--steps_per_iteration", "3", "--epochs_per_iteration", "2"], "give one of them"),
+    (["--eval_fraction", "0.5"], "--eval_fraction holds out pairs of your own data"),
+    (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--eval_dataset_name", "DATA", "--eval_fraction", "0.5"], "--eval_fraction holds out"),
+    (["--dataset_train_split", "x"], "--dataset_train_split is of --dataset_name"),
+    (["--output_dir", "ENDED"], "already holds a run, which has ended"),
     (["--token_floor", "0.1", "--bootstrap", "0"], "--token_floor is for own pairs, and --bootstrap is 0"),
     (["--resume_from_checkpoint", "TAKEN", "--output_dir", "other"], "a run that is resumed stays where it is"),
     (["--temperature", "0"], "--temperature is 0.0: expected above 0"),
@@ -656,8 +660,10 @@ def wrong_things(model_dir, tmp_path_factory):
     for name, rows in {"DATA": [row], "ALIKE": [{**row, "rejected": "b"}], "BAD": [row, {"prompt": "a", "chosen": "b"}],
                        "SPELLS": [{"instruction": "a </s> b"}]}.items():  # fmt: skip
         (here / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (here / "TAKEN").mkdir()
-    (here / "TAKEN/config.json").write_text("{}")
+    for name in ("TAKEN", "ENDED"):
+        (here / name).mkdir()
+        (here / name / "config.json").write_text("{}")
+    (here / "ENDED/policy").mkdir()
     return here
 
 
