@@ -3,6 +3,7 @@
     python experiments/claims.py                       every study, one process a core; stopped, it goes on where it was
     python experiments/claims.py --studies main noise  some of them
     python experiments/claims.py --quick               one seed, one setting, small: does it all still run?
+    python experiments/claims.py --check 12            12 of its runs again, drawn at random: do they end alike?
 
     main    SFT, the loss alone, random K, bootstrapping only, selection only, SeRA, SeRA with our two remedies; each at
             its own best β and learning rate of one grid, chosen on validation prompts with seeds of their own, reported
@@ -20,7 +21,8 @@ Every run is `train.main`, and every iteration of every run takes as many optimi
 policy and iteration 1, is computed once: a run goes on from a copy of it (a "base"). Intervals are of the mean paired
 difference over the seeds, 95 %, by Student's t. Needs matplotlib. Writes experiments/results/claims.json (every run,
 each iteration of it, and the machines they ran on), claims.md (the tables) and PNG figures. What is in claims.json is
-not run again: delete it to have everything anew, as after a change of the code.
+not run again: delete it to have everything anew, as after a change of the code that `--check` finds to matter. On
+another processor sums round otherwise, and no run ends alike to the last digit.
 """
 
 import argparse
@@ -30,6 +32,7 @@ import json
 import math
 import os
 import platform
+import random
 import shutil
 import statistics
 import sys
@@ -57,9 +60,10 @@ from sera_min.select import ensemble_margin
 
 SEEDS, TUNING_SEEDS = [0, 1, 2, 3, 4], {"dpo": [10, 11], "ipo": [10], "slic": [10], "simpo": [10]}
 GRID = {  # β × learning rate, the same for every method
-    "dpo": ([0.03, 0.1, 0.3, 1.0], [3e-4, 1e-3, 3e-3]), "ipo": ([0.1, 0.3, 1.0], [3e-4, 1e-3]),
-    "slic": ([0.1, 0.3, 1.0], [3e-4, 1e-3]), "simpo": ([0.5, 1.0, 2.0], [3e-4, 1e-3]),
+    "dpo": ([0.01, 0.03, 0.1, 0.3, 1.0], [3e-4, 1e-3, 3e-3]), "ipo": ([0.03, 0.1, 0.3, 1.0], [3e-4, 1e-3]),
+    "slic": ([0.03, 0.1, 0.3, 1.0], [3e-4, 1e-3]), "simpo": ([0.25, 0.5, 1.0, 2.0], [3e-4, 1e-3]),
 }  # fmt: skip
+LOSSES = {"ipo": "IPO", "slic": "SLiC-HF", "simpo": "SimPO"}  # beside DPO
 METHODS: dict[str, dict] = {
     "loss alone": {"keep": 1.0, "bootstrap": 0.0},
     "random K": {"keep": 0.7, "bootstrap": 0.0, "select": "random"},
@@ -294,7 +298,7 @@ def settings(runs: Runs, study: str) -> dict[str, tuple[str, dict]]:
     sera = lambda **changed: ("SeRA", {**changed})  # noqa: E731
     return {
         "main": {method: (method, long) for method in METHODS},
-        **{loss: {method: (method, {}) for method in METHODS} for loss in ("ipo", "slic", "simpo")},
+        **{loss: {method: (method, {}) for method in METHODS} for loss in LOSSES},
         **{f"noise {noise}": {m: (m, {"label_noise": noise}) for m in METHODS if m != "random K"} for noise in NOISE},
         "length": {
             **{m: (m, BIASED) for m in ("loss alone", "selection only", "SeRA")},
@@ -343,7 +347,7 @@ NEAR = {"beta": playground.BETA["dpo"], "learning_rate": playground.LEARNING_RAT
 STUDIES = {
     "main": ["main"], "over": ["over"], "tried": ["tried"], "near": ["near"],
     "noise": [f"noise {noise}" for noise in NOISE], "length": ["length"],
-    "asked": ["asked", "three"], "losses": ["ipo", "slic", "simpo"],
+    "asked": ["asked", "three"], "losses": list(LOSSES),
 }  # fmt: skip
 
 
@@ -375,6 +379,16 @@ def make(wanted: list[dict], runs: Runs, machines: set[str], file: Path, work: P
         bar.close()
 
 
+def check(runs: Runs, count: int, work: Path) -> None:
+    """Make `count` of the runs again, drawn at random, and say how many end alike, and which do not."""
+    names = random.sample(sorted(runs), min(count, len(runs))) or sys.exit("claims.json holds no run: nothing to check")
+    make([json.loads(name) for name in names], {}, set(), work / "again.json", work, "check")
+    again = json.loads((work / "again.json").read_text())["runs"]
+    others = [name for name in names if again[name] != runs[name]]
+    for name in others:
+        was, now = (of[name]["iterations"][-1]["gold/win_rate"] for of in (runs, again))
+        print(f"win rate {was:.3f} in claims.json, {now:.3f} now: {name}")
+    print(f"{len(names) - len(others)} of {len(names)} runs end as in claims.json, in every figure of every iteration")
 
 
 # What is shown
@@ -436,13 +450,13 @@ def methods_table(runs: Runs, study: str) -> str:
                      "precision", "own precision", "words"], lines)  # fmt: skip
 
 
-def tuning_table(runs: Runs) -> str:
-    """DPO's win rate on validation prompts, mean over the tuning seeds, at every β with its best learning rate."""
-    betas, rates = GRID["dpo"]
+def tuning_table(runs: Runs, loss: str) -> str:
+    """Win rates on validation prompts, means over the tuning seeds, at every β with its best learning rate."""
+    betas, rates = GRID[loss]
 
     def win(method: str, beta: float, rate: float) -> float:
         point = {"beta": beta, "learning_rate": rate, "eval_split": "validation"}
-        tried = [runs[name_of(at("dpo", method, seed, **point))] for seed in TUNING_SEEDS["dpo"]]
+        tried = [runs[name_of(at(loss, method, seed, **point))] for seed in TUNING_SEEDS[loss]]
         return statistics.mean(run["iterations"][3]["gold/win_rate"] for run in tried)
 
     lines = [[m, *(f"{max(win(m, beta, rate) for rate in rates):.3f}" for beta in betas)] for m in METHODS]
@@ -511,21 +525,50 @@ def asked_table(runs: Runs) -> str:
     )  # fmt: skip
 
 
+def losses_table(runs: Runs) -> str:
+    """Win rates after T = 3 iterations under the other losses, and their differences from the loss alone."""
+    columns = []
+    for rows in (specs(runs, loss) for loss in LOSSES):
+        win = {method: column(runs, row, "gold/win_rate") for method, row in rows.items()}
+        columns.append([spread(w) + ("" if m == "loss alone" else f", {gain(w, win['loss alone'])}")
+                        for m, w in win.items()])  # fmt: skip
+    headings = [f"{what}: win rate over SFT, against the loss alone" for what in LOSSES.values()]
+    return markdown(["method", *headings], [list(line) for line in zip(METHODS, *columns)])
+
+
+TITLES = {
+    "main": "DPO, each method at its best β and learning rate: 30 % flipped labels, after three iterations",
+    "tuning": "DPO, by β: validation prompts, each β with its best learning rate",
+    "noise": "DPO, by the share of flipped labels; and the share of right labels among the K widest pairs",
+    "over": "Over-optimisation: six iterations at the best β and learning rate; and the difference from the loss alone",
+    "tried": "Three other remedies, which are not kept: six iterations",
+    "near": "The same at the playground's own β and learning rate",
+    "length": "Labels of which half favour the longer response, and 15 % are flipped then",
+    "asked": "What reviewers asked, and what it costs",
+    "three": "Selection by the last three policies: six iterations",
+    "losses": "IPO, SLiC-HF and SimPO: win rates",
+    **{loss + more: f"{what}, {title}" for loss, what in LOSSES.items() for more, title in (
+        ("", "each method at its best β and learning rate"), (" tuning", "by β: validation prompts"))},
+}  # fmt: skip
+
+
 def tables(runs: Runs) -> dict[str, str]:
     """Of every study all of whose runs have been made."""
     makers = {
-        "main": partial(methods_table, runs, "main"), "tuning": partial(tuning_table, runs),
+        "main": partial(methods_table, runs, "main"), "tuning": partial(tuning_table, runs, "dpo"),
         "noise": partial(noise_tables, runs),
         "length": partial(length_table, runs), "over": partial(over_table, runs), "asked": partial(asked_table, runs),
         "near": partial(over_table, runs, "near", ("gold/reward", "gold/win_rate", *list(OVER)[2:5])),
         "tried": partial(over_table, runs, "tried", tuple(OVER)[:5]),
         "three": partial(over_table, runs, "three", ("gold/reward", "bootstrap/precision")),
-        **{loss: partial(methods_table, runs, loss) for loss in ("ipo", "slic", "simpo")},
+        "losses": partial(losses_table, runs),
+        **{loss: partial(methods_table, runs, loss) for loss in LOSSES},
+        **{f"{loss} tuning": partial(tuning_table, runs, loss) for loss in LOSSES},
     }  # fmt: skip
     shown = {}
-    for name, maker in makers.items():
+    for name in TITLES:
         with contextlib.suppress(Missing):
-            shown[name] = maker()
+            shown[name] = makers[name]()
     return shown
 
 
@@ -593,6 +636,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=STUDIES)
     parser.add_argument("--quick", action="store_true", help="into experiments/results/quick, which git ignores")
+    parser.add_argument("--check", type=int, metavar="N", help="make N of the runs again, and write nothing")
     options = parser.parse_args(arguments)
     folder = RESULTS / "quick" if options.quick else RESULTS
     if options.quick:
@@ -602,16 +646,19 @@ def main(arguments: list[str] | None = None) -> None:
     saved = json.loads(file.read_text()) if file.exists() else {"machines": [], "runs": {}}
     runs, machines = Measured(saved["runs"]), set(saved["machines"])
     with tempfile.TemporaryDirectory() as work:
+        if options.check:
+            return check(runs, options.check, Path(work))
         parts = [part for study in options.studies for part in STUDIES[study]]
         losses = dict.fromkeys(map(loss_of, parts))
         make([spec for loss in losses for spec in tuning(loss)], runs, machines, file, Path(work), "tuning")
         wanted = [spec for part in parts for row in specs(runs, part).values() for spec in row]
         make(wanted, runs, machines, file, Path(work), "studies")
     shown = tables(runs)
-    (folder / "claims.md").write_text("\n\n".join(f"## {name}\n\n{text}" for name, text in shown.items()) + "\n")
+    written = "\n\n".join(f"## {TITLES[name]}\n\n{text}" for name, text in shown.items())
+    (folder / "claims.md").write_text(written + "\n")
     if {"main", "over"} <= shown.keys():
         figures(runs, folder)
-    print("\n\n".join(f"{name}:\n{text}" for name, text in shown.items()))
+    print(written)
 
 
 if __name__ == "__main__":

@@ -23,19 +23,49 @@ RUNS = claims.Measured(json.loads((ROOT / "experiments/results/claims.json").rea
 README = (ROOT / "README.md").read_text()
 
 
+WRITTEN = (ROOT / "experiments/results/claims.md").read_text()
+
+
 def test_the_readme_s_tables_are_those_of_the_runs():
     shown = claims.tables(RUNS)
-    assert {"main", "tuning", "noise", "length", "over", "near", "asked", "three", "ipo", "slic", "simpo"} <= shown.keys()
-    for name, text in shown.items():
-        assert text in README, name
-        assert text in (ROOT / "experiments/results/claims.md").read_text(), name
+    assert shown.keys() == claims.TITLES.keys()  # every study has been run
+    assert all(f"## {claims.TITLES[name]}\n\n{text}\n" in WRITTEN for name, text in shown.items())
+    assert all(shown[name] in README for name in ("main", "tuning", "noise", "length", "asked", "losses"))
+    section = README[README.index("## Does it beat DPO?") : README.index("## How fast")]
+    assert {line for line in section.splitlines() if line.startswith("|")} <= {*WRITTEN.splitlines()}  # of long ones some rows
+
+
+def test_what_the_readme_says_of_the_headline_is_what_the_runs_show():
+    """Number by number, each from its own runs."""
+    row = {(s, name): of for s in ("main", "over", "near", "noise 0.0", "noise 0.4") for name, of in claims.specs(RUNS, s).items()}
+
+    def win(study, name, t=3, key="gold/win_rate"):
+        return claims.column(RUNS, row[study, name], key, t)
+
+    def against(study, name, other="loss alone"):
+        low, mean, high = claims.interval(win(study, name), win(study, other))
+        return f"{mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
+
+    def mean(*args, **kwargs):
+        return f"{statistics.mean(win(*args, **kwargs)):.3f}"
+
+    for said in (
+        f"SeRA as it is wins no more often than the loss alone ({against('main', 'SeRA')})",
+        f"selection only does ({against('main', 'selection only')})",
+        f"SeRA with the two remedies ({against('main', 'SeRA + both remedies')})",
+        f"At 40 % SeRA as it is leads ({against('noise 0.4', 'SeRA')})",
+        f"with clean labels it harms ({mean('noise 0.0', 'SeRA')} against {mean('noise 0.0', 'loss alone')}",
+        f"with both to {mean('over', 'SeRA + both', 5, 'gold/reward')} at the fifth",
+        f"are right {mean('near', 'SeRA + both', 5, 'bootstrap/precision')} of the time in the fifth iteration "
+        f"(without them {mean('near', 'SeRA', 5, 'bootstrap/precision')})",
+    ):  # fmt: skip
+        assert said in README, said
 
 
 def test_every_number_of_the_results_section_stands_in_the_results():
     section = README[README.index("## Does it beat DPO?") : README.index("## How fast")]
-    written = (ROOT / "experiments/results/claims.md").read_text()
     prose = "\n".join(re.sub("`[^`]*`", "", line) for line in section.splitlines() if not line.startswith("|"))
-    numbers, known = set(re.findall(r"\d+\.\d+", prose)), set(re.findall(r"\d+\.\d+", written))
+    numbers, known = set(re.findall(r"\d+\.\d+", prose)), set(re.findall(r"\d+\.\d+", WRITTEN))
     assert len(numbers) > 10 and not numbers - known
     for figure in re.findall(r"!\[.*?\]\((.*?)\)", section):
         assert (ROOT / figure).stat().st_size > 5000
@@ -56,7 +86,7 @@ def test_what_the_main_table_is_to_show():
     assert -0.03 < low < 0 < high < 0.03
     low, _, _ = claims.interval(win["SeRA + both remedies"], win["loss alone"])
     assert low > 0
-    tuned = dict(line.strip("| ").split(" | ", 1) for line in claims.tuning_table(RUNS).splitlines()[2:])
+    tuned = dict(line.strip("| ").split(" | ", 1) for line in claims.tuning_table(RUNS, "dpo").splitlines()[2:])
     assert float(tuned["SeRA"].split(" | ")[-1]) - float(tuned["loss alone"].split(" | ")[-1]) > 0.1
 
 
@@ -114,7 +144,7 @@ class InThisProcess:
         return done
 
 
-def test_quick_and_smaller(tmp_path, monkeypatch):
+def test_quick_and_smaller(tmp_path, monkeypatch, capsys):
     """Two studies from end to end: shared runs go on from one iteration 1, and end as runs of their own would."""
     every, made = playground.prompts, playground.make_sft_policy
     monkeypatch.setattr(playground, "prompts", lambda part: every(part)[:30])
@@ -136,6 +166,12 @@ def test_quick_and_smaller(tmp_path, monkeypatch):
     assert {path.name for path in folder.glob("*.png")} == {"margins.png", "reward.png", "own-precision.png"}
     assert (folder / "claims.md").read_text().count("| SeRA |") == 1 + (7 + 1)
     [spec] = claims.specs(runs, "main")["SeRA"]
+    others = json.loads(json.dumps({name: run for name, run in runs.items() if name == claims.name_of(spec)}))
+    claims.check(others, 2, tmp_path)
+    others[claims.name_of(spec)]["iterations"][3]["gold/win_rate"] += 1e-9
+    claims.check(others, 2, tmp_path)
+    said = re.findall(r"(\d) of 1 runs end as in claims.json", capsys.readouterr().out)
+    assert said == ["1", "0"]
     shared = runs[claims.name_of(spec)]["iterations"]
     out = tmp_path / "own"
     train.main(train.Config(**spec, **claims.EVERY, output_dir=str(out)))
