@@ -52,6 +52,7 @@ RESULTS = ROOT / "experiments" / "results"
 sys.path.insert(0, str(ROOT))
 
 import torch
+import transformers
 from tqdm import tqdm
 
 import train
@@ -177,6 +178,7 @@ def counting(tokens: Counter):
 def quiet(function, *args):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    transformers.utils.logging.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return function(*args)
 
