@@ -7,7 +7,7 @@ A response has one to five sentences. Each is on the prompt's topic (one of its 
 unkind. The true reward is the mean of the sentences' scores, whatever their number: +1 on topic and kind, −1 off topic
 and unkind, or broken, else 0.
 The SFT policy is a real `transformers` model, made from a config and trained here to write like the world's people,
-who are on topic five times in eight and kind as often: a mean true reward of 0.25.
+who are on topic five times in eight and kind as often: a mean true reward of 0.25, of which it learns most.
 """
 
 import random
