@@ -478,8 +478,9 @@ def main(config: Config) -> dict:
     run.check(out, asdict(config), resuming)
     folder, state = (resuming and run.latest_checkpoint(out)) or (None, {})
 
+    asked_there = data.read_rows(config.prompt_file, "train") if config.prompt_file else []  # before what takes long
+
     # The policy, its tokenizer, and the pairs D as token ids, some of them held out.
-    asked_there = data.read_rows(config.prompt_file, "train") if config.prompt_file else []
     source = folder or config.model_name_or_path
     if source is not None:
         policy, tokenizer = run.load(source, config.device)

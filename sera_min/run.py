@@ -111,9 +111,9 @@ def check(out: Path, config: dict[str, Any], resume: bool) -> None:
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"--output_dir {out}: {there} is no folder that can be written to")
     if not resume:
-        if (out / "policy").exists() and (out / "config.json").exists():
-            raise InputError(f"{out} already holds a run, which has ended: another --output_dir")
         if (out / "config.json").exists():
+            if (out / "policy").exists():
+                raise InputError(f"{out} already holds a run, which has ended: another --output_dir")
             raise InputError(f"{out} already holds a run: --resume_from_checkpoint {out}, or another --output_dir")
         for name in ("policy", "state", "metrics.jsonl"):
             if (out / name).exists():

@@ -21,8 +21,6 @@ import claims  # noqa: E402
 
 RUNS = claims.Measured(json.loads((ROOT / "experiments/results/claims.json").read_text())["runs"])
 README = (ROOT / "README.md").read_text()
-
-
 WRITTEN = (ROOT / "experiments/results/claims.md").read_text()
 
 
