@@ -295,7 +295,7 @@ def preference_metrics(losses: torch.Tensor, r: torch.Tensor, config: Config) ->
 @run.timed("training")
 def train_on(policy, pairs: list[Pair], reference: torch.Tensor, t: int, resume, config: Config, log, save) -> None:
     """One iteration's gradient descent on the mean loss of the pairs, against their reference log-probs (N, 2)."""
-    order = torch.Generator().manual_seed(1000 * config.seed + t)
+    order = torch.Generator().manual_seed(run.seed_of(config.seed, t, "order"))
     size, n = config.per_device_train_batch_size, len(pairs)
     steps = config.steps_per_iteration or config.epochs_per_iteration * math.ceil(n / size)
     passes = range(math.ceil(steps / math.ceil(n / size)))
@@ -338,7 +338,7 @@ def train_on(policy, pairs: list[Pair], reference: torch.Tensor, t: int, resume,
 
 def review(t: int, policy, tokenizer, offline: list[Pair], state, eos_ids: list[int], config: Config, out: Path):
     """Steps 3 to 6 of the algorithm. Returns the pairs to train on, their reference log-probs, margins and sources."""
-    random = torch.Generator().manual_seed(1000 * config.seed + 500 + t)
+    random = torch.Generator().manual_seed(run.seed_of(config.seed, t, "random"))
 
     def choose(margins: torch.Tensor, k: int) -> list[int]:
         by = margins if config.select == "margin" else torch.rand(len(margins), generator=random)
@@ -384,7 +384,8 @@ def sampled_rewards(t: int, policy, tokenizer, prompts, state, eos_ids: list[int
     """
     once, n = partial(run.once, out, t), config.samples_per_prompt
     desc = f"iteration {t}: sample"
-    samples = once("samples", lambda: sample(policy, tokenizer, prompts, n, eos_ids, t, config, desc))
+    seed = run.seed_of(config.seed, t, "samples")
+    samples = once("samples", lambda: sample(policy, tokenizer, prompts, n, eos_ids, seed, config, desc))
     whole = torch.tensor([[ended for _, ended in row] for row in samples])  # (P, N): those that ended are scored
     flat_x = [x for x, row in zip(prompts, samples) for _, ended in row if ended]
     flat_y = [y for row in samples for y, ended in row if ended]
@@ -410,7 +411,7 @@ def sampled_rewards(t: int, policy, tokenizer, prompts, state, eos_ids: list[int
         floor = state["least"].flatten().sort().values[int(config.token_floor * state["least"].numel())]
         usable = whole & (least >= floor)
     if config.length_free:
-        r = length_free(r, lengths)
+        r = length_free(r.where(usable, math.nan), lengths)  # what may not be paired shapes no slope
     run.write_jsonl(out / f"iteration-{t}" / "samples.jsonl", (
         {"prompt": data.decode(tokenizer, x, eos_ids), "response": data.decode(tokenizer, y, eos_ids, x),
          "finish_reason": "stop" if ended else "length", "usable": ok,
@@ -429,7 +430,7 @@ def sample(policy, tokenizer, prompts, n: int, eos_ids: list[int], seed: int, co
         with amp(config):
             return bootstrap.sample_responses(
                 policy, prompts, n, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
-                top_p=config.top_p, eos_token_id=eos_ids, pad_token_id=pad, seed=1000 * config.seed + seed,
+                top_p=config.top_p, eos_token_id=eos_ids, pad_token_id=pad, seed=seed,
                 max_tokens=max_tokens, desc=desc,
             )  # fmt: skip
 
@@ -510,8 +511,9 @@ def main(config: Config) -> dict:
 
     label_accuracy = precision(offline)
 
-    def answer(prompts: list[list[int]], t: int) -> list[str]:
-        samples = sample(policy, tokenizer, prompts, 1, eos_ids, 900 + t, config, f"iteration {max(t, 0)}: answer")
+    def answer(prompts: list[list[int]], t: int, phase: str) -> list[str]:
+        seed = run.seed_of(config.seed, t, phase)
+        samples = sample(policy, tokenizer, prompts, 1, eos_ids, seed, config, f"iteration {t}: {phase}")
         return [data.decode(tokenizer, y, eos_ids, x) for x, [(y, _)] in zip(prompts, samples)]
 
     def evaluate(t: int) -> tuple[dict, list[str]]:
@@ -521,7 +523,7 @@ def main(config: Config) -> dict:
             logps = pair_logps(policy, held, config, f"iteration {t}: evaluate")
             r = rewards(logps, state["held_reference"], lengths_of(held), config)
             result |= {f"eval_{k}": v for k, v in preference_metrics(pair_losses(r, config), r, config).items()}
-        answers = answer(asked, t) if in_playground or t == config.iterations else []
+        answers = answer(asked, t, "answers") if in_playground or t == config.iterations else []
         if in_playground:
             result |= playground.judge(questions, answers, state["before"])
             result |= {"data/label_accuracy": label_accuracy, **state.get("precisions", {})}
@@ -536,7 +538,7 @@ def main(config: Config) -> dict:
         scored = once("pairs", lambda: pair_logps(policy, offline, config, f"{desc} pairs", sum_and_least))
         state["reference"], state["least"] = scored.unbind(-1)  # (N, 2)
         state["held_reference"] = once("held", lambda: pair_logps(policy, held, config, f"{desc} held-out pairs"))
-        state |= {"before": answer(asked, -1), "previous": None, "table": [], "kept": None}
+        state |= {"before": answer(asked, 0, "reference answers"), "previous": None, "table": [], "kept": None}
         run.save_checkpoint(out, 0, policy, tokenizer, state)
         state |= {"iteration": 0, "step": None}
 
@@ -572,7 +574,7 @@ def main(config: Config) -> dict:
         save(state=state)
         state["step"] = None
     if config.prompt_file:
-        answered = zip(asked_texts, answer(to_answer, t))
+        answered = zip(asked_texts, answer(to_answer, t, "prompt file"))
         run.replace(out / "samples.json", json.dumps(
             [{"instruction": x, "output": y, "generator": str(out)} for x, y in answered], indent=1, ensure_ascii=False
         ) + "\n")  # fmt: skip

@@ -353,6 +353,13 @@ STUDIES = {
 }  # fmt: skip
 
 
+def processor() -> str:
+    """Its name, where the system tells: another processor rounds otherwise."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{platform.machine()} {names[0]}" if names else platform.machine()
+
+
 def make(wanted: list[dict], runs: Runs, machines: set[str], file: Path, work: Path, desc: str) -> None:
     """Run what `runs` lacks, family by family, on all cores, and write `file` after each."""
     cores = os.cpu_count() or 1
@@ -365,7 +372,7 @@ def make(wanted: list[dict], runs: Runs, machines: set[str], file: Path, work: P
     rounds = range(max(map(len, families.values()), default=0))  # the first studies first, whatever shares with them
     together = [parts[i] for i in rounds for parts in families.values() if i < len(parts)]
     if together:
-        machines.add(f"{cores} CPU cores, {platform.machine()}, one thread a run, torch {torch.__version__}")
+        machines.add(f"{cores} CPU cores, {processor()}, one thread a run, torch {torch.__version__}")
     with ProcessPoolExecutor(cores, get_context("spawn")) as pool:  # a fork takes along what locks are held by threads
         seeds = {spec["seed"] for part in together for spec in part.values()}
         list(pool.map(sft, [work / f"sft-{seed}" for seed in seeds], seeds))

@@ -23,6 +23,7 @@ import os
 import shutil
 import signal
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -62,6 +63,11 @@ def timed(phase: str) -> Iterator[None]:
         yield
     finally:
         SECONDS[phase] += time.monotonic() - began  # type: ignore[assignment]
+
+
+def seed_of(seed: int, t: int, phase: str) -> int:
+    """A seed of its own for everything that is drawn: the run's seed, the iteration and the phase make it."""
+    return zlib.crc32(f"{seed} {t} {phase}".encode())
 
 
 def halving(attempt: Callable[[int], Any], tokens: int, least: int) -> tuple[Any, int]:
