@@ -524,6 +524,11 @@ def main(config: Config) -> dict:
             r = rewards(logps, state["held_reference"], lengths_of(held), config)
             result |= {f"eval_{k}": v for k, v in preference_metrics(pair_losses(r, config), r, config).items()}
         answers = answer(asked, t, "answers") if in_playground or t == config.iterations else []
+        if answers:
+            run.write_jsonl(out / f"iteration-{t}" / "answers.jsonl", (
+                {"prompt": x, "reference": before, "answer": now}
+                for x, before, now in zip(questions, state["before"], answers)
+            ))  # fmt: skip
         if in_playground:
             result |= playground.judge(questions, answers, state["before"])
             result |= {"data/label_accuracy": label_accuracy, **state.get("precisions", {})}

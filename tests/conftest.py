@@ -59,6 +59,16 @@ def tiny_model(family: str = "llama", vocab_size: int = 61, **settings):
     return model
 
 
+def word_tokenizer(words):
+    """A token a word: texts and token ids are one and the same."""
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<s>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", clean_up_tokenization_spaces=False
+    )
+
+
 def bpe_tokenizer(template: str | None = None, adds_bos: bool = False, specials=("<pad>", "</s>", "<s>"), adds_eos: bool = False):
     """A byte-level BPE tokenizer; `adds_bos`: puts <s> before every text by itself, as Llama's does."""
     tokenizer = Tokenizer(models.BPE())

@@ -1,0 +1,180 @@
+"""What is drawn at random: from which distribution, and by which seed. What follows from it is test_oracle.py's."""
+
+import json
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import tiny_model, word_tokenizer
+from test_oracle import Drawn, read
+from transformers import AutoModelForCausalLM
+
+import train
+from train import Config
+
+WORDS = "b c d e f g h".split()
+
+
+@pytest.fixture(scope="module")
+def standing(tmp_path_factory):
+    """A model, and pairs to one prompt, for runs whose learning rate is next to nothing: every policy is π_ref."""
+    here = tmp_path_factory.mktemp("standing")
+    tokenizer = word_tokenizer(WORDS)
+    tokenizer.save_pretrained(here / "model")
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)  # a first token that is far from evenly distributed
+    model.save_pretrained(here / "model")
+    rng = random.Random(0)
+    rows = [{"prompt": "b c", "chosen": " ".join(rng.choices(WORDS, k=3)), "rejected": " ".join(rng.choices(WORDS, k=2))}
+            for _ in range(60)]  # fmt: skip
+    (here / "one.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prompts = [" ".join(rng.sample(WORDS, 3)) for _ in range(20)] * 2
+    rows = [{"prompt": x, "chosen": "b c " + " ".join(rng.choices(WORDS, k=3)), "rejected": "d"} for x in prompts]
+    (here / "many.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return here
+
+
+def config_of(standing, out, **changed):
+    return Config(**{
+        "model_name_or_path": str(standing / "model"), "dataset_name": str(standing / "one.jsonl"), "output_dir": str(out),
+        "max_length": 24, "max_prompt_length": 8, "max_new_tokens": 6, "learning_rate": 1e-12, "eval_fraction": 0.0,
+        "iterations": 2, "device": "cpu", **changed,
+    })  # fmt: skip
+
+
+def samples_of(out, t):
+    return [line["response"].split() for line in read(out / f"iteration-{t}" / "samples.jsonl")]
+
+
+def texts_of(out, t=1):
+    return [(line["prompt"], line["chosen"], line["rejected"]) for line in read(out / f"iteration-{t}" / "pairs.jsonl")]
+
+
+def first_token_distribution(standing, temperature, top_p):
+    """By hand: softmax(logits / temperature), of the fewest likeliest words that together reach top_p."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(standing / "model").eval(), word_tokenizer(WORDS)
+    with torch.no_grad():
+        logits = model(torch.tensor([tokenizer("b c").input_ids])).logits[0, -1].double() / temperature
+    p = {tokenizer.convert_ids_to_tokens(i): logits.softmax(-1)[i].item() for i in range(len(logits))}
+    kept, total = {}, 0.0
+    for word in sorted(p, key=lambda word: -p[word]):
+        if total >= top_p:
+            break
+        kept[word] = p[word]
+        total += p[word]
+    return {word: value / total for word, value in kept.items()}
+
+
+@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.4, 1.0), (2.5, 1.0), (1.0, 0.6), (1.5, 0.8)])
+def test_samples_are_of_the_distribution_asked_for(standing, tmp_path, monkeypatch, temperature, top_p):
+    """960 samples to one prompt: how often each first token comes, by a chi-square test at 5 standard deviations."""
+    Drawn(monkeypatch)
+    config = config_of(standing, tmp_path / "run", temperature=temperature, top_p=top_p, samples_per_prompt=16)
+    train.main(config)
+    firsts = [(words or ["</s>"])[0] for words in samples_of(tmp_path / "run", 2)]
+    expected = first_token_distribution(standing, temperature, top_p)
+    assert len(firsts) == 960 and {*firsts} <= expected.keys()
+    chi_square = sum((firsts.count(word) - 960 * p) ** 2 / (960 * p) for word, p in expected.items())
+    freedom = len(expected) - 1
+    assert chi_square < freedom + 5 * (2 * freedom) ** 0.5 + 5
+
+
+def test_samples_end_or_are_as_long_as_asked_for(standing, tmp_path, monkeypatch):
+    Drawn(monkeypatch)
+    train.main(config_of(standing, tmp_path / "run", max_new_tokens=3))
+    lines = read(tmp_path / "run" / "iteration-2" / "samples.jsonl")
+    lengths = {reason: {len(line["response"].split()) for line in lines if line["finish_reason"] == reason}
+               for reason in ("stop", "length")}  # fmt: skip
+    assert lengths["length"] == {3} and max(lengths["stop"]) == 2
+
+
+def test_samples_differ_between_iterations_and_seeds_and_are_a_function_of_these(standing, tmp_path, monkeypatch):
+    """The policy stands still: whatever differs was drawn anew."""
+    Drawn(monkeypatch)
+    runs = {"a": {}, "b": {}, "seed": {"seed": 1}, "order": {"per_device_train_batch_size": 7, "epochs_per_iteration": 2}}
+    for name, changed in runs.items():
+        train.main(config_of(standing, tmp_path / name, iterations=3, **changed))
+    drawn = {(name, t): samples_of(tmp_path / name, t) for name in runs for t in (2, 3)}
+    assert drawn["a", 2] == drawn["b", 2] == drawn["order", 2] and drawn["a", 3] == drawn["b", 3] == drawn["order", 3]
+    different = [drawn["a", 2], drawn["a", 3], drawn["seed", 2], drawn["seed", 3]]
+    for i, one in enumerate(different):
+        for other in different[:i]:
+            assert sum(a == b for a, b in zip(one, other)) < 0.5 * len(one)
+    n = 60 * 4 // 2
+    assert drawn["a", 2][:n] != drawn["a", 2][n:]  # nor do they begin again within an iteration
+
+
+def test_samples_of_every_batch_are_drawn_anew(standing, tmp_path, monkeypatch):
+    """60 times the same prompt, a few at a time: no batch draws what another drew."""
+    Drawn(monkeypatch)
+    monkeypatch.setattr(train.bootstrap, "CACHE_TOKENS", {"cpu": 64})  # 2 prompts of 8 tokens, 4 samples each
+    train.main(config_of(standing, tmp_path / "run"))
+    samples = samples_of(tmp_path / "run", 2)
+    batches = [str(samples[start : start + 8]) for start in range(0, len(samples), 8)]
+    assert len({*batches}) == len(batches) == 30
+
+
+def test_draws_are_fine_enough_for_what_is_improbable(monkeypatch):
+    """A vocabulary of 100,000 words of 2e-8 each beside a likely one: float32, which is good to 6e-8, mixes them up."""
+    p = torch.full((1, 100_001), 2e-8, dtype=torch.float64)
+    p[0, 0] = 1 - p[0, 1:].sum()
+    for word in (7, 40_000, 99_998):
+        u = p[0, : word + 1].sum() - 1e-8  # the middle of what is the word's
+        monkeypatch.setattr(torch, "rand", lambda *size, dtype=torch.float32, u=u, **_: (1 - u).to(dtype).expand(*size))
+        assert train.bootstrap.draw(p).item() == word
+
+
+def test_the_order_of_pairs_is_of_the_epoch_the_iteration_and_the_seed(standing, tmp_path, monkeypatch):
+    changes = {"a": {}, "b": {"temperature": 0.5, "samples_per_prompt": 3}, "seed": {"seed": 1}}
+    orders = {}
+    for name, changed in changes.items():
+        drawn = Drawn(monkeypatch)
+        config = config_of(standing, tmp_path / name, epochs_per_iteration=2, keep=1.0, bootstrap=0.0, iterations=3, **changed)
+        train.main(config)
+        orders[name] = [p.tolist() for p in drawn.permutations]
+        monkeypatch.undo()
+    assert orders["a"] == orders["b"] and all(sorted(order) == list(range(60)) for order in orders["a"])
+    assert len({*map(tuple, orders["a"] + orders["seed"])}) == 2 * 3 * 2  # two epochs, three iterations, two seeds
+    assert [*range(60)] not in orders["a"]
+
+
+def test_no_two_things_are_drawn_by_one_seed(standing, tmp_path, monkeypatch):
+    """Order of pairs, the random control, samples and answers, in every iteration: each has a seed of its own."""
+    seeds, plain, generator = [], torch.manual_seed, torch.Generator
+
+    class Watched(generator):
+        def manual_seed(self, seed):
+            seeds.append(seed)
+            return super().manual_seed(seed)
+
+    Drawn(monkeypatch)
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: (seeds.append(seed), plain(seed))[1])
+    monkeypatch.setattr(torch, "Generator", Watched)
+    train.main(config_of(standing, tmp_path / "run", iterations=3, select="random"))
+    assert len(seeds) == len({*seeds}) >= 3 + 2 + 2 + 2  # orders, random choices, samples, answers before and after
+
+
+def test_the_random_control_is_random_and_of_the_seed(standing, tmp_path, monkeypatch):
+    """The kept pairs are neither the widest nor the same in every iteration, and every pair has its chance."""
+    Drawn(monkeypatch)
+    for name, seed in {"a": 0, "b": 0, "seed": 1}.items():
+        train.main(config_of(standing, tmp_path / name, select="random", seed=seed, iterations=3, bootstrap=0.0, keep=0.5))
+    kept = {(name, t): {*texts_of(tmp_path / name, t)} for name in ("a", "b", "seed") for t in (2, 3)}
+    assert kept["a", 2] == kept["b", 2] and all(len(some) == 30 for some in kept.values())
+    assert len({*map(frozenset, kept.values())}) == 4
+    assert len(set.union(*kept.values())) > 50
+
+
+def test_a_share_of_the_prompts_is_held_out_by_the_seed(standing, tmp_path, monkeypatch):
+    """Which ones is a function of the seed; a prompt is held out with all its pairs."""
+    Drawn(monkeypatch)
+    every, trained = {row["prompt"] for row in read(standing / "many.jsonl")}, {}
+    config = config_of(standing, tmp_path, dataset_name=str(standing / "many.jsonl"), eval_fraction=0.2, iterations=1)
+    for name, seed in {"a": 0, "b": 0, "seed": 1}.items():
+        train.main(replace(config, output_dir=str(tmp_path / name), seed=seed))
+        texts = texts_of(tmp_path / name)
+        trained[name] = {x for x, _, _ in texts}
+        assert len(every - trained[name]) == round(0.2 * len(every)) and len(texts) == 2 * len(trained[name])
+    assert trained["a"] == trained["b"] != trained["seed"]

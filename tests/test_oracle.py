@@ -1,0 +1,197 @@
+"""Whole runs against tests/naive_sera.py: the same rewards, pairs, losses and weights, whatever the flags.
+
+The naive run is given what was drawn (the order of pairs, the samples, the random control's numbers): the rule by which
+these are drawn is tested in test_drawn.py.
+"""
+
+import json
+import os
+import random
+import signal
+import sys
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import tiny_model, word_tokenizer
+from naive_sera import NaiveSera
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+import train
+from train import Config
+
+WORDS = "b c d e f g h k m p q s".split()
+PLAIN = {  # every flag that the method depends on, as the README has them
+    "loss_type": "dpo", "beta": 0.5, "label_smoothing": 0.0, "iterations": 4, "keep": 0.7, "bootstrap": 0.3,
+    "samples_per_prompt": 4, "ensemble_gamma": 0.3, "select": "margin", "length_free": False, "token_floor": 0.0,
+    "learning_rate": 1e-3, "epochs_per_iteration": 1, "per_device_train_batch_size": 5,
+}  # fmt: skip
+REST = {"max_length": 24, "max_prompt_length": 8, "max_new_tokens": 12, "device": "cpu"}  # of no influence here
+SCENARIOS = {  # name: what it changes of PLAIN, and of what must change nothing
+    "dpo": ({}, {}),
+    "dpo, label smoothing, two epochs": ({"label_smoothing": 0.1, "epochs_per_iteration": 2}, {}),
+    "ipo, unequal micro-batches": ({"loss_type": "ipo", "beta": 0.2}, {"max_tokens": 40}),
+    "slic, token floor": ({"loss_type": "slic", "token_floor": 0.2}, {}),
+    "simpo, token floor, length free": (
+        {"loss_type": "simpo", "beta": 2.0, "token_floor": 0.1, "length_free": True}, {"max_tokens": 60}),
+    "dpo, length free, wide": ({"length_free": True, "samples_per_prompt": 6, "beta": 0.1, "keep": 0.5}, {}),
+    "random control": ({"select": "random"}, {}),
+    "plain dpo": ({"keep": 1.0, "bootstrap": 0.0}, {}),
+}  # fmt: skip
+
+
+def some_rows(count, rng):
+    """Random words; every third prompt is there twice."""
+    words = lambda low, high: " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))  # noqa: E731
+    prompts = [words(1, 4) for _ in range(count)]
+    prompts[2::3] = prompts[1 : count - 1 : 3]
+    return [{"prompt": x, "chosen": words(1, 6), "rejected": words(1, 6)} for x in prompts]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A model with dropout in its config, a tokenizer of whole words, D and pairs to evaluate on."""
+    here = tmp_path_factory.mktemp("world")
+    tokenizer = word_tokenizer(WORDS)
+    tokenizer.save_pretrained(here / "model")
+    tiny_model("llama", vocab_size=len(tokenizer), attention_dropout=0.5).save_pretrained(here / "model")
+    rng = random.Random(3)
+    rows = {"D": some_rows(13, rng), "held_out": some_rows(5, rng)}
+    for name, some in rows.items():
+        (here / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
+    return here, rows
+
+
+class Drawn:
+    """What a run draws, by watching torch; and the weights of every policy that it saves."""
+
+    def __init__(self, monkeypatch):
+        self.permutations, self.numbers, self.policies = [], [], []
+        for module in ("matplotlib.figure", "torch.utils.tensorboard"):
+            monkeypatch.setitem(sys.modules, module, None)  # not what is tested here, and slow
+        randperm, rand, save = torch.randperm, torch.rand, PreTrainedModel.save_pretrained
+
+        def watched_randperm(*args, **kwargs):
+            self.permutations.append(randperm(*args, **kwargs))
+            return self.permutations[-1]
+
+        def watched_rand(*size, **kwargs):
+            numbers = rand(*size, **kwargs)
+            if numbers.ndim == 1:  # sampling draws (rows, 1)
+                self.numbers.append(numbers)
+            return numbers
+
+        def watched_save(model, *args, **kwargs):
+            self.policies.append({name: value.clone() for name, value in model.state_dict().items()})
+            save(model, *args, **kwargs)
+
+        monkeypatch.setattr(torch, "randperm", watched_randperm)
+        monkeypatch.setattr(torch, "rand", watched_rand)
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", watched_save)
+
+
+def read(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def config_of(world, out, settings, rest):
+    here, _ = world
+    return Config(model_name_or_path=str(here / "model"), dataset_name=str(here / "D.jsonl"),
+                  eval_dataset_name=str(here / "held_out.jsonl"), output_dir=str(out), **{**REST, **settings, **rest})  # fmt: skip
+
+
+def samples_of(out, settings):
+    """iteration -> prompt's number in D -> [(text, whether it ended)], as the run wrote them."""
+    n, found = settings["samples_per_prompt"], {}
+    for t in range(2, settings["iterations"] + 1) if settings["bootstrap"] else ():
+        lines = read(out / f"iteration-{t}" / "samples.jsonl")
+        every = [(line["response"], line["finish_reason"] == "stop") for line in lines]
+        found[t] = [every[start : start + n] for start in range(0, len(every), n)]
+    return found
+
+
+def alike(one, other):
+    return one is not None and all(torch.equal(one[name], other[name]) for name in other)
+
+
+def assert_the_same(out, world, settings, permutations, numbers, policies=None):
+    """Everything that the run in `out` wrote is what the naive run comes to."""
+    here, rows = world
+    drawn = {"permutations": [p.tolist() for p in permutations], "numbers": [n.tolist() for n in numbers],
+             "samples": samples_of(out, settings)}  # fmt: skip
+    naive = NaiveSera(here / "model", rows["D"], rows["held_out"], settings, drawn)
+    assert not drawn["permutations"] and not drawn["numbers"]
+    close = lambda value: pytest.approx(value, abs=1e-4, rel=1e-4)  # noqa: E731
+
+    metrics = read(out / "metrics.jsonl")
+    steps = [{name: value for name, value in m.items() if name != "phase"} for m in metrics if m["phase"] == "train"]
+    rates = [pytest.approx(step["learning_rate"], rel=1e-6) for step in naive.steps]
+    assert [step["learning_rate"] for step in steps] == rates and steps == [close(step) for step in naive.steps]
+    evaluations = [m for m in metrics if m["phase"] != "train"]
+    assert [{k: m[k] for k in naive.evaluations[0]} for m in evaluations] == [close(e) for e in naive.evaluations]
+
+    for t, expected in naive.trained_on.items():
+        written = read(out / f"iteration-{t}" / "pairs.jsonl")
+        assert [line["source"] for line in written] == [pair[4] for pair in expected]
+        assert [line["margin"] for line in written] == close([pair[3] for pair in expected])
+        texts = [[line[name].split() for name in ("prompt", "chosen", "rejected")] for line in written]
+        ids = [(x, w[:-1], l[:-1]) for x, w, l, _, _ in expected]  # a text does not tell its end of sequence
+        assert texts == [[naive.tokenizer.convert_ids_to_tokens(part) for part in pair] for pair in ids]
+    for t, rewards in naive.sample_rewards.items():
+        lines = read(out / f"iteration-{t}" / "samples.jsonl")
+        assert [line["usable"] for line in lines] == [r is not None for group in rewards for r in group]
+        pairs = [(line["reward"], r) for line, r in zip(lines, (r for group in rewards for r in group)) if r is not None]
+        assert [a for a, _ in pairs] == close([b for _, b in pairs]) and len(pairs) > 10
+
+    saved = [policy for before, policy in pairwise([None, *(policies or [])]) if not alike(before, policy)]
+    final = load_file(out / "policy" / "model.safetensors")
+    expected = [dict(policy.named_parameters()) for policy in naive.policies[1:]]
+    for run_s, naive_s in [*zip(saved[-len(expected) :], expected, strict=True)] if policies else [(final, expected[-1])]:
+        for name, value in run_s.items():
+            assert (value.double() - naive_s[name]).abs().max() < 1e-4, name
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_run_is_the_naive_run(world, tmp_path, monkeypatch, name):
+    changed, rest = SCENARIOS[name]
+    settings, drawn = {**PLAIN, **changed}, Drawn(monkeypatch)
+    train.main(config_of(world, tmp_path / "run", settings, rest))
+    assert_the_same(tmp_path / "run", world, settings, drawn.permutations, drawn.numbers, drawn.policies)
+
+
+def test_a_run_that_is_interrupted_and_resumed_is_the_naive_run(world, tmp_path, monkeypatch):
+    """Stopped in its first training step of iteration 2, and again while it samples in iteration 3."""
+    drawn = Drawn(monkeypatch)
+    config = config_of(world, tmp_path / "whole", PLAIN, {})
+    train.main(config)
+    permutations = list(drawn.permutations)
+
+    out, step, rand = tmp_path / "run", torch.optim.AdamW.step, torch.rand
+    steps, draws = [], []
+
+    def stops_at_the_fourth(*args, **kwargs):
+        steps.append(None)
+        if len(steps) == 4:  # iteration 1 has three
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(*args, **kwargs)
+
+    def stops_in_iteration_3(*size, **kwargs):
+        draws.append(None)
+        if len(draws) == 3:
+            raise KeyboardInterrupt
+        return rand(*size, **kwargs)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", stops_at_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(replace(config, output_dir=str(out)))
+    assert len(steps) == 4
+    resumed = replace(config, output_dir=str(out), resume_from_checkpoint=str(out))
+    monkeypatch.setattr(torch, "rand", stops_in_iteration_3)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(resumed)
+    assert len(steps) == 6  # no step of iteration 2 was done twice
+    monkeypatch.setattr(torch, "rand", rand)
+    train.main(resumed)
+    assert_the_same(out, world, PLAIN, permutations, [])

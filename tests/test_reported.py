@@ -1,0 +1,129 @@
+"""What a run says of itself, counted again from what it wrote, by the definitions of the README."""
+
+import copy
+import random
+
+import pytest
+from test_oracle import Drawn, read
+
+import train
+from sera_min import playground
+from train import Config
+
+T = 3
+
+
+@pytest.fixture(scope="module")
+def sft():
+    return playground.make_sft_policy(0, "cpu", steps=250)
+
+
+@pytest.fixture
+def world(sft, monkeypatch):
+    """The playground with an SFT policy of a few seconds, and fewer prompts to evaluate on."""
+    Drawn(monkeypatch)
+    monkeypatch.setattr(playground, "make_sft_policy", lambda *_: (copy.deepcopy(sft[0]), sft[1]))
+    every = playground.prompts
+    monkeypatch.setattr(playground, "prompts", lambda part: every(part)[: 60 if part == "test" else None])
+
+
+def config_of(out, **changed):
+    return Config(**{"output_dir": str(out), "device": "cpu", "max_train_pairs": 200, "learning_rate": 1e-3, "iterations": T, **changed})
+
+
+def true_reward(prompt, response):
+    """The mean over the sentences: +1 on the prompt's topic and kind, −1 off it and unkind, or broken, else 0."""
+    words, scores = prompt.split(), []
+    topic = {words[words.index("the") + 1], words[-1]}
+    text = response.strip()
+    for sentence in (text[:-1] if text.endswith(".") else text).split("."):
+        match sentence.split():
+            case ["the", noun, verb, tone] if noun in playground.NOUNS and verb in playground.VERBS and tone in (
+                playground.KIND + playground.UNKIND
+            ):
+                on, kind = noun in topic, tone in playground.KIND
+                scores.append(1 if on and kind else -1 if not on and not kind else 0)
+            case _:
+                scores.append(-1)
+    return sum(scores) / len(scores)
+
+
+def share_right(pairs):
+    wins = [(true_reward(p["prompt"], p["chosen"]), true_reward(p["prompt"], p["rejected"])) for p in pairs]
+    return sum(1.0 if w > l else 0.5 if w == l else 0.0 for w, l in wins) / len(wins) if wins else None
+
+
+def test_what_the_playground_reports(world, tmp_path):
+    out = tmp_path / "run"
+    final = train.main(config_of(out))
+    metrics = read(out / "metrics.jsonl")
+    evaluations = [m for m in metrics if m["phase"] != "train"]
+    assert [m["iteration"] for m in evaluations] == [0, 1, 2, T] and evaluations[-1] == final
+    reference = [line["reference"] for line in read(out / "iteration-0" / "answers.jsonl")]
+    given = read(out / "iteration-1" / "pairs.jsonl")
+    ties = 0
+    for t, shown in enumerate(evaluations):
+        answers = read(out / f"iteration-{t}" / "answers.jsonl")
+        assert [line["prompt"] for line in answers] == playground.prompts("test") * 2
+        assert [line["reference"] for line in answers] == reference  # drawn once, from the SFT policy
+        rewards = [true_reward(line["prompt"], line["answer"]) for line in answers]
+        before = [true_reward(line["prompt"], line["reference"]) for line in answers]
+        wins = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(rewards, before)]
+        ties += wins.count(0.5)
+        assert shown["gold/reward"] == pytest.approx(sum(rewards) / len(rewards))
+        assert shown["gold/win_rate"] == pytest.approx(sum(wins) / len(wins))
+        assert shown["gold/length"] == pytest.approx(sum(len(line["answer"].split()) for line in answers) / len(answers))
+        assert shown["data/label_accuracy"] == pytest.approx(share_right(given))
+        pairs = read(out / f"iteration-{t}" / "pairs.jsonl") if t else []
+        for name, source in {"select/precision": "offline", "bootstrap/precision": "bootstrap"}.items():
+            assert shown.get(name) == pytest.approx(share_right([p for p in pairs if p["source"] == source]))
+        if t:  # other samples than the reference's, and than the iteration's before
+            others = [reference, [line["answer"] for line in read(out / f"iteration-{t - 1}" / "answers.jsonl")]]
+            for other in others:
+                assert sum(a["answer"] == b for a, b in zip(answers, other)) < 0.2 * len(answers)
+    assert ties > 10  # else ½ is not seen
+    assert len(given) == 200 and 0.6 < share_right(given) < 0.8  # 30 % of the labels are flipped
+    assert final["gold/reward"] > evaluations[0]["gold/reward"] and final["gold/win_rate"] > 0.5
+
+
+def test_the_table_is_what_the_metrics_say(world, tmp_path):
+    out = tmp_path / "run"
+    train.main(config_of(out, iterations=2))
+    lines = [line.strip("| ").split("|") for line in (out / "report.md").read_text().splitlines() if line.startswith("|")]
+    table = [dict(zip([cell.strip() for cell in lines[0]], [cell.strip() for cell in line])) for line in lines[2:]]
+    evaluations = [m for m in read(out / "metrics.jsonl") if m["phase"] != "train"]
+    assert len(table) == len(evaluations) == 3
+    for row, shown in zip(table, evaluations):
+        for heading, name in {"reward": "gold/reward", "win rate": "gold/win_rate", "words": "gold/length",
+                              "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}.items():  # fmt: skip
+            assert float(row[heading]) == pytest.approx(shown[name], abs=5e-4), heading
+    assert float(table[2]["precision"]) == pytest.approx(evaluations[2]["select/precision"], abs=5e-4)
+    pairs = read(out / "iteration-2" / "pairs.jsonl")
+    assert int(table[2]["pairs"]) == sum(p["source"] == "offline" for p in pairs) == 140
+
+
+def test_evaluation_pairs_have_no_wrong_label(world, tmp_path):
+    """Trained on labels that are all flipped, the policy is wrong about pairs that are rightly labelled."""
+    final = train.main(config_of(tmp_path / "run", label_noise=1.0, iterations=1, epochs_per_iteration=3))
+    assert final["data/label_accuracy"] == 0.0
+    assert final["eval_rewards/accuracies"] < 0.4 and final["eval_rewards/margins"] < 0
+
+
+def test_evaluation_prompts_are_none_that_are_trained_on(world, tmp_path):
+    train.main(config_of(tmp_path / "run", iterations=1))
+    trained = {line["prompt"] for line in read(tmp_path / "run" / "iteration-1" / "pairs.jsonl")}
+    assert not trained & {line["prompt"] for line in read(tmp_path / "run" / "iteration-1" / "answers.jsonl")}
+
+
+def test_label_noise_and_length_bias_are_what_they_say():
+    """Shares of 4,000 pairs, within 4 standard deviations."""
+    for noise, bias in [(0.0, 0.0), (0.2, 0.0), (0.0, 1.0), (0.4, 0.5)]:
+        rows = playground.preferences(4000, "train", label_noise=noise, length_bias=bias, seed=random.Random(1).randrange(99))
+        longer = [len(row["chosen"].split()) > len(row["rejected"].split()) for row in rows
+                  if len(row["chosen"].split()) != len(row["rejected"].split())]  # fmt: skip
+        if bias == 0:
+            assert share_right(rows) == pytest.approx(1 - noise, abs=4 * (noise * (1 - noise) / 4000) ** 0.5 + 1e-9)
+            assert sum(longer) / len(longer) == pytest.approx(0.5, abs=0.04)
+        else:  # of those that the bias took the longer one wins, of the others half; then labels are flipped
+            share = bias + (1 - bias) / 2
+            assert sum(longer) / len(longer) == pytest.approx(share * (1 - noise) + (1 - share) * noise, abs=0.035)
