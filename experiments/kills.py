@@ -4,7 +4,7 @@
     python experiments/kills.py --runs 3       what the tests do
 
 A run of three iterations with a checkpoint every second step is killed (SIGKILL) at a random moment, and what is
-resumed up to twice more. After each kill every file is read: only one being written (.tmp, .name) may be in pieces.
+resumed up to twice more. After each kill every file is read: only one being written (.name) may be in pieces.
 At the end every file but TensorBoard's, config.json and report.md (they hold the folder's name, or seconds) is compared
 with the undisturbed run's, byte by byte. Needs fork: Linux or macOS.
 """
@@ -37,7 +37,7 @@ with contextlib.suppress(ImportError):  # here, so that no run spends its second
     importlib.import_module("torch.utils.tensorboard")
 
 import train
-from sera_min import playground
+from sera_min import config, playground
 
 HERE = Path(WORK.name)
 FLAGS = (
@@ -56,7 +56,7 @@ def fork(flags: list[str], log: Path) -> int:
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1)
         os.dup2(file, 2)
-        train.command_line(flags)
+        config.command_line(train.main, train.__doc__, flags)
         code = 0
     except SystemExit as stop:
         code = stop.code
@@ -139,7 +139,8 @@ def main() -> None:
             except Exception:
                 sys.exit(f"{log.read_text()}\n{traceback.format_exc()}\nin run {number}, after {kills} kills")
             killed, kills = killed + 1, kills + 1
-            at.append(max((file.name for file in out.glob("state/[0-9]*")), default="nothing"))
+            done = [file for file in out.glob("state/[a-z]*") if not file.name.endswith(".jsonl")]
+            at.append(max(done, key=lambda file: file.stat().st_mtime, default=Path("nothing")).name)
         if (out / "state").exists():  # killed between its last two acts: the next call says that it has ended
             os.waitpid(fork([*FLAGS, "--resume_from_checkpoint", str(out)], log), 0)
         if results(out) != whole:
@@ -148,7 +149,8 @@ def main() -> None:
         bar.update(killed > 0)
     bar.close()
     places = sorted({place.split(".")[0] for place in at})
-    print(f"{arguments.runs} runs, {kills} kills, {arguments.runs} identical ends; killed after {', '.join(places)}")
+    print(f"{arguments.runs} runs, {kills} kills, {arguments.runs} identical ends; the last thing done before a kill:",
+          ", ".join(places))  # fmt: skip
 
 
 if __name__ == "__main__":

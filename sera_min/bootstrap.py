@@ -2,102 +2,97 @@
 
     for each prompt x:  y_1 … y_N ~ π_θ(t−1)(·|x),     y_w = argmax_j r̄_t(x, y_j),     y_l = argmin_j r̄_t(x, y_j)
 
-(SeRA, arXiv:2410.09362.) Sampling is one function and pairing another, so that the samples may come from any engine:
-`read_responses` takes its JSONL. What cannot be paired is dropped and counted, never mended:
-a sample cut off by the length limit has no end, and the end of sequence that it never said would get an absurd reward.
+(SeRA, arXiv:2410.09362.) Sampling is one function and pairing another, so that samples may come from any engine. What
+cannot be paired is dropped and counted. Above all: a sample that was cut off by the length limit has no end, and an
+end of sequence that it never said would get an absurd reward.
+
+To understand the method read `sample_responses` and `best_worst_pairs`. The functions between them make sampling fast.
 """
 
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 TokenIds = list[int]
-CACHE_TOKENS = {"cuda": 2**17, "cpu": 2**15}  # sampled side by side, key-value cache: what keeps the device busy
-STRIDE = 32
+CACHE_TOKENS = {"cuda": 2**17, "cpu": 2**15}  # tokens of key-value cache at a time: what keeps the device busy
+STRIDE = 32  # tokens after which samples that have ended leave the batch
 
 
 def sample_responses(
-    model,
-    prompts: list[TokenIds],
-    n: int,
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    eos_token_id: int | list[int],
-    pad_token_id: int,
-    seed: int,
-    max_tokens: int | None = None,
-    desc: str | None = None,
-) -> list[list[tuple[TokenIds, bool]]]:
-    """n samples y ~ π(·|x) a prompt, as (token ids, ended): ended samples hold their end of sequence, others none.
+    model, prompts: list[TokenIds], n: int, *, max_new_tokens: int, temperature: float, top_p: float,
+    eos_token_id: int | list[int], pad_token_id: int, seed: int, max_tokens: int | None = None, desc: str | None = None,
+) -> list[list[tuple[TokenIds, bool]]]:  # fmt: skip
+    """n samples y ~ π(·|x) a prompt, as (token ids, ended): those that ended hold their end of sequence, others none.
 
-    Prompts of like length are sampled together, within `max_tokens` tokens of key-value cache (None: CACHE_TOKENS).
-    The result depends on the seed and on nothing drawn before, and torch's generators are left as they were. Every
-    setting is ours: the model's own `generation_config` (top_k = 50 where it says nothing!) is put aside meanwhile.
+    Prompts of similar length are sampled together, within `max_tokens` tokens of key-value cache (None: CACHE_TOKENS).
+    The result depends on the seed alone, and torch's random generators are left as they were.
     """
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    own_settings, was_training = model.generation_config, model.training
-    model.generation_config = type(own_settings)(
-        do_sample=False, repetition_penalty=1.0, num_beams=1, eos_token_id=ends, pad_token_id=pad_token_id,
-        return_dict_in_generate=True,
-    )  # fmt: skip
-    model.eval()
+
+    def pick(_, logits: torch.Tensor) -> torch.Tensor:  # (B, V): `generate` may choose one token a row, the one we drew
+        p, tokens = (logits.float() / temperature).softmax(-1), None
+        if top_p < 1:  # the fewest tokens that together have probability top_p
+            p, tokens = p.sort(-1, descending=True)
+            p = p * (p.cumsum(-1) - p < top_p)
+        drawn = draw(p) if tokens is None else tokens.gather(1, draw(p))  # (B, 1)
+        return torch.full_like(logits, -torch.inf).scatter_(1, drawn, 0.0)
+
     samples: list[list[tuple[TokenIds, bool]]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     longest = max(map(len, prompts), default=0) + max_new_tokens
     size = max(1, (max_tokens or CACHE_TOKENS.get(model.device.type, 2**15)) // (n * longest))  # prompts of a batch
-
-    def pick(_, logits: torch.Tensor) -> torch.Tensor:  # the one of each row that `generate` may choose
-        p, words = (logits.float() / temperature).softmax(-1), None  # (B, V)
-        if top_p < 1:  # the fewest words that hold top_p of the probability
-            p, words = p.sort(-1, descending=True)
-            p = p * (p.cumsum(-1) - p < top_p)
-        drawn = draw(p) if words is None else words.gather(1, draw(p))  # (B, 1)
-        return torch.full_like(logits, -torch.inf).scatter_(1, drawn, 0.0)
-
-    try:
-        gpus = [model.device] if model.device.type == "cuda" else []
-        bar = tqdm(total=len(prompts), desc=desc, unit="prompt", disable=desc is None)
-        with torch.random.fork_rng(gpus), bar:
-            torch.manual_seed(seed)
-            for batch in (order[start : start + size] for start in range(0, len(order), size)):
-                written = continue_all(model, [prompts[i] for i in batch], n, max_new_tokens, ends, pad_token_id, pick)
-                for row, tokens in enumerate(written):
-                    samples[batch[row // n]].append((tokens, tokens[-1] in ends))
-                bar.update(len(batch))
-    finally:
-        model.generation_config = own_settings
-        model.train(was_training)
+    gpus = [model.device] if model.device.type == "cuda" else []
+    bar = tqdm(total=len(prompts), desc=desc, unit="prompt", disable=desc is None)
+    with only_our_settings(model, ends, pad_token_id), torch.random.fork_rng(gpus), bar:
+        torch.manual_seed(seed)
+        for batch in (order[start : start + size] for start in range(0, len(order), size)):
+            written = continue_all(model, [prompts[i] for i in batch], n, max_new_tokens, ends, pad_token_id, pick)
+            for row, tokens in enumerate(written):
+                samples[batch[row // n]].append((tokens, tokens[-1] in ends))
+            bar.update(len(batch))
     return samples
 
 
-def draw(p: torch.Tensor) -> torch.Tensor:
-    """One word a row, as likely as p (B, V) says: (B, 1), by the inverse of its distribution function.
+@contextmanager
+def only_our_settings(model, ends: list[int], pad: int) -> Iterator[None]:
+    """In eval mode, and without the model's own `generation_config`, which has top_k = 50 where it says nothing."""
+    before, was_training = model.generation_config, model.training
+    model.generation_config = type(before)(do_sample=False, repetition_penalty=1.0, num_beams=1, eos_token_id=ends,
+                                           pad_token_id=pad, return_dict_in_generate=True)  # fmt: skip
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config = before
+        model.train(was_training)
 
-    torch.multinomial draws a random number for every word of the vocabulary; this, one a row. In float64: in float32
-    a sum of 100,000 words loses the improbable ones. Raises FloatingPointError where p is not numbers.
+
+def draw(p: torch.Tensor) -> torch.Tensor:
+    """For speed: one token a row, as likely as p (B, V) says, (B, 1), by the inverse of the distribution function.
+
+    `torch.multinomial` draws a random number for every token of the vocabulary, this draws one a row. In float64: the
+    float32 sum of 100,000 probabilities loses the small ones. Raises FloatingPointError where p is not finite.
     """
     cdf = p.cumsum(-1, dtype=torch.float64)  # (B, V)
     if not cdf[:, -1].isfinite().all():
         raise FloatingPointError("sampling: the model's probabilities are not finite numbers")
-    u = 1 - torch.rand(len(p), 1, dtype=torch.float64, device=p.device)  # in (0, 1]: no word of probability 0
+    u = 1 - torch.rand(len(p), 1, dtype=torch.float64, device=p.device)  # in (0, 1]: no token of probability 0
     return torch.searchsorted(cdf, cdf[:, -1:] * u)
 
 
 @torch.no_grad()
 def continue_all(model, prompts: list[TokenIds], n: int, max_new_tokens: int, ends, pad: int, pick) -> list[TokenIds]:
-    """n continuations of each of b prompts, side by side: (b·n) lists, each up to its end of sequence.
+    """For speed: n continuations of each of b prompts side by side, as (b·n) lists, each up to its end of sequence.
 
-    A prompt is read once for all its n continuations, and those that have ended leave the batch, every STRIDE tokens.
+    A prompt is read once for its n continuations; every STRIDE tokens those that have ended leave the batch.
     """
-    width = max(map(len, prompts))
-    # Left padding, so that all rows go on from the same column; masked, hence without effect.
+    width = max(map(len, prompts))  # padded on the left, so that all rows go on from the same column, and masked
     ids = torch.tensor([[pad] * (width - len(x)) + x for x in prompts], device=model.device)  # (b, P)
     mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts], device=model.device)  # (b, P)
     cache = {}
@@ -109,7 +104,7 @@ def continue_all(model, prompts: list[TokenIds], n: int, max_new_tokens: int, en
             keys_and_values.batch_repeat_interleave(n)
     ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)  # (b·n, P)
     written: list[TokenIds] = [[] for _ in ids]
-    rows = list(range(len(ids)))  # of those that go on, B of them
+    rows = list(range(len(ids)))  # those that go on, B of them
     for start in range(0, max_new_tokens, STRIDE):
         stride = min(STRIDE, max_new_tokens - start)
         read = {"input_ids": ids, "attention_mask": mask, **cache}
@@ -135,46 +130,45 @@ def cache_of(output) -> dict:
 
 
 def best_worst_pairs(
-    rewards: list[list[float]], ended: list[list[bool]], responses: list[list[TokenIds]]
-) -> tuple[list[tuple[int, int, int]], torch.Tensor, Counter]:
+    rewards: list[list[float]], ended: list[list[bool]], responses: list[list[TokenIds]],
+    likely: list[list[bool]] | None = None,
+) -> tuple[list[tuple[int, int, int]], torch.Tensor, Counter]:  # fmt: skip
     """(prompt, best, worst) index triples, their float32 (P,) margins r̄(best) − r̄(worst) > 0 in nats, and the drops.
 
-    rewards, ended, responses: one list a prompt, one entry a sample. Samples that were cut off or say the same as an
-    earlier one are never paired, and a prompt left with fewer than two different rewards has no pair: each is counted.
-    Raises ValueError where the reward of a finished sample is not a finite number.
+    rewards, ended, responses: one list a prompt, one entry a sample; `likely`, where given, bars samples too. Never
+    paired, and counted: samples that were cut off, that are not likely, that repeat an earlier one; prompts left with
+    fewer than two different rewards. Raises ValueError where the reward of a sample to be paired is not finite.
     """
     pairs: list[tuple[int, int, int]] = []
-    margins: list[float] = []
     dropped: Counter = Counter()
-    for i, (values, finished, texts) in enumerate(zip(rewards, ended, responses, strict=True)):
+    for i, values in enumerate(rewards):
         seen: dict[tuple[int, ...], int] = {}  # response -> its first sample
-        for j, (reward, is_whole, tokens) in enumerate(zip(values, finished, texts, strict=True)):
-            if not is_whole:
+        for j, tokens in enumerate(map(tuple, responses[i])):
+            if not ended[i][j]:
                 dropped["cut-off samples"] += 1
-            elif tuple(tokens) in seen:
+            elif likely is not None and not likely[i][j]:
+                dropped["samples below --token_floor"] += 1
+            elif tokens in seen:
                 dropped["identical samples"] += 1
-            elif not math.isfinite(reward):
-                raise ValueError(f"prompt {i}, sample {j}: the reward is {reward}")
+            elif not math.isfinite(values[j]):
+                raise ValueError(f"prompt {i}, sample {j}: the reward is {values[j]}")
             else:
-                seen[tuple(tokens)] = j
-        best = max(seen.values(), key=lambda j: values[j], default=None)
-        worst = min(seen.values(), key=lambda j: values[j], default=None)
-        if best is None or worst is None or values[best] == values[worst]:  # fewer than two, or all of one reward
+                seen[tokens] = j
+        if len({values[j] for j in seen.values()}) < 2:
             dropped["prompts without a pair"] += 1
             continue
+        best = max(seen.values(), key=lambda j: values[j])
+        worst = min(seen.values(), key=lambda j: values[j])
         pairs.append((i, best, worst))
-        margins.append(values[best] - values[worst])
-    return pairs, torch.tensor(margins), dropped
+    return pairs, torch.tensor([rewards[i][best] - rewards[i][worst] for i, best, worst in pairs]), dropped
 
 
-def read_responses(
-    path: str | Path, encode: Callable[[str], TokenIds], eos_token_id: int
-) -> tuple[list[str], list[list[tuple[TokenIds, bool]]]]:
+def read_responses(path: str | Path, encode: Callable[[str], TokenIds], eos_token_id: int):
     """Samples that another engine wrote: JSONL of `prompt`, `response` and, where known, `finish_reason`.
 
     Returns the prompts, each once, in the file's order, and their samples as `sample_responses` gives them.
     `finish_reason` "stop", or none at all, means that the response ended: it gets its EOS. Any other is a cut-off.
-    Raises ValueError naming the line and field that is not as said.
+    Raises ValueError naming the line and the field that is not as said.
     """
     samples: dict[str, list[tuple[TokenIds, bool]]] = {}
     with open(path, encoding="utf-8") as lines:

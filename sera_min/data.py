@@ -19,11 +19,13 @@ import random
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import datasets
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 # For tokenizers without a chat template: HH-RLHF's plain form, which a dialogue in that form survives unchanged.
@@ -34,9 +36,16 @@ PLAIN_TEMPLATE = (
 COLUMNS = ("prompt", "instruction", "input", "chosen", "rejected")  # all that is read
 
 Ids = list[int]  # token ids
-Pair = tuple[Ids, Ids, Ids]  # the prompt x, the chosen y_w and the rejected y_l
 Messages = list[dict[str, str]]  # of a role and a content
 Rows: TypeAlias = Sequence[Any] | datasets.Dataset
+
+
+class Pair(NamedTuple):
+    """A preference (x, y_w, y_l) as token ids; a response that was not cut ends with its end of sequence."""
+
+    prompt: Ids
+    chosen: Ids
+    rejected: Ids
 
 
 class InputError(ValueError):
@@ -83,12 +92,13 @@ def read_json(path: Path) -> list[Any]:
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
         return json.loads(text)
-    rows, blank, parser = [], re.compile(r"\s*"), json.JSONDecoder()
-    at = blank.match(text).end()
+    rows, parser, text = [], json.JSONDecoder(), text.rstrip()
+    at = len(text) - len(text.lstrip())
     while at < len(text):
-        row, end = parser.raw_decode(text, at)
+        row, at = parser.raw_decode(text, at)
         rows.append(row)
-        at = blank.match(text, end).end()
+        while at < len(text) and text[at].isspace():
+            at += 1
     if not rows:
         raise ValueError("it is empty")
     return rows
@@ -136,7 +146,7 @@ def _human_assistant(text: str, where: str) -> Messages:
     return [{"role": roles[r], "content": _text(c, where).strip()} for r, c in zip(turns[::2], turns[1::2])]
 
 
-def _asked(row: Any, where: str) -> str | Messages | None:
+def _row_prompt(row: Any, where: str) -> str | Messages | None:
     """The prompt that a row names: a text, or the messages so far; None where it is in the responses."""
     if not isinstance(row, dict):
         raise InputError(f"{where} is a {type(row).__name__}: expected fields and their values")
@@ -155,23 +165,23 @@ def preference(row: Any, where: str) -> tuple[str | Messages, list[str]]:
 
     Raises InputError naming the row and the field, and Unusable.
     """
-    prompt = _asked(row, where)
+    prompt = _row_prompt(row, where)
     (x, chosen), (other_x, rejected) = (
-        _ask_and_answer(prompt, row.get(field), f"{where}: '{field}'") for field in ("chosen", "rejected")
+        _split_dialogue(prompt, row.get(field), f"{where}: '{field}'") for field in ("chosen", "rejected")
     )
     if x != other_x:
         raise Unusable("the responses answer different prompts")
     return x, [chosen, rejected]
 
 
-def question(row: Any, where: str) -> tuple[str | Messages, list[str]]:
-    """A row of `prompt` or `instruction` as a prompt to answer, and no responses. Raises as `preference` does."""
-    if (prompt := _asked(row, where)) is None:
+def question(row: Any, where: str) -> str | Messages:
+    """A row of `prompt` or `instruction` as a prompt to answer. Raises as `preference` does."""
+    if (prompt := _row_prompt(row, where)) is None:
         raise InputError(f"{where}: expected 'prompt' or 'instruction'")
-    return prompt, []
+    return prompt
 
 
-def _ask_and_answer(prompt: str | Messages | None, value: Any, where: str) -> tuple[str | Messages, str]:
+def _split_dialogue(prompt: str | Messages | None, value: Any, where: str) -> tuple[str | Messages, str]:
     """What the row's prompt, if it has one, and its `chosen` or `rejected` together ask, and the answer."""
     if not isinstance(value, list):
         text = _text(value, where)
@@ -225,81 +235,138 @@ def cut(prompt: Ids, responses: list[Ids], bos: int | None, max_length: int, max
     return [prompt, *(y[: max_length - len(prompt)] for y in responses)]
 
 
-def encode(
-    rows: Rows,
-    tokenizer: Any,
-    *,
-    name: str,
-    eos_ids: Ids,
-    max_length: int,
-    max_prompt_length: int,
-    read: Callable[[Any, str], tuple[str | Messages, list[str]]] = preference,
-) -> tuple[list[Any], Counter]:
-    """Rows of any of the formats as pairs of token ids, and the count of rows read, kept, cut and dropped, with why.
+def added_bos(tokenizer: Any) -> Ids:
+    """The BOS that the tokenizer puts before a text by itself, or nothing."""
+    return [i for i in tokenizer("a").input_ids[:1] if i == tokenizer.bos_token_id]
 
-    eos_ids: the tokens that end a response, the one to append first. A tokenizer without a chat template is given
-    PLAIN_TEMPLATE, and keeps it where it is saved. read: what makes a row a prompt and its responses; by `question`
-    there are none, a prompt's ids are alone in the place of a pair, and what would be dropped is an InputError.
-    A dialogue or response that spells a special token of the tokenizer, or PLAIN_TEMPLATE's turns where that is used,
-    is dropped: it would forge a turn or an end. Turns that a template marks by plain text are not recognised.
+
+def forgery_pattern(tokenizer: Any, eos_ids: Ids) -> re.Pattern[str]:
+    """What no text may spell: a special token of the tokenizer, or a turn of PLAIN_TEMPLATE where that is used.
+
+    Turns that a template marks by plain text, as `[INST]`, are not recognised.
     """
-    bos = [i for i in tokenizer("a").input_ids[:1] if i == tokenizer.bos_token_id]  # what it adds by itself
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = "{{ bos_token }}" * len(bos) + PLAIN_TEMPLATE
     added = tokenizer.added_tokens_decoder.items()
     specials = [re.escape(str(token)) for i, token in added if token.special or i in eos_ids]
     turns = ["\n\n(?:Human|Assistant):"] if tokenizer.chat_template.endswith(PLAIN_TEMPLATE) else []
-    forged = re.compile("|".join([*specials, *turns]) or "(?!)")
-    counts: Counter = Counter({"read": 0, "kept": 0})
-    encoded: list[tuple[Ids, ...]] = []
+    return re.compile("|".join([*specials, *turns]) or "(?!)")
+
+
+def encode_row(
+    x: str | Messages, ys: list[str], tokenizer: Any, where: str, forged: re.Pattern[str], counts: Counter,
+    *, eos_ids: Ids, max_length: int, max_prompt_length: int,
+) -> list[Ids]:  # fmt: skip
+    """Token ids of a prompt and of its responses, cut to the limits, which is counted. Raises Unusable, InputError."""
+    ys = [y.removesuffix(tokenizer.eos_token) for y in ys]
+    if any(forged.search(text) for text in [*ys, *(m["content"] for m in ([] if isinstance(x, str) else x))]):
+        raise Unusable("a text spells a special token")
+    prompt, *responses = tokenise(tokenizer, x, ys, eos_ids, where)
+    if isinstance(x, str) and prompt[:1] != (bos := added_bos(tokenizer)):  # a template writes its own
+        prompt = bos + prompt
+    ids = cut(prompt, responses, tokenizer.bos_token_id, max_length, max_prompt_length)
+    if not all(ys) or not all(ids):
+        raise Unusable("no token of the prompt or a response")
+    if ids[1:] and ids[1] == ids[2]:
+        raise Unusable("chosen equals rejected")
+    counts["prompts cut"] += len(prompt) > max_prompt_length
+    counts["responses cut"] += sum(kept != y for kept, y in zip(ids[1:], responses))
+    return ids
+
+
+def set_template(tokenizer: Any) -> None:
+    """A tokenizer without a chat template is given PLAIN_TEMPLATE, and keeps it where it is saved."""
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = "{{ bos_token }}" * len(added_bos(tokenizer)) + PLAIN_TEMPLATE
+
+
+def encode(rows: Rows, tokenizer: Any, *, name: str, eos_ids: Ids, **limits: int) -> tuple[list[Pair], Counter]:
+    """Rows of any of the formats as pairs of token ids, and the count of rows read, kept, cut and dropped, with why.
+
+    eos_ids: the tokens that end a response, the one to append first. limits: max_length, max_prompt_length.
+    A dialogue or response that spells a special token is dropped: it would forge a turn or an end.
+    """
+    set_template(tokenizer)
+    forged, counts, pairs = forgery_pattern(tokenizer, eos_ids), Counter({"read": 0, "kept": 0}), []
     for i, row in enumerate(tqdm(decoded(rows, name), f"reading {name}", len(rows), unit="row", leave=False)):
+        where = f"{name}, row {i}"
         counts["read"] += 1
         try:
-            x, ys = read(row, f"{name}, row {i}")
-            ys = [y.removesuffix(tokenizer.eos_token) for y in ys]
-            if any(forged.search(text) for text in [*ys, *(m["content"] for m in ([] if isinstance(x, str) else x))]):
-                raise Unusable("a text spells a special token")
-            prompt, *responses = tokenise(tokenizer, x, ys, eos_ids, f"{name}, row {i}")
-            if isinstance(x, str) and prompt[:1] != bos:  # a template writes its own
-                prompt = bos + prompt
-            ids = cut(prompt, responses, tokenizer.bos_token_id, max_length, max_prompt_length)
-            if not all(ys) or not all(ids):
-                raise Unusable("no token of the prompt or a response")
-            if ids[1:] and ids[1] == ids[2]:
-                raise Unusable("chosen equals rejected")
-            counts["prompts cut"] += len(prompt) > max_prompt_length
-            for kept, y in zip(ids[1:], responses):
-                counts["responses cut"] += kept != y
-            encoded.append(tuple(ids))
+            x, ys = preference(row, where)
+            pairs.append(Pair(*encode_row(x, ys, tokenizer, where, forged, counts, eos_ids=eos_ids, **limits)))
         except Unusable as why:
-            if read is question:
-                raise InputError(f"{name}, row {i} is no prompt to answer: {why}") from None
             counts[f"dropped: {why}"] += 1
-    counts["kept"] = len(encoded)
-    return encoded, counts
+    counts["kept"] = len(pairs)
+    return pairs, counts
 
 
-def encode_prompts(rows: Rows, tokenizer: Any, *, name: str, **limits: Any) -> tuple[list[str], list[Ids]]:
-    """Prompts to answer, rows of `prompt` or `instruction` as above: their texts, and their token ids.
+def encode_prompts(
+    rows: Rows, tokenizer: Any, *, name: str, eos_ids: Ids, **limits: int
+) -> tuple[list[str], list[Ids], Counter]:
+    """Prompts to answer, rows of `prompt` or `instruction` as above: their texts, their token ids, and the counts.
 
     Raises InputError where a row is none.
     """
-    encoded, counts = encode(rows, tokenizer, name=name, read=question, **limits)
-    print(f"prompts to answer: {said(counts)}")
-    asked = [question(row, name)[0] for row in rows]
-    texts = [x if isinstance(x, str) else "\n\n".join(message["content"] for message in x) for x in asked]
-    return texts, [x for [x] in encoded]
+    set_template(tokenizer)
+    forged, counts = forgery_pattern(tokenizer, eos_ids), Counter({"read": len(rows)})
+    texts: list[str] = []
+    prompts: list[Ids] = []
+    for i, row in enumerate(decoded(rows, name)):
+        where = f"{name}, row {i}"
+        try:
+            x = question(row, where)
+            prompts += encode_row(x, [], tokenizer, where, forged, counts, eos_ids=eos_ids, **limits)
+        except Unusable as why:
+            raise InputError(f"{where} is no prompt to answer: {why}") from None
+        texts.append(x if isinstance(x, str) else "\n\n".join(message["content"] for message in x))
+    return texts, prompts, counts
 
 
-def said(counts: Counter) -> str:
-    return ", ".join(f"{count} {what}" for what, count in counts.items())
+def format_counts(counts: Counter) -> str:
+    return ", ".join(f"{count} {what}" for what, count in counts.items()) or "none"
+
+
+class TrainingSet(NamedTuple):
+    """What an iteration trains on: N pairs; log π_ref of their responses; their margins, and where they come from."""
+
+    pairs: list[Pair]
+    reference: Tensor  # (N, 2), nats
+    margins: Tensor  # (N,), nats; 0 at t = 1, where nothing is reviewed
+    sources: list[str]  # offline or bootstrap
+
+
+class Samples(NamedTuple):
+    """n samples of each of P prompts, and what the review makes of them."""
+
+    responses: list[list[Ids]]
+    ended: Tensor  # (P, n) bool
+    usable: Tensor  # (P, n) bool: ended, and not below --token_floor
+    rewards: Tensor  # (P, n), nats, those that rank; NaN where a sample is not usable
+    reference: Tensor  # (P, n), nats: log π_ref(y|x)
+
+
+def rows_of(pairs: Sequence[Pair]) -> tuple[list[Ids], list[Ids]]:
+    """Prompts and responses of N pairs as 2N rows: chosen, rejected, chosen, rejected, …"""
+    return [pair.prompt for pair in pairs for _ in "wl"], [y for pair in pairs for y in (pair.chosen, pair.rejected)]
+
+
+def tokens_of(pair: Pair) -> int:
+    return 2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+
+
+def lengths_of(pairs: Sequence[Pair]) -> Tensor:
+    return torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs])  # (N, 2)
+
+
+def union(some: TrainingSet, others: TrainingSet) -> TrainingSet:
+    return TrainingSet(some.pairs + others.pairs, torch.cat([some.reference, others.reference]),
+                       torch.cat([some.margins, others.margins]), some.sources + others.sources)  # fmt: skip
 
 
 def split_by_prompt(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
     """The pairs to train on and those held out: a random `share` of the prompts, none of which is in both."""
-    prompts = list(dict.fromkeys(tuple(x) for x, _, _ in pairs))
+    prompts = list(dict.fromkeys(tuple(pair.prompt) for pair in pairs))
     held = set(random.Random(seed).sample(prompts, round(share * len(prompts))))
-    return [p for p in pairs if tuple(p[0]) not in held], [p for p in pairs if tuple(p[0]) in held]
+    in_held = [tuple(pair.prompt) in held for pair in pairs]
+    return [p for p, out in zip(pairs, in_held) if not out], [p for p, out in zip(pairs, in_held) if out]
 
 
 def fingerprint(*parts: Sequence[Any]) -> str:

@@ -1,18 +1,21 @@
 """log π(y|x), and the implicit reward made of it. Copy this file alone: it needs torch and tqdm.
 
     log π(y|x) = Σ_i log π(y_i | x, y_<i)           in nats, over the response's tokens, its EOS included
-    r(x, y)    = log π_θ(y|x) − log π_ref(y|x)      the implicit reward (DPO, arXiv:2305.18290, eq. 5, less β
-                                                    and a term of x alone that cancels in every margin)
+    r(x, y)    = log π_θ(y|x) − log π_ref(y|x)      the implicit reward (DPO, arXiv:2305.18290, eq. 5, without β
+                                                    and without a term of x alone, which cancels in every margin)
 
-Three things keep this exact and lean, for any `AutoModelForCausalLM`:
-1. Right padding and no attention mask. A causal model never looks right, so padding cannot change a real token.
-2. Only the positions that predict a response token go through the head, a chunk at a time, recomputed in backward:
-   (B, T, V) logits never exist.
-3. The head is the model's own: `model.forward` runs around a body that just hands over our hidden states, so soft
-   caps (gemma2), scaled logits (cohere, granite) and biases (phi) are applied by the code that defines them.
+Three ideas keep this exact and small in memory, for any `AutoModelForCausalLM`:
+1. Rows are padded on the right, and there is no attention mask. A causal model never looks to the right, so padding
+   cannot change a real token.
+2. Only the positions that predict a response token go through the head, a few thousand at a time, and their logits
+   are computed again in the backward pass: (B, T, V) logits never exist.
+3. The head is the model's own (see `body_returns`), so soft caps (gemma2), scaled logits (cohere, granite) and biases
+   (phi) are applied by the code that defines them. It runs in float32, whatever autocast says: bfloat16 keeps 8 bits
+   of a logit, and the sum over a response would be wrong by whole tenths of a nat.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
@@ -23,55 +26,79 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 TokenIds = list[int]
-HEAD_LOGITS = {"cuda": 2**26, "cpu": 2**23}  # per chunk: enough to keep a GPU busy, few enough for a CPU's cache
+HEAD_LOGITS = {"cuda": 2**26, "cpu": 2**23}  # logits at a time: enough to keep a GPU busy, few enough for a CPU's cache
+
+
+@contextmanager
+def body_returns(body, output) -> Iterator[None]:
+    """While this is open, `body(...)` computes nothing and returns `output`.
+
+    So `model(...)` applies its head, and whatever else it does to logits, to hidden states that we chose. `forward` of
+    this one module is replaced for that time, and put back. What that means for you:
+    - PEFT: pass the PEFT model; adapters in the body work, an adapter on the head works too, for it is called.
+    - torch.compile: compile the body (`model.model = torch.compile(model.model)`) and not the whole model, which would
+      be compiled again at every call.
+    - DDP: pass the DDP model's `.module` inside the DDP model's own forward, or set `static_graph=True`.
+    - Threads: one thread per model.
+    """
+    with patch.object(body, "forward", lambda *args, **kwargs: output):
+        yield
 
 
 def token_logprobs(model, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> tuple[Tensor, ...]:
     """log π(y_i|x, y_<i) in nats of every response token, for B (prompt, response) pairs of token ids.
 
-    Returns B float32 tensors, (|y|,) each; differentiable by `.backward()`, not by `torch.autograd.grad`, nor into a
-    head alone above a frozen body; DDP needs `static_graph=True`.
-    Dropout is the model's: call `model.eval()`, or set it to 0, where policy and reference must agree.
-    Raises ValueError where a prompt or a response is empty: then nothing predicts, or nothing is predicted.
+    Returns B float32 tensors, (|y|,) each. Differentiable by `.backward()`, but not by `torch.autograd.grad`, and not
+    into a head above a frozen body. Dropout is the model's: call `model.eval()`, or set it to 0, before you compare
+    policy and reference. Raises ValueError where a prompt or a response is empty, TypeError where one is no list.
     """
-    for row, (x, y) in enumerate(zip(prompts, responses, strict=True)):
-        if not x or not y:
-            raise ValueError(f"row {row}: an empty {'prompt' if not x else 'response'} has no log-probability")
+    check_token_ids(prompts, responses)
     device = next(model.parameters()).device
     counts = [len(y) for y in responses]
-    # The last token predicts nothing we need: feed x + y without it. Position |x|−1+i predicts y_i.
+    # The body reads x + y without its last token, which predicts nothing we need.
     inputs = pad_sequence([torch.tensor((x + y)[:-1]) for x, y in zip(prompts, responses)], batch_first=True)  # (B, T)
-    firsts = [row * inputs.shape[1] + len(x) - 1 for row, x in enumerate(prompts)]  # in the flat (B·T,)
-    positions = torch.cat([torch.arange(i, i + n) for i, n in zip(firsts, counts)]).to(device)  # (R,), R = Σ|y|
-    targets = torch.cat([torch.tensor(y) for y in responses]).to(device)  # (R,)
-
     body = model.get_decoder() or model.base_model  # transformers 4.56 finds no decoder in most models
     output = body(input_ids=inputs.to(device), use_cache=False, return_dict=True)
+
+    # Position |x|−1+i of a row predicts y_i. R = Σ|y| of the B·T positions are needed.
+    firsts = [row * inputs.shape[1] + len(x) - 1 for row, x in enumerate(prompts)]  # in the flat (B·T,)
+    positions = torch.cat([torch.arange(i, i + n) for i, n in zip(firsts, counts)]).to(device)  # (R,)
+    targets = torch.cat([torch.tensor(y) for y in responses]).to(device)  # (R,)
     hidden = output.last_hidden_state.flatten(0, 1).index_select(0, positions)  # (B, T, H) -> (B·T, H) -> (R, H)
-    kind = type(output)
-    del output  # (B, T, H) need not wait for backward
+    output_type = type(output)
+    del output  # (B, T, H) need not wait in memory for the backward pass
 
     def head(h: Tensor, y: Tensor) -> Tensor:  # (r, H), (r,) -> (r,)
-        with patch.object(body, "forward", lambda *args, **kwargs: kind(last_hidden_state=h[None])):
+        with body_returns(body, output_type(last_hidden_state=h[None])), torch.autocast(device.type, enabled=False):
             logits = model(input_ids=y[None], use_cache=False, return_dict=True).logits[0]  # (r, V)
-        quarters = zip(logits.chunk(4), y.chunk(4))  # float32 copies of a quarter: small enough to be used again
-        return -torch.cat([F.cross_entropy(part.float(), ids, reduction="none") for part, ids in quarters])
+        return -F.cross_entropy(logits.float(), y, reduction="none")
 
-    r = max(1, HEAD_LOGITS.get(device.type, 2**26) // model.get_output_embeddings().weight.shape[0])  # rows of a chunk
-    chunks = list(zip(hidden.split(r), targets.split(r)))
-    # Logits are recomputed in backward: one more product with the head, and no (R, V) is kept. Reentrant, so that a
-    # chunk's gradient of the head is added to .grad at once: its alternative holds two more (V, H).
+    weight = model.get_output_embeddings().weight  # (V, H)
+    rows = max(1, HEAD_LOGITS.get(device.type, 2**26) // weight.shape[0])  # r
+    chunks = list(zip(hidden.to(weight.dtype).split(rows), targets.split(rows)))
     if torch.is_grad_enabled():
+        # Reentrant, so that a chunk's gradient of the head is added to .grad at once: the other kind of checkpoint
+        # holds two more (V, H).
         logps = [checkpoint(head, h, y, use_reentrant=True, preserve_rng_state=False) for h, y in chunks]
     else:
         logps = [head(h, y) for h, y in chunks]
     return torch.cat(logps).split(counts)  # (R,) -> B of (|y|,)
 
 
-def sequence_logprobs(model, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> tuple[Tensor, Tensor]:
-    """log π(y|x) in nats for B (prompt, response) pairs of token ids; differentiable as `token_logprobs`, which see.
+def check_token_ids(prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> None:
+    for row, both in enumerate(zip(prompts, responses, strict=True)):
+        for name, ids in zip(("prompt", "response"), both):
+            if not isinstance(ids, list):
+                raise TypeError(f"row {row}: the {name} is a {type(ids).__name__}, expected a list of token ids")
+            if not ids:
+                raise ValueError(f"row {row}: an empty {name} has no log-probability")
 
-    Returns float32 (B,) sums and int64 (B,) token counts, apart, so that averaging is the caller's visible choice.
+
+def sequence_logprobs(model, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> tuple[Tensor, Tensor]:
+    """log π(y|x) in nats for B (prompt, response) pairs of token ids; differentiable as `token_logprobs` is.
+
+    A response that ended holds its EOS: append it, nothing here does. Returns float32 (B,) sums and int64 (B,) token
+    counts, apart, so that averaging is the caller's visible choice. Raises as `token_logprobs` does.
     """
     rows = token_logprobs(model, prompts, responses)
     sums = torch.stack([row.sum() for row in rows])  # B of (|y|,) -> (B,)
@@ -103,20 +130,22 @@ def score(
 
     Longest first: there is next to no padding, and a batch that does not fit the memory fails at once.
     Returns CPU tensors in the rows' order: float32 (N,) sums in nats, int64 (N,) counts. `desc` shows a progress bar.
-    `of`: what else than their sum to make of a response's (|y|,) token log-probs, as `sum_and_least` does: (N, …).
+    of: what to make of a response's (|y|,) token log-probs instead of their sum, such as `sum_and_least`: (N, …).
     """
     was_training = model.training
     model.eval()
     batches = token_batches([len(x) + len(y) for x, y in zip(prompts, responses, strict=True)], max_tokens)
     parts = []
-    for batch in tqdm(batches, desc=desc, unit="batch", disable=desc is None):
-        rows = token_logprobs(model, [prompts[i] for i in batch], [responses[i] for i in batch])
-        parts.append(torch.stack([of(row) for row in rows]))
-    model.train(was_training)
-    sums = torch.empty(len(prompts), *of(torch.zeros(1)).shape)  # (N, …)
+    try:
+        for batch in tqdm(batches, desc=desc, unit="batch", disable=desc is None):
+            rows = token_logprobs(model, [prompts[i] for i in batch], [responses[i] for i in batch])
+            parts.append(torch.stack([of(row) for row in rows]))
+    finally:
+        model.train(was_training)
+    results = torch.empty(len(prompts), *of(torch.zeros(1)).shape)  # (N, …)
     if parts:
-        sums[[i for batch in batches for i in batch]] = torch.cat(parts).cpu()
-    return sums, torch.tensor([len(y) for y in responses], dtype=torch.int64)
+        results[[i for batch in batches for i in batch]] = torch.cat(parts).cpu()  # back to the rows' order
+    return results, torch.tensor([len(y) for y in responses], dtype=torch.int64)
 
 
 def sum_and_least(logps: Tensor) -> Tensor:

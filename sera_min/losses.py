@@ -5,6 +5,9 @@
 Each loss maps (B,) margins to (B,) losses, unreduced. Where TRL has the loss, the values are TRL's.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,11 +48,18 @@ def simpo_loss(margin: Tensor, beta: float = 2.0, gamma: float = 1.0) -> Tensor:
     return F.logsigmoid(beta * margin - gamma).neg()
 
 
-# Which implicit reward a loss goes with. Training, selection and bootstrapping all read it here.
-#       loss        is r per token?     is r against the reference?
+class Loss(NamedTuple):
+    """A loss and the implicit reward whose margin it is a function of. Training and review both read it here."""
+
+    function: Callable[..., Tensor]
+    beta: float  # its default
+    per_token: bool  # is r divided by the response's length?
+    against_reference: bool  # or is r = log π_θ(y|x) alone?
+
+
 LOSSES = {
-    "dpo":   (dpo_loss,   False,        True),
-    "ipo":   (ipo_loss,   True,         True),
-    "slic":  (slic_loss,  False,        True),
-    "simpo": (simpo_loss, True,         False),
-}  # fmt: skip
+    "dpo": Loss(dpo_loss, beta=0.1, per_token=False, against_reference=True),
+    "ipo": Loss(ipo_loss, beta=0.1, per_token=True, against_reference=True),
+    "slic": Loss(slic_loss, beta=0.1, per_token=False, against_reference=True),
+    "simpo": Loss(simpo_loss, beta=2.0, per_token=True, against_reference=False),
+}

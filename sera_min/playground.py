@@ -31,8 +31,10 @@ VERBS = "is looks seems".split()
 SHARE_ON_TOPIC = SHARE_KIND = 0.625  # mean true reward: (2·0.625 − 1 + 2·0.625 − 1) / 2 = 0.25
 BETA = {"dpo": 1.0, "ipo": 1.0, "slic": 1.0, "simpo": 2.0}  # what this world's small model is trained with
 LEARNING_RATE = 3e-4
-MAX_LENGTH, MAX_PROMPT_LENGTH = 64, 16
-MAX_NEW_TOKENS = 32  # five sentences of five words and the end, and room to ramble
+DEFAULTS = {  # of flags, in this world; 32 new tokens are five sentences of five words, the end, and room to ramble
+    "max_train_pairs": 2000, "max_length": 64, "max_prompt_length": 16, "max_new_tokens": 32,
+    "learning_rate": LEARNING_RATE,
+}  # fmt: skip
 
 
 def write_response(prompt: str, rng: random.Random) -> str:
@@ -64,9 +66,9 @@ def true_reward(prompt: str, response: str) -> float:
     return sum(scores) / len(scores)
 
 
-def precision(pairs: list[tuple[str, ...]]) -> float:
-    """Share of (prompt, chosen, rejected) whose chosen response has the larger true reward; a sampled tie is ½."""
-    gold = [(true_reward(x, w), true_reward(x, l)) for x, w, l in pairs]
+def precision(pairs: list[dict[str, str]]) -> float:
+    """Share of rows of prompt, chosen, rejected whose chosen response has the larger true reward; a tie is ½."""
+    gold = [[true_reward(row["prompt"], row[name]) for name in ("chosen", "rejected")] for row in pairs]
     return sum((w > l) + 0.5 * (w == l) for w, l in gold) / len(gold)
 
 

@@ -1,246 +1,152 @@
-"""What a run writes and how it resumes: metrics, pairs, checkpoints, table, report. Nothing of the method is here.
+"""A run around the method: what its phases share, precision and memory, and what is refused at the start."""
 
-    output_dir/
-      config.json               the resolved configuration
-      metrics.jsonl             one line a step ("phase": "train") and one an evaluation ("eval", at the end "final")
-      iteration-<t>/pairs.jsonl, samples.jsonl
-      policy/                   the final policy and its tokenizer, for `from_pretrained`
-      report.md                 the table of iterations, and prompts answered before and after
-      curves.png, margins.png   its figures, where matplotlib is installed
-      tensorboard/              the metrics again, where tensorboard is installed
-      samples.json              the final policy's answers to --prompt_file, in AlpacaEval's format
-      state/                    while it runs, what `--resume_from_checkpoint` needs:
-        <t>-done, <t>-<step>    policy, optimizer and state, after iteration t or within it; at 0 the reference
-        <t>-<phase>.pt          what a finished phase of iteration t returned: log-probs, samples
-
-Whatever may be read again is written beside and renamed: a run that dies leaves the last whole version.
-"""
-
-import argparse
 import json
 import math
-import os
-import shutil
-import signal
-import time
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sera_min.data import InputError
-
-COLUMNS = {  # of the table: heading -> where it comes from, and what it is
-    "iteration": ("iteration", "0 is the SFT policy"),
-    "pairs": ("pairs", "offline pairs kept"),
-    "precision": ("select/precision", "share of them whose chosen response has the larger true reward"),
-    "own": ("own", "bootstrapped pairs"),
-    "own precision": ("bootstrap/precision", "the same share of those"),
-    "reward": ("gold/reward", "true reward, mean over fresh samples for held-out prompts"),
-    "win rate": ("gold/win_rate", "of those samples against the SFT policy's, ties ½"),
-    "words": ("gold/length", "mean length of those samples"),
-    "accuracy": ("eval_rewards/accuracies", "share of held-out pairs with a positive implicit reward margin, ties ½"),
-    "margin": ("eval_rewards/margins", "β times their mean implicit reward margin"),
-    "seconds": ("seconds", "review, training and evaluation, since the last resume"),
-}
+from sera_min import bootstrap, data, folder, playground, report
+from sera_min.config import Config, Resolved, resolve, seed_of
+from sera_min.data import Ids, InputError, Pair, Samples, TrainingSet, rows_of, tokens_of
+from sera_min.logprobs import score, sequence_logprobs, sum_and_least, token_batches
 
 
-SECONDS: Counter[str] = Counter()  # of this process, by phase
-WRITERS: dict[Path, Any] = {}  # of TensorBoard's events, by folder
+@dataclass(frozen=True)
+class Run:
+    """What all phases of a run share."""
+
+    config: Resolved
+    out: Path
+    policies: folder.Policies
+    tokenizer: Any
+    eos_ids: list[int]  # the tokens that end a response
+    offline: list[Pair]  # D
+    held_out: list[Pair]  # to evaluate on: none of their prompts is in D
+    eval_prompts: list[Ids]  # to be answered
+    file_prompts: list[Ids]  # those of --prompt_file, and their texts
+    file_texts: list[str]
+
+    def log_prob(self, i: int, prompts: list[Ids], responses: list[Ids], what: str) -> Tensor:
+        """log π_θi(y|x) of R rows and the log-prob of each one's least likely token, (R, 2): a phase for i and what."""
+        desc = f"score {what} under {f'policy {i}' if i else 'the reference'}"
+        compute = lambda: score_rows(self.policies.get(i), prompts, responses, self.config, desc)  # noqa: E731
+        return folder.phase(self.out, f"logps-{what}-under-{i}", compute)
+
+    def sample(self, i: int, prompts: list[Ids]) -> list[list[tuple[Ids, bool]]]:
+        """N responses a prompt from π_θi, for the review of iteration i + 1: a phase."""
+        compute = lambda: self.draw(i, prompts, self.config.samples_per_prompt, i + 1, "samples")  # noqa: E731
+        return folder.phase(self.out, f"samples-{i + 1}", compute)
+
+    def answer(self, i: int, prompts: list[Ids], phase: str) -> list[str]:
+        """One response a prompt from π_θi, as text: a phase."""
+
+        def compute() -> list[str]:
+            written = self.draw(i, prompts, 1, i, phase)
+            return [self.text(y, after=x) for x, [(y, _)] in zip(prompts, written)]
+
+        return folder.phase(self.out, f"{phase.replace(' ', '-')}-{i}", compute)
+
+    @report.timed("sampling")
+    def draw(self, i: int, prompts: list[Ids], n: int, t: int, phase: str) -> list[list[tuple[Ids, bool]]]:
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        return draw_samples(self.policies.get(i), prompts, n, self.config, ends=self.eos_ids, pad=pad,
+                            seed=seed_of(self.config.seed, t, phase), desc=f"iteration {t}: {phase}")  # fmt: skip
+
+    def text(self, ids: Ids, after: Ids | None = None) -> str:
+        return data.decode(self.tokenizer, ids, self.eos_ids, after)
+
+    def texts(self, pairs: list[Pair]) -> list[dict[str, str]]:
+        """Pairs as people and TRL read them."""
+        return [{"prompt": self.text(x), "chosen": self.text(w, after=x), "rejected": self.text(l, after=x)}
+                for x, w, l in pairs]  # fmt: skip
 
 
-@contextmanager
-def timed(phase: str) -> Iterator[None]:
-    """As a decorator: what the function takes is counted as this phase's."""
-    began = time.monotonic()
-    try:
-        yield
-    finally:
-        SECONDS[phase] += time.monotonic() - began  # type: ignore[assignment]
+    def write_review(self, t: int, training_set: TrainingSet, samples: Samples | None) -> None:
+        """iteration-<t>/pairs.jsonl and samples.jsonl."""
+        margins_and_sources = zip(training_set.margins.tolist(), training_set.sources)
+        folder.write_jsonl(self.out / f"iteration-{t}" / "pairs.jsonl", (
+            {**texts, "margin": margin, "source": source}
+            for texts, (margin, source) in zip(self.texts(training_set.pairs), margins_and_sources)
+        ))  # fmt: skip
+        if samples is None:
+            return
+        rows = zip(self.offline, samples.responses, *(column.tolist() for column in samples[1:4]))
+        folder.write_jsonl(self.out / f"iteration-{t}" / "samples.jsonl", (
+            {"prompt": self.text(x), "response": self.text(y, after=x), "finish_reason": "stop" if ended else "length",
+             "usable": usable, "reward": reward if usable else None}
+            for (x, _, _), *columns in rows for y, ended, usable, reward in zip(*columns)
+        ))  # fmt: skip
 
+    def count_pairs(self, t: int) -> dict[str, Any]:
+        """Of iteration t's pairs.jsonl: how many were given and bootstrapped; in the playground, how many are right."""
+        counts: dict[str, Any] = {}
+        if self.config.in_playground:
+            counts["data/label_accuracy"] = playground.precision(self.texts(self.offline))
+        rows = folder.read_jsonl(self.out / f"iteration-{t}" / "pairs.jsonl") if t else []
+        for name, source in {"select": "offline", "bootstrap": "bootstrap"}.items():
+            some = [row for row in rows if row["source"] == source]
+            if rows:
+                counts[f"{name}/pairs"] = len(some)
+            if rows and self.config.in_playground:
+                counts[f"{name}/precision"] = playground.precision(some) if some else None
+        return counts
 
-def seed_of(seed: int, t: int, phase: str) -> int:
-    """A seed of its own for everything that is drawn: the run's seed, the iteration and the phase make it."""
-    return zlib.crc32(f"{seed} {t} {phase}".encode())
+    def write_answers(self, t: int, before: list[str], answers: list[str]) -> list[str]:
+        """iteration-<t>/answers.jsonl: to every evaluation prompt the SFT policy's and π_θt's. Returns the prompts."""
+        prompts = [self.text(x) for x in self.eval_prompts]
+        folder.write_jsonl(self.out / f"iteration-{t}" / "answers.jsonl", (
+            {"prompt": x, "reference": old, "answer": new} for x, old, new in zip(prompts, before, answers)
+        ))  # fmt: skip
+        return prompts
 
-
-def halving(attempt: Callable[[int], Any], tokens: int, least: int) -> tuple[Any, int]:
-    """attempt(tokens), and where the GPU's memory runs out with half of it, not below `least`; and what was enough."""
-    while True:
-        try:
-            return attempt(tokens), tokens
-        except torch.OutOfMemoryError:
-            if tokens <= least:
-                raise
-            tokens //= 2
-            tqdm.write(f"out of memory: again, with {tokens} tokens at a time")
-
-
-def group_help(parser: argparse.ArgumentParser, headings: dict[str, str]) -> None:
-    """--help under headings, each begun by the flag that it is given for."""
-    flags, group = parser._optionals._group_actions, parser._optionals
-    for action in list(flags):
-        if action.dest in headings:
-            group = parser.add_argument_group(headings[action.dest])
-        if group is not parser._optionals:
-            flags.remove(action)
-            group._group_actions.append(action)
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """--help: the file's header as it is written, and every flag with its default in the place of a value."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=36, width=120)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if action.dest == "help":
-            return super()._format_action_invocation(action)
-        value = "…" if action.default is None else action.default
-        return f"--{action.dest}" if value is False else f"--{action.dest} {value}"
-
-
-def existing(path: Path) -> Path:
-    """The path itself, or what is there of it."""
-    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-
-
-def check(out: Path, config: dict[str, Any], resume: bool) -> None:
-    """`out` is free for a run of this configuration, or holds one begun with it. Raises InputError."""
-    there = existing(out)
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"--output_dir {out}: {there} is no folder that can be written to")
-    if not resume:
-        if (out / "config.json").exists():
-            if (out / "policy").exists():
-                raise InputError(f"{out} already holds a run, which has ended: another --output_dir")
-            raise InputError(f"{out} already holds a run: --resume_from_checkpoint {out}, or another --output_dir")
-        for name in ("policy", "state", "metrics.jsonl"):
-            if (out / name).exists():
-                raise InputError(f"{out} already holds a {name}, which a run would write: another --output_dir")
-        return
-    if not (out / "config.json").is_file():
-        raise InputError(f"--resume_from_checkpoint {out}: no run has begun there")
-    with reading(out / "config.json"):
-        before = dict(json.loads((out / "config.json").read_text()))
-    free = {"output_dir", "data", "max_tokens", "gradient_checkpointing", "save_steps"}  # nothing but rounding
-    for name in sorted((config.keys() | before.keys()) - free):
-        if config.get(name) != before.get(name):
-            raise InputError(f"{out} was begun with {name} = {before.get(name)!r}, not {config.get(name)!r}")
-    if (out / "policy").exists():
-        tidy(out)
-        raise InputError(f"{out}: this run has ended, its policy is in {out / 'policy'}")
-
-
-def begin(out: Path, config: dict[str, Any], data: str, policy: Any) -> None:
-    """Claim `out`, where there is room: from here on it holds a run on this data. Raises InputError.
-
-    At once there are at most the reference, the last policy, and two checkpoints within an iteration, each with its
-    optimizer, twice a policy.
-    """
-    if (out / "config.json").exists():
-        if (before := json.loads((out / "config.json").read_text()).get("data")) != data:
-            raise InputError(f"{out} was begun with other data: {before}, not {data}")
-        for rest in (out / "state").glob(".*"):  # of a write that died
-            shutil.rmtree(rest)
-        return
-    needed = 8 * sum(p.nbytes for p in policy.parameters())
-    if (free := shutil.disk_usage(existing(out)).free) < needed:
-        raise InputError(f"--output_dir {out}: {free / 1e9:.1f} GB free, and checkpoints take {needed / 1e9:.1f}")
-    replace(out / "config.json", json.dumps({**config, "data": data}, indent=2) + "\n")
-
-
-def once(out: Path, t: int, phase: str, compute: Callable[[], Any]) -> Any:
-    """compute(), kept in state/ until iteration t is done: a resumed run does not do it again."""
-    file = out / "state" / f"{t:03d}-{phase}.pt"
-    file.parent.mkdir(exist_ok=True)
-    if file.exists():
-        with reading(file):
-            return torch.load(file, weights_only=True)
-    result = compute()
-    with writing(file):
-        torch.save(result, file.with_suffix(".tmp"))
-        file.with_suffix(".tmp").replace(file)
-    return result
-
-
-def first_line(error: Exception) -> str:  # torch's go on with a trace of their own
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    def finish(self) -> None:
+        """samples.json in AlpacaEval's format, where --prompt_file asks for it; the report; the policy in its place."""
+        last = self.config.iterations
+        if self.file_prompts:
+            answers = zip(self.file_texts, self.answer(last, self.file_prompts, "prompt file"))
+            rows = [{"instruction": x, "output": y, "generator": str(self.out)} for x, y in answers]
+            folder.write(self.out / "samples.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+        report.finish(self.out, last)
+        folder.finish(self.out, last)
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What fails here is an OSError of one line, and leaves no half a file or folder to fill the disk."""
-    try:
-        yield
-    except Exception as error:  # safetensors and torch each raise their own
-        shutil.rmtree(path.with_name(f".{path.name}"), ignore_errors=True)
-        path.with_suffix(".tmp").unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written: {first_line(error)}") from None
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """What fails here is an InputError of one line."""
-    try:
-        yield
-    except Exception as error:  # json and torch each raise their own
-        raise InputError(f"{path} cannot be read: {first_line(error)}") from None
-
-
-@contextmanager
-def stop_after_step() -> Iterator[list[int]]:
-    """Meanwhile SIGINT and SIGTERM are only noted, in the list given, that a step may end; a second stops at once."""
-    asked: list[int] = []
-
-    def note(number: int, frame: Any) -> None:
-        if asked:
-            raise KeyboardInterrupt
-        asked.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def load(path: str | Path, device: str) -> tuple[Any, Any]:
-    """A policy in float32, on `device` and without dropout, and its tokenizer; safetensors only, no remote code."""
-    if not Path(path).exists() and (str(path).count("/") > 1 or str(path).startswith((".", "~", "/"))):
-        raise InputError(f"{path}: no such folder")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        for part in (settings, settings.get_text_config()):  # within the former where it sees or hears too
-            for name, value in part.to_dict().items():
-                if "drop" in name and isinstance(value, float):
-                    setattr(part, name, 0.0)
-        options: dict[str, Any] = {"config": settings, "dtype": torch.float32, "use_safetensors": True}
-        options |= {"trust_remote_code": False, "output_loading_info": True}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
-    except Exception as error:  # of files that are missing, broken, of another shape, or need another package
-        raise InputError(f"{path}: {' '.join(str(error).split())[:300]}") from None
-    policy, info = loaded
-    if info["missing_keys"]:
-        raise InputError(f"{path}: its weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"{path}: its tokenizer has no EOS token: no response could end")
-    size = policy.get_input_embeddings().num_embeddings
-    if len(tokenizer) > size:
-        raise InputError(f"{path}: its tokenizer has {len(tokenizer)} ids, the model embeds {size}")
-    try:
-        policy.generation_config.validate(strict=True)
-    except ValueError:  # settings of sampling without do_sample, which transformers would not save
-        policy.generation_config.do_sample = True
-    return policy.to(device), tokenizer
+def opened(flags: Config) -> Iterator[Run]:
+    """The run that the flags ask for, in its folder, which is this process's meanwhile. What cannot be is refused."""
+    report.SECONDS.clear()
+    config = resolve(flags)
+    out, values = Path(config.output_dir), asdict(config)
+    folder.check(out, values, resume=flags.resume_from_checkpoint is not None)
+    rows = data.read_rows(config.prompt_file, "train") if config.prompt_file else []  # before what takes long
+    policies = folder.Policies(out, config.model_name_or_path, config.device)
+    if (newest := policies.newest()) < 0:
+        policies.hold(0, *report.timed("SFT")(playground.make_sft_policy)(config.seed, config.device))
+    policy, tokenizer = policies.get(max(newest, 0)), policies.tokenizer
+    longest = max(config.max_length, config.max_prompt_length + config.max_new_tokens)
+    check_positions(policy, longest, "--max_length or --max_prompt_length + --max_new_tokens")
+    ends = eos_ids_of(policy, tokenizer)
+    limits: dict = {"eos_ids": ends, "max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
+    read = playground_pairs if config.in_playground else user_pairs
+    offline, held_out, eval_prompts = read(config, tokenizer, limits)
+    if not offline:
+        raise InputError(f"--dataset_name {config.dataset_name}: no pair is left to train on")
+    texts, prompts, counts = data.encode_prompts(rows, tokenizer, name=config.prompt_file or "", **limits)
+    if config.prompt_file:
+        print(f"prompts to answer: {data.format_counts(counts)}")
+    if newest < 1:
+        check_before_training(policy, offline[0], config)
+    with folder.claimed(out, values, data.fingerprint(offline, held_out, prompts), policy):
+        if newest < 0:
+            policies.put(0, policy, tokenizer)
+        yield Run(config, out, policies, tokenizer, ends, offline, held_out, eval_prompts, prompts, texts)
 
 
 def eos_ids_of(policy: Any, tokenizer: Any) -> list[int]:
@@ -249,171 +155,137 @@ def eos_ids_of(policy: Any, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys([tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)]))
 
 
+def playground_pairs(config: Resolved, tokenizer: Any, limits: dict) -> tuple[list[Pair], list[Pair], list[Ids]]:
+    """D, evaluation pairs without wrong labels, and the evaluation prompts, twice each, to be answered."""
+    noise = {"label_noise": config.label_noise, "length_bias": config.length_bias}
+    part = config.eval_split or "test"
+    rows = playground.preferences(config.max_train_pairs or 0, "train", seed=config.seed, **noise)
+    test = playground.preferences(512, part, seed=config.seed, label_noise=0, length_bias=0)
+    offline, counts = data.encode(rows, tokenizer, name="playground", **limits)
+    held_out, _ = data.encode(test, tokenizer, name=f"playground {part}", **limits)
+    print(f"data: {data.format_counts(counts)}; {len(held_out)} held out")
+    return offline, held_out, tokenizer(playground.prompts(part) * 2).input_ids
+
+
+def user_pairs(config: Resolved, tokenizer: Any, limits: dict) -> tuple[list[Pair], list[Pair], list[Ids]]:
+    """D, evaluation pairs, none of whose prompts is in D, and up to five of their prompts, to be answered."""
+    name = str(config.dataset_name)
+    rows = data.read_rows(name, config.dataset_train_split, config.max_train_pairs)
+    if tokenizer.chat_template is None:
+        print("template: the tokenizer has none, so dialogues read '\\n\\nHuman: … \\n\\nAssistant: …'")
+    offline, counts = data.encode(rows, tokenizer, name=name, **limits)
+    if config.eval_split is None:
+        offline, held_out = data.split_by_prompt(offline, config.eval_fraction, config.seed)
+        few = " (--eval_fraction of the prompts is less than one)" if config.eval_fraction and not held_out else ""
+        print(f"data: {data.format_counts(counts)}; {len(held_out)} of them held out{few}")
+    else:
+        other = config.eval_dataset_name or name
+        held_out, held_counts = data.encode(data.read_rows(other, config.eval_split), tokenizer, name=other, **limits)
+        n, known = len(offline), {tuple(pair.prompt) for pair in held_out}
+        offline = [pair for pair in offline if tuple(pair.prompt) not in known]
+        counts["kept"], counts["dropped: the prompt is in the evaluation data"] = len(offline), n - len(offline)
+        print(f"data: {data.format_counts(counts)}\nevaluation data: {data.format_counts(held_counts)}")
+        if not held_out:
+            raise InputError(f"{other}, split '{config.eval_split}': no pair is left to evaluate on")
+    prompts = dict.fromkeys(tuple(pair.prompt) for pair in held_out or offline)
+    return offline, held_out, [list(x) for x in prompts][:5]
+
+
+def amp(device: str) -> torch.autocast:
+    """Weights stay float32; on a GPU products are bfloat16. A context for each forward pass: it caches cast weights."""
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda")
+
+
+def retry_on_oom(attempt: Callable[[int], Any], tokens: int, least: int) -> tuple[Any, int]:
+    """attempt(tokens) and what was enough: where memory runs out, again with half the tokens, not below `least`."""
+    while True:
+        try:
+            return attempt(tokens), tokens
+        except torch.OutOfMemoryError:
+            if tokens <= least:
+                raise
+        tokens //= 2
+        tqdm.write(f"out of memory: again, with {tokens} tokens at a time")
+
+
+@report.timed("scoring")
+def score_rows(model: Any, prompts: list[Ids], responses: list[Ids], config: Resolved, desc: str | None) -> Tensor:
+    """log π(y|x) of R rows and the log-prob of each one's least likely token, nats: float32 (R, 2), on the CPU."""
+
+    def attempt(max_tokens: int) -> Tensor:
+        with amp(config.device):
+            return score(model, prompts, responses, max_tokens=max_tokens, of=sum_and_least, desc=desc)[0]
+
+    longest = max((len(x) + len(y) for x, y in zip(prompts, responses)), default=0)
+    logps = retry_on_oom(attempt, config.max_tokens, longest)[0]
+    if not logps.isfinite().all():
+        row = int((~logps.isfinite()).nonzero()[0, 0])
+        raise FloatingPointError(f"{desc or 'check'}: log π(y|x) of response {row} is {logps[row, 0]}")
+    return logps
+
+
+def draw_samples(
+    model: Any, prompts: list[Ids], n: int, config: Resolved, *, ends: list[int], pad: int, seed: int, desc: str
+) -> list[list[tuple[Ids, bool]]]:
+    """n samples of each prompt, by the flags."""
+
+    def attempt(max_tokens: int) -> list[list[tuple[Ids, bool]]]:
+        with amp(config.device):
+            return bootstrap.sample_responses(
+                model, prompts, n, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
+                top_p=config.top_p, eos_token_id=ends, pad_token_id=pad, seed=seed, max_tokens=max_tokens, desc=desc,
+            )  # fmt: skip
+
+    least = n * (config.max_prompt_length + config.max_new_tokens)  # longest prompts come first: it fails at once
+    return retry_on_oom(attempt, bootstrap.CACHE_TOKENS[config.device], least)[0]
+
+
+def backward_of_mean(policy: Any, pairs: list[Pair], losses_of: Callable, max_tokens: int, device: str) -> Tensor:
+    """The gradient of the mean loss of b pairs is added to the policy's. Returns log π(y|x) of their responses, (b, 2).
+
+    losses_of(logps, some): the losses (m,) of the pairs with the numbers `some`, of their log-probs (m, 2).
+    The mean over the b pairs is the same however they are split: into micro-batches of pairs, the activations of
+    `max_tokens` tokens in memory at a time; and, for speed, those into passes of rows of like length, a quarter of
+    `max_tokens` each, so that there is little padding. Gradients go back pass by pass, one in memory at a time.
+    """
+    logps = torch.empty(len(pairs), 2)
+    for some in token_batches([tokens_of(pair) for pair in pairs], max_tokens):
+        x, y = rows_of([pairs[i] for i in some])  # 2m rows
+        passes = token_batches([len(a) + len(b) for a, b in zip(x, y)], max_tokens // 4)
+        with amp(device):
+            sums = [sequence_logprobs(policy, [x[i] for i in rows], [y[i] for i in rows])[0] for rows in passes]
+        by_length = torch.cat(sums).detach().requires_grad_()  # (2m,), in the order of the passes
+        order = torch.tensor([i for rows in passes for i in rows]).argsort()  # back to the rows' order
+        losses = losses_of(by_length[order].view(-1, 2), some)  # (2m,) -> (m, 2) -> (m,)
+        (losses.sum() / len(pairs)).backward()  # as far as the log-probs
+        for one, gradient in zip(sums, by_length.grad.split([len(rows) for rows in passes])):  # type: ignore[union-attr]
+            one.backward(gradient)  # and through the model
+        logps[some] = by_length.detach()[order].view(-1, 2).cpu()
+    return logps
+
+
+def check_before_training(policy: Any, pair: Pair, config: Resolved) -> None:
+    """Before training π_θ = π_ref: log-probs must be the logits', and alike when scored and when trained."""
+    x, y = rows_of([pair])
+    scored = score_rows(policy, x, y, config, desc=None)[:, 0]  # (2,), as the reference is scored
+    policy.train()
+    with torch.no_grad(), amp(config.device):
+        trained = sequence_logprobs(policy, x, y)[0].cpu()  # (2,), as the policy is trained
+        logits = policy(input_ids=torch.tensor([x[0] + y[0]], device=config.device)).logits  # (1, T, V)
+        predicting, target = logits[0, len(x[0]) - 1 : -1].float(), torch.tensor(y[0], device=config.device)  # (|y|, V)
+        plain = -cross_entropy(predicting, target, reduction="sum").cpu()
+    allowed = (1e-4 if config.device == "cpu" else 2e-2) * max(map(len, y))  # nats; bfloat16 keeps 8 bits
+    for what, error in {
+        "log π(y|x) differs from its logits'": scored[0] - plain,
+        "log π_θ as it trains differs from log π_ref as it is scored": trained - scored,
+    }.items():
+        if not error.abs().max() <= allowed:
+            raise InputError(f"{what}, by {error.abs().max():.3g} nats: this model cannot be trained here")
+    print("check: log π(y|x) is the logits', and π_θ scores as π_ref")
+
+
 def check_positions(policy: Any, longest: int, flags: str) -> None:
     """The model has a position for every token of the longest row that the flags allow. Raises InputError."""
     positions = getattr(policy.config, "max_position_embeddings", None) or math.inf
     if longest > positions:
         raise InputError(f"{flags} is {longest}: the model has {positions} positions")
-
-
-def replace(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(file.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(file)
-
-
-def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-
-
-def write_jsonl(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    replace(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def log(out: Path, **metrics: Any) -> dict[str, Any]:
-    """Append a line to metrics.jsonl. No clock is in it: a resumed run's lines are the uninterrupted run's.
-
-    Where tensorboard is installed, also an event: a curve an iteration by step, and the evaluations by iteration.
-    """
-    with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(metrics) + "\n")
-    t = metrics["iteration"]
-    curve, at = (f"iteration-{t}", metrics["step"]) if metrics["phase"] == "train" else ("evaluation", t)
-    if writer := events(out / "tensorboard" / curve, at):
-        for name, value in metrics.items():
-            if isinstance(value, float):
-                writer.add_scalar(name, value, at)
-        writer.flush()
-    return metrics
-
-
-def events(folder: Path, at: int) -> Any:
-    """TensorBoard's writer into the folder, from step `at` on, open until the run ends; None where there is none."""
-    if folder not in WRITERS:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
-            WRITERS[folder] = SummaryWriter(str(folder), purge_step=at)
-        except ImportError:
-            WRITERS[folder] = None
-        except Exception as error:  # a broken installation raises anything, and is no reason to end a run
-            WRITERS[folder] = print(f"no TensorBoard: {first_line(error)}")
-    return WRITERS[folder]
-
-
-def draw(out: Path, t: int) -> list[str]:
-    """curves.png and, of iteration t > 1, margins.png, where matplotlib is installed; the names of those drawn."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return []
-    except Exception as error:  # as in `events`
-        print(f"no figures: {first_line(error)}")
-        return []
-    steps = [row for row in read_jsonl(out / "metrics.jsonl") if row["phase"] == "train"]
-    curves = Figure((11, 3), layout="constrained")
-    for axes, name in zip(curves.subplots(1, 3), ("loss", "rewards/accuracies", "rewards/margins")):
-        for i in range(1, t + 1):
-            axes.plot(*zip(*((at, row[name]) for at, row in enumerate(steps, 1) if row["iteration"] == i)))
-        axes.set(title=name, xlabel="step, a colour an iteration")
-    figures = {"curves.png": curves}
-    if t > 1:  # something was selected
-        pairs, sources = read_jsonl(out / f"iteration-{t}" / "pairs.jsonl"), ("offline", "bootstrap")
-        figures["margins.png"] = Figure((6, 3), layout="constrained")
-        axes = figures["margins.png"].subplots()
-        axes.hist([[pair["margin"] for pair in pairs if pair["source"] == s] for s in sources], bins=50, label=sources)
-        axes.set(xlabel=f"margin of the pairs of iteration {t}, nats", ylabel="pairs")
-        axes.legend()
-    for name, figure in figures.items():
-        figure.savefig(out / f"{name}.tmp", format="png")
-        (out / f"{name}.tmp").replace(out / name)
-    return list(figures)
-
-
-def save_checkpoint(
-    out: Path, t: int, policy: Any, tokenizer: Any, state: dict[str, Any], step: int | None = None, **more: Any
-) -> None:
-    """state/<t>-<step>, or state/<t>-done after an iteration: the policy, and what goes on from here.
-
-    Kept are the newest, the ends of this iteration and the one before, for the reward ensemble, and the reference's.
-    Raises OSError where it cannot be written, FloatingPointError where the weights are none: the one before it stays.
-    """
-    metrics = out / "metrics.jsonl"
-    written = metrics.stat().st_size if metrics.exists() else 0
-    state = {**state, **more, "iteration": t, "step": step, "metrics_bytes": written}
-    name = f"{t:03d}-done" if step is None else f"{t:03d}-{step:08d}"
-    beside = out / "state" / f".{name}"
-    if not all(p.isfinite().all() for p in policy.parameters()):
-        raise FloatingPointError(f"iteration {t}: weights of the policy are no numbers; the last good checkpoint stays")
-    with writing(out / "state" / name):
-        policy.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
-        torch.save(state, beside / "state.pt")
-        beside.rename(out / "state" / name)
-    for other in (out / "state").iterdir():
-        if other.suffix and step is None:  # of phases of an iteration that is done
-            other.unlink()
-        elif not other.suffix and other.name not in (name, f"{t:03d}-done", f"{t - 1:03d}-done", "000-done"):
-            shutil.rmtree(other)
-
-
-def latest_checkpoint(out: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest whole checkpoint's folder and state ("done" sorts after any step); metrics.jsonl goes back to it."""
-    folders = sorted(folder for folder in (out / "state").glob("[0-9]*") if (folder / "state.pt").is_file())
-    if not folders:
-        (out / "metrics.jsonl").unlink(missing_ok=True)
-        return None
-    with reading(folders[-1] / "state.pt"):
-        state = torch.load(folders[-1] / "state.pt", weights_only=True, map_location="cpu")
-    with open(out / "metrics.jsonl", "a") as file:
-        file.truncate(state["metrics_bytes"])
-    return folders[-1], state
-
-
-def row(evaluation: dict[str, Any], kept: list[int] | None = None, seconds: float | None = None) -> dict[str, Any]:
-    """An iteration's row of the table."""
-    pairs, own = kept or (None, None)
-    every = {**evaluation, "pairs": pairs, "own": own, "seconds": seconds if seconds is None else round(seconds)}
-    return {heading: every.get(key) for heading, (key, _) in COLUMNS.items()}
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """The iterations as a Markdown table, of the columns that any row has."""
-    columns = [c for c in COLUMNS if any(row.get(c) is not None for row in rows)]
-    lines = [[format_cell(row.get(c)) for c in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(columns, *lines)]
-    lines = [columns, ["-" * (w - 1) + ":" for w in widths], *lines]
-    return "\n".join("| " + " | ".join(cell.rjust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
-
-
-def format_cell(value: Any) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
-
-
-def tidy(out: Path) -> None:
-    """Once there is a policy/, nothing is left to resume."""
-    (out / "policy" / "state.pt").unlink(missing_ok=True)
-    shutil.rmtree(out / "state", ignore_errors=True)
-
-
-def finish(out: Path, t: int, rows: list[dict[str, Any]], answers: Iterable[tuple[str, str, str]]) -> None:
-    """Write report.md, print the table and the answers; the last checkpoint becomes policy/, and state/ goes."""
-    shown = table(rows)
-    report = [f"# {out.name}", "", shown, "", *(f"- {c}: {COLUMNS[c][1]}" for c in COLUMNS if f" {c} " in shown), ""]
-    for prompt, before, after in answers:
-        for who, text in {"prompt": prompt, "SFT": before, "now": after}.items():
-            report += [f"    {who:>6}: {line}" for line in text.strip().split("\n")]  # as code: it is no Markdown
-        report += [""]
-    print("\n" + "\n".join(report[2:]))
-    report += [f"![{name}]({name})" for name in draw(out, t)]
-    replace(out / "report.md", "\n".join(report))
-    for folder in [folder for folder in WRITERS if out in folder.parents]:
-        if writer := WRITERS.pop(folder):
-            writer.close()
-    (out / "state" / f"{t:03d}-done").rename(out / "policy")
-    tidy(out)
-    print("Seconds:", ", ".join(f"{seconds:.0f} {phase}" for phase, seconds in SECONDS.most_common()))
-    print(f"The policy is in {out / 'policy'}, the rest of the run in {out}.")
