@@ -190,7 +190,7 @@ def train(run: Run, t: int, training_set: TrainingSet) -> None:
             optimizer.param_groups[0]["lr"] = config.learning_rate * rate
             attempt = partial(train_step, policy, optimizer, training_set, batch, config)
             longest = max(tokens_of(training_set.pairs[i]) for i in batch)
-            metrics, max_tokens = retry_on_oom(attempt, max_tokens, longest)
+            metrics, max_tokens = retry_on_oom(attempt, max_tokens, longest, f"iteration {t}, step {step}, ")
             name = {"phase": "train", "iteration": t, "step": step, "learning_rate": config.learning_rate * rate}
             lines.append(name | metrics)
             report.log(run.out, lines[-1])

@@ -4,10 +4,10 @@
     python experiments/bench.py --parts fair score     some of them
     python experiments/bench.py --shape 1.1B           a model of that shape, with random weights
 
-Both sides take their steps in turn, A B A B …, from the same weights, on the same pairs in the same order; at 7B, one
-side after the other. A rate is real (unpadded) tokens by the median of the timed steps. Peak memory is a fresh
-process's: how far it grows above the model's weights while it trains. TRL is timed twice: as fair as we know how
-(FAIR), and as it comes (SHIPPED). FLOPs are of 790 TFLOP/s, an H100's or H200's in bfloat16 without sparsity.
+Both sides take their steps in turn, A B A B …, from the same weights, on the same pairs in the same order. A rate is
+real (unpadded) tokens by the median of the timed steps. Peak memory is a fresh process's: how far it grows above the
+model's weights while it trains. TRL is timed twice: as fair as we know how (FAIR), and as it comes (SHIPPED). FLOPs are
+of 790 TFLOP/s, an H100's or H200's in bfloat16 without sparsity.
 Writes experiments/results/bench-<device>-<shape>.json and .md after each part; a part not asked for keeps its rows.
 """
 
@@ -43,11 +43,13 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import train
-from sera_min import bootstrap, logprobs, run
+from sera_min import bootstrap, folder, logprobs, report, run
+from sera_min.config import Resolved, resolve
+from sera_min.data import Pair, TrainingSet, rows_of
 
 SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, vocabulary
     "small": (256, 688, 4, 4, 4, 32_000), "135M": (576, 1536, 30, 9, 3, 49_152),
-    "1.1B": (2048, 5632, 22, 32, 4, 32_000), "7B": (4096, 14336, 32, 32, 8, 32_768),
+    "1.1B": (2048, 5632, 22, 32, 4, 32_000),
 }  # fmt: skip
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Prompt and response lengths are log-normal about these means, so that random batches of 8 pairs are half padding.
@@ -76,7 +78,7 @@ def made_tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def made_pairs(n: int, vocabulary: int, response: int = RESPONSE) -> list[train.Pair]:
+def made_pairs(n: int, vocabulary: int, response: int = RESPONSE) -> list[Pair]:
     rng = random.Random(0)
 
     def ids(mean: int, sigma: float, cap: int) -> list[int]:
@@ -84,7 +86,8 @@ def made_pairs(n: int, vocabulary: int, response: int = RESPONSE) -> list[train.
         return [rng.randrange(2, vocabulary) for _ in range(max(8, min(cap, length)))]
 
     return [
-        (ids(PROMPT, 0.8, 512), ids(response, 0.6, 4 * response), ids(response, 0.6, 4 * response)) for _ in range(n)
+        Pair(ids(PROMPT, 0.8, 512), ids(response, 0.6, 4 * response), ids(response, 0.6, 4 * response))
+        for _ in range(n)
     ]
 
 
@@ -96,8 +99,8 @@ def tokens_of(pairs) -> int:
     return sum(2 * len(x) + len(w) + len(l) for x, w, l in pairs)
 
 
-def settings(**changed) -> train.Config:
-    config = train.resolve(train.Config(model_name_or_path="made", dataset_name="made", device=DEVICE))
+def settings(**changed) -> Resolved:
+    config = resolve(train.Config(model_name_or_path="made", dataset_name="made", device=DEVICE))
     return replace(config, max_tokens=MAX_TOKENS, learning_rate=LEARNING_RATE, **changed)
 
 
@@ -122,18 +125,28 @@ def turns(sides: dict, repeats: int, desc: str) -> dict[str, list[float]]:
     return seconds
 
 
+def training_set(pairs: list[Pair], reference: torch.Tensor) -> TrainingSet:
+    return TrainingSet(pairs, reference, torch.zeros(len(pairs)), ["offline"] * len(pairs))
+
+
+def pair_logps(model, pairs: list[Pair], config: Resolved) -> torch.Tensor:
+    return run.score_rows(model, *rows_of(pairs), config, desc=None)[:, 0].view(-1, 2)  # (2N, 2) -> (N, 2)
+
+
 class Ours:
     """train.py's own step, on `pairs` in order, against reference log-probs made once."""
 
-    def __init__(self, model, pairs, config: train.Config):
-        self.model, self.pairs, self.config, self.at, self.losses = model.train(), pairs, config, 0, []
-        self.reference = train.pair_logps(model, pairs, config, desc=None)
+    def __init__(self, model, pairs, config: Resolved):
+        self.model, self.config, self.at, self.losses = model.train(), config, 0, []
+        self.data = training_set(pairs, pair_logps(model, pairs, config))
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
 
     def step(self) -> None:
-        some = slice(self.at % len(self.pairs), self.at % len(self.pairs) + PAIRS)
+        first = self.at % len(self.data.pairs)
+        some = list(range(first, min(first + PAIRS, len(self.data.pairs))))
         self.at += PAIRS
-        metrics = train.train_step(self.model, self.optimizer, self.pairs[some], self.reference[some], self.config)
+        config = self.config
+        metrics = train.train_step(self.model, self.optimizer, self.data, some, config, config.max_tokens)
         self.losses.append(metrics["loss"])
 
 
@@ -229,7 +242,6 @@ def growth(
     import trl  # noqa: F401  # neither side's memory
 
     transformers.logging.set_verbosity_error()
-    fit(shape)
     model = made_model(shape, vocabulary)
     pairs = made_pairs(pairs_, model.config.vocab_size, response)
     before, steps = start_of_peak(), pairs_ // PAIRS
@@ -270,30 +282,8 @@ def in_a_process_of_its_own(function, *args):
         return pool.submit(function, *args).result()
 
 
-def fit(shape: str) -> None:
-    """Of a 7B model with float32 masters, 116 GB, only little else fits one GPU: for both sides alike."""
-    global MAX_TOKENS, TRL_BATCH
-    if shape == "7B":
-        MAX_TOKENS, TRL_BATCH = 4096, 1
-
-
-def train_apart(shape: str, steps: int) -> list[tuple]:
-    """For a shape of which two do not fit: one side after the other, its first steps included."""
-    tokens = tokens_of(made_pairs(steps * PAIRS, SHAPES[shape][-1]))
-    ours, fair = (in_a_process_of_its_own(growth, shape, side, steps * PAIRS) for side in ("ours", "fair"))
-    rates = [tokens / got["seconds"] for got in (ours, fair)]
-    mib = [got["bytes"] / 2**20 for got in (ours, fair)]
-    return [
-        ("train step, TRL fair, one after the other: real tokens/s", *rates, rates[0] / rates[1]),
-        ("train step, TRL fair: peak memory growth, MiB", *mib, mib[0] / mib[1]),
-        ("train step: model FLOPs utilisation (of 790 TFLOP/s)", mfu(shape, rates[0]), None, None),
-    ]
-
-
 def fair_part(shape: str, steps: int) -> list[tuple]:
     """Beside TRL at its default batch, and at the fastest of those that make up a step."""
-    if shape == "7B":
-        return train_apart(shape, steps)
     tokens, grew = tokens_of(made_pairs(3 * PAIRS, SHAPES[shape][-1])), {}
     for batch in tqdm((1, 2, 4, 8), "TRL's batches", leave=False):
         grew[batch] = in_a_process_of_its_own(growth, shape, "fair", 3 * PAIRS, None, RESPONSE, "ours", batch)
@@ -340,21 +330,21 @@ def mfu(shape: str, tokens_per_second: float) -> float:
 def score_part(shape: str, repeats: int) -> list[tuple]:
     model, config = made_model(shape).eval(), settings()
     pairs = made_pairs(8 * PAIRS, model.config.vocab_size)
-    x, y = train.rows_of(pairs)
+    x, y = rows_of(pairs)
     batches = logprobs.token_batches([len(a) + len(b) for a, b in zip(x, y)], MAX_TOKENS)
     inputs = [padded([(x[i] + y[i])[:-1] for i in b]) for b in batches]
     responses = [sum(len(y[i]) for i in b) for b in batches]
     chunk = logprobs.HEAD_LOGITS[DEVICE] // model.config.vocab_size
 
     def bare(head: bool) -> None:
-        with train.amp(config):
+        with run.amp(DEVICE):
             for ids, count in zip(inputs, responses):
                 hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[:count]
                 for h in hidden.split(chunk) if head else ():
                     F.linear(h, model.lm_head.weight)
 
     seconds = turns({
-        "ours": lambda: train.pair_logps(model, pairs, config, desc=None), "body": lambda: bare(False),
+        "ours": lambda: pair_logps(model, pairs, config), "body": lambda: bare(False),
         "body and head": lambda: bare(True),
     }, repeats, "scoring pass")  # fmt: skip
     rate = {name: tokens_of(pairs) / median(s) for name, s in seconds.items()}
@@ -372,7 +362,7 @@ def sampling_settings(model) -> dict:
 
 
 def sample_ours(model, prompts, n=N, **changed) -> int:
-    with train.amp(settings()):
+    with run.amp(DEVICE):
         rows = bootstrap.sample_responses(
             model, prompts, n, temperature=1.0, top_p=1.0, seed=0, **{**sampling_settings(model), **changed}
         )
@@ -388,7 +378,7 @@ def sample_plain(model, prompts) -> int:
         width = max(map(len, some))
         ids = torch.tensor([[0] * (width - len(x)) + x for x in some], device=DEVICE)
         mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in some], device=DEVICE)
-        with train.amp(settings()):
+        with run.amp(DEVICE):
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:]
         ends = torch.isin(output, torch.tensor(config.eos_token_id, device=DEVICE)).int()
         count += ((ends.cumsum(1) - ends) == 0).sum().item()  # up to the first end
@@ -440,7 +430,7 @@ def iteration_part(shape: str) -> list[tuple]:
         rows = [{k: " ".join(f"w{i}" for i in ids if i not in ends) for k, ids in zip(keys, pair)}
                 for pair in made_pairs(n, len(tokenizer))]  # fmt: skip
         Path(f"{folder}/pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        run.SECONDS.clear()
+        report.SECONDS.clear()
         with open(os.devnull, "w") as silent, contextlib.redirect_stdout(silent):
             train.main(train.Config(
                 model_name_or_path=f"{folder}/model", dataset_name=f"{folder}/pairs.jsonl", device=DEVICE, iterations=2,
@@ -448,7 +438,7 @@ def iteration_part(shape: str) -> list[tuple]:
                 learning_rate=LEARNING_RATE, per_device_train_batch_size=PAIRS,
             ))  # fmt: skip
     return [(f"train.py, 2 iterations of {n} pairs, {phase}: seconds", seconds, None, None)
-            for phase, seconds in run.SECONDS.most_common()]  # fmt: skip
+            for phase, seconds in report.SECONDS.most_common()]  # fmt: skip
 
 
 def growth_part(shape: str) -> list[tuple]:
@@ -478,17 +468,21 @@ def saving(shape: str, save_steps: int) -> dict:
     pairs = made_pairs(404, model.config.vocab_size)
     config = settings(per_device_train_batch_size=4, save_steps=save_steps)
     seconds, before = [0.0], start_of_peak()
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "state").mkdir()
 
-        def save(**state) -> None:
-            began = clock()
-            run.save_checkpoint(Path(folder), 1, model, made_tokenizer(2), {}, **state)
-            seconds[0] += clock() - began
-
+    def save(*args, plain=folder.save_checkpoint) -> None:
         began = clock()
-        resume = {"step": None, "optimizer": None}
-        train.train_on(model, pairs, torch.zeros(404, 2), 1, resume, config, lambda **_: None, save)
+        plain(*args)
+        seconds[0] += clock() - began
+
+    with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
+        for where, name, new in [(folder, "save_checkpoint", save), (folder.Policies, "put", lambda *_: None),
+                                 (report, "log", lambda *_: None)]:  # fmt: skip
+            stack.enter_context(mock.patch.object(where, name, new))
+        policies = folder.Policies(Path(place), None, DEVICE)
+        policies.hold(0, model, made_tokenizer(2))
+        of_ours = train.Run(config, Path(place), policies, policies.tokenizer, [1], pairs, [], [], [], [])
+        began = clock()
+        train.train(of_ours, 1, training_set(pairs, torch.zeros(404, 2)))
     return {"seconds": clock() - began, "saving": seconds[0], "bytes": peak() - before}
 
 
@@ -536,10 +530,6 @@ def one_pass(lengths: list[int], max_tokens: int, real=logprobs.token_batches) -
     return real(lengths, max_tokens) if max_tokens == MAX_TOKENS else real(lengths, 10**9)
 
 
-def one_part(tensor, parts: int, *args, real=torch.Tensor.chunk):
-    return real(tensor, 1 if parts == 4 else parts, *args)
-
-
 def without(ours: Ours) -> dict:
     """The tricks of a train step: what it is like without each, and a context in which it is."""
     patch, group = mock.patch.object, ours.optimizer.param_groups[0]
@@ -547,13 +537,12 @@ def without(ours: Ours) -> dict:
         "ours": contextlib.nullcontext,
         "with a padding mask": lambda: with_mask(ours.model),
         "a step in one micro-batch and one pass": lambda: patch(ours, "config", replace(ours.config, max_tokens=2**30)),
-        "a micro-batch in one pass": lambda: patch(train, "token_batches", one_pass),
-        "pairs and rows as they come, not sorted by length": lambda: patch(train, "token_batches", in_order),
+        "a micro-batch in one pass": lambda: patch(run, "token_batches", one_pass),
+        "pairs and rows as they come, not sorted by length": lambda: patch(run, "token_batches", in_order),
         "the head's logits kept, not recomputed": lambda: patch(logprobs, "checkpoint", lambda f, *args, **_: f(*args)),
         "the head in one chunk": lambda: patch(logprobs, "HEAD_LOGITS", {DEVICE: 2**62}),
-        "a chunk's losses in one part, not four": lambda: patch(torch.Tensor, "chunk", one_part),
         "AdamW not fused": lambda: mock.patch.dict(group, fused=False, foreach=True),
-        "mask, full logits, log_softmax": lambda: patch(train, "sequence_logprobs", naive),
+        "mask, full logits, log_softmax": lambda: patch(run, "sequence_logprobs", naive),
     }  # fmt: skip
 
 
@@ -568,7 +557,7 @@ def ablation_part(shape: str, repeats: int) -> list[tuple]:
             ours.step()
 
     sides = {name: partial(step, context) for name, context in without(ours).items()}
-    sides["the reference scored in every step"] = lambda: (train.pair_logps(model, pairs, config, None), ours.step())
+    sides["the reference scored in every step"] = lambda: (pair_logps(model, pairs, config), ours.step())
     seconds = turns(sides, repeats, "training without each trick")
     grew = {name: in_a_process_of_its_own(growth, shape, "ours", 2 * PAIRS, None, RESPONSE, name)["bytes"]
             for name in tqdm(without(ours), "memory without each trick", leave=False)}  # fmt: skip
@@ -635,7 +624,6 @@ def main() -> None:
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    fit(arguments.shape)
     file = ROOT / "experiments" / "results" / f"bench-{DEVICE}-{arguments.shape}.json"
     results = json.loads(file.read_text()) if file.exists() else {"parts": {}}
     cpu = f"{torch.get_num_threads()} CPU threads, {platform.machine()}, {cpu_name()}"

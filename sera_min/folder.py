@@ -60,17 +60,15 @@ def check(out: Path, config: dict[str, Any], resume: bool) -> None:
 
 
 @contextmanager
-def claimed(out: Path, config: dict[str, Any], data: str, policy: Any) -> Iterator[None]:
+def claimed(out: Path, config: dict[str, Any], data: str, needed: int) -> Iterator[None]:
     """Meanwhile `out` is this process's: a second one is refused. Writes config.json, where it is not there yet.
 
-    Raises InputError where the run was begun with other data, or the disk has no room: at once there are at most
-    four policies, and two checkpoints, each with its optimizer, which is twice a policy.
+    Raises InputError where the run was begun with other data, or the disk has no room for `needed` bytes.
     """
-    if not (out / "config.json").exists():
-        needed = 10 * sum(p.nbytes for p in policy.parameters())
-        if (free := shutil.disk_usage(existing(out)).free) < needed:
-            raise InputError(f"--output_dir {out}: {free / 1e9:.1f} GB free, and checkpoints take {needed / 1e9:.1f}")
-    (out / "state").mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(existing(out)).free
+    if free < needed and not (out / "config.json").exists():
+        raise InputError(f"--output_dir {out}: {free / 1e9:.1f} GB free, and checkpoints take {needed / 1e9:.1f}")
+    out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         if not (out / "config.json").exists():
             write(out / "config.json", json.dumps({**config, "data": data}, indent=2) + "\n")

@@ -55,6 +55,15 @@ def timed(phase: str) -> Iterator[None]:
         SECONDS[phase] += time.monotonic() - began  # type: ignore[assignment]
 
 
+def start() -> None:
+    """Nothing of another run in this process."""
+    SECONDS.clear()
+    for writer in WRITERS.values():
+        if writer:
+            writer.close()
+    WRITERS.clear()
+
+
 def log(out: Path, *lines: dict[str, Any]) -> None:
     """Append lines to metrics.jsonl, and to TensorBoard's curves: one an iteration by step, and the evaluations.
 
@@ -145,7 +154,5 @@ def finish(out: Path, last: int) -> None:
     print("\n" + "\n".join(report[2:]))
     report += ["", *(f"![{name}]({name})" for name in draw(out, last))]
     write(out / "report.md", "\n".join(report) + "\n")
-    for folder in [folder for folder in WRITERS if out in folder.parents]:
-        if writer := WRITERS.pop(folder):
-            writer.close()
     print("Seconds:", ", ".join(f"{spent:.0f} {phase}" for phase, spent in SECONDS.most_common()))
+    start()

@@ -36,14 +36,15 @@ class Run:
 
     def log_prob(self, i: int, prompts: list[Ids], responses: list[Ids], what: str) -> Tensor:
         """log π_θi(y|x) of R rows and the log-prob of each one's least likely token, (R, 2): a phase for i and what."""
-        desc = f"score {what} under {f'policy {i}' if i else 'the reference'}"
-        compute = lambda: score_rows(self.policies.get(i), prompts, responses, self.config, desc)  # noqa: E731
-        return folder.phase(self.out, f"logps-{what}-under-{i}", compute)
+        name, desc = f"logps-{what}-under-{i}", f"score {what} under {f'policy {i}' if i else 'the reference'}"
+        return folder.phase(
+            self.out, name, lambda: score_rows(self.policies.get(i), prompts, responses, self.config, desc)
+        )
 
     def sample(self, i: int, prompts: list[Ids]) -> list[list[tuple[Ids, bool]]]:
         """N responses a prompt from π_θi, for the review of iteration i + 1: a phase."""
-        compute = lambda: self.draw(i, prompts, self.config.samples_per_prompt, i + 1, "samples")  # noqa: E731
-        return folder.phase(self.out, f"samples-{i + 1}", compute)
+        n, t = self.config.samples_per_prompt, i + 1
+        return folder.phase(self.out, f"samples-{t}", lambda: self.draw(i, prompts, n, t, "samples"))
 
     def answer(self, i: int, prompts: list[Ids], phase: str) -> list[str]:
         """One response a prompt from π_θi, as text: a phase."""
@@ -68,9 +69,10 @@ class Run:
         return [{"prompt": self.text(x), "chosen": self.text(w, after=x), "rejected": self.text(l, after=x)}
                 for x, w, l in pairs]  # fmt: skip
 
-
     def write_review(self, t: int, training_set: TrainingSet, samples: Samples | None) -> None:
-        """iteration-<t>/pairs.jsonl and samples.jsonl."""
+        """iteration-<t>/pairs.jsonl and samples.jsonl. Raises InputError where there is no pair."""
+        if not training_set.pairs:
+            raise InputError(f"iteration {t}: no pair is left to train on; --keep and --bootstrap take too few")
         margins_and_sources = zip(training_set.margins.tolist(), training_set.sources)
         folder.write_jsonl(self.out / f"iteration-{t}" / "pairs.jsonl", (
             {**texts, "margin": margin, "source": source}
@@ -121,10 +123,20 @@ class Run:
 @contextmanager
 def opened(flags: Config) -> Iterator[Run]:
     """The run that the flags ask for, in its folder, which is this process's meanwhile. What cannot be is refused."""
-    report.SECONDS.clear()
     config = resolve(flags)
     out, values = Path(config.output_dir), asdict(config)
     folder.check(out, values, resume=flags.resume_from_checkpoint is not None)
+    report.start()
+    run = prepare(config, out)
+    needed = 10 * sum(p.nbytes for p in run.policies.policy.parameters())  # four policies, two checkpoints of three
+    with folder.claimed(out, values, data.fingerprint(run.offline, run.held_out, run.file_prompts), needed):
+        if run.policies.newest() < 0:
+            run.policies.put(0, run.policies.policy, run.tokenizer)
+        yield run
+
+
+def prepare(config: Resolved, out: Path) -> Run:
+    """Everything is read and checked, nothing written. Raises InputError."""
     rows = data.read_rows(config.prompt_file, "train") if config.prompt_file else []  # before what takes long
     policies = folder.Policies(out, config.model_name_or_path, config.device)
     if (newest := policies.newest()) < 0:
@@ -143,10 +155,7 @@ def opened(flags: Config) -> Iterator[Run]:
         print(f"prompts to answer: {data.format_counts(counts)}")
     if newest < 1:
         check_before_training(policy, offline[0], config)
-    with folder.claimed(out, values, data.fingerprint(offline, held_out, prompts), policy):
-        if newest < 0:
-            policies.put(0, policy, tokenizer)
-        yield Run(config, out, policies, tokenizer, ends, offline, held_out, eval_prompts, prompts, texts)
+    return Run(config, out, policies, tokenizer, ends, offline, held_out, eval_prompts, prompts, texts)
 
 
 def eos_ids_of(policy: Any, tokenizer: Any) -> list[int]:
@@ -196,15 +205,20 @@ def amp(device: str) -> torch.autocast:
     return torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda")
 
 
-def retry_on_oom(attempt: Callable[[int], Any], tokens: int, least: int) -> tuple[Any, int]:
-    """attempt(tokens) and what was enough: where memory runs out, again with half the tokens, not below `least`."""
+def retry_on_oom(attempt: Callable[[int], Any], tokens: int, least: int, name: str = "") -> tuple[Any, int]:
+    """attempt(tokens) and what was enough: where memory runs out, again with half the tokens, at least `least`.
+
+    `name` is put before the message of a FloatingPointError.
+    """
     while True:
         try:
             return attempt(tokens), tokens
         except torch.OutOfMemoryError:
             if tokens <= least:
                 raise
-        tokens //= 2
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{name}{error}") from None
+        tokens = max(tokens // 2, least)
         tqdm.write(f"out of memory: again, with {tokens} tokens at a time")
 
 
@@ -225,9 +239,9 @@ def score_rows(model: Any, prompts: list[Ids], responses: list[Ids], config: Res
 
 
 def draw_samples(
-    model: Any, prompts: list[Ids], n: int, config: Resolved, *, ends: list[int], pad: int, seed: int, desc: str
+    model: Any, prompts: list[Ids], n: int, config: Resolved, *, ends: list[int], pad: int, seed: int, desc: str | None
 ) -> list[list[tuple[Ids, bool]]]:
-    """n samples of each prompt, by the flags."""
+    """n samples of each prompt, by the flags. Where memory runs out they are drawn anew in smaller batches: others."""
 
     def attempt(max_tokens: int) -> list[list[tuple[Ids, bool]]]:
         with amp(config.device):

@@ -1,6 +1,7 @@
-"""The README's speeds are what experiments/bench.py wrote, and what it compares is the same work."""
+"""The speeds that are shown are what experiments/bench.py wrote, and what it compares is the same work."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,12 +11,29 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 import bench  # noqa: E402
 
+RESULTS = {file.stem: file for file in sorted((ROOT / "experiments/results").glob("bench-*.json"))}
+READMES = [file for file in (ROOT / "README.md", ROOT / "experiments/README.md") if file.exists()]
 
-@pytest.mark.parametrize("file", sorted((ROOT / "experiments/results").glob("bench-*.json")), ids=lambda file: file.stem)
-def test_the_readme_s_speeds_are_those_measured(file):
-    results, text = json.loads(file.read_text()), (ROOT / "README.md").read_text()
-    assert bench.table(results) in text
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_the_tables_are_those_measured(name):
+    results = json.loads(RESULTS[name].read_text())
+    assert RESULTS[name].with_suffix(".md").read_text() == bench.table(results) + "\n"
     assert set(results["parts"]) == set(bench.PARTS)
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_the_speeds_that_a_readme_shows_are_those_measured(readme):
+    """Every row of a table of bench.py's, and every line within `<!-- bench: NAME -->` … `<!-- end -->` of NAME.md."""
+    written = {name: file.with_suffix(".md").read_text().splitlines() for name, file in RESULTS.items()}
+    text = readme.read_text()
+    for name, block in re.findall(r"<!-- bench: (.+?) -->(.*?)<!-- end -->", text, re.DOTALL):
+        assert name in written, name
+        assert not [line for line in block.splitlines() if line not in ["", *written[name]]]
+    known = {line for lines in written.values() for line in lines}
+    for heading in ("| measured |", "| without the trick |"):
+        for rows in re.findall(rf"^{re.escape(heading)}.*(?:\n\|.*)*", text, re.MULTILINE):
+            assert not [line for line in rows.splitlines() if line not in known]
 
 
 @pytest.fixture

@@ -107,6 +107,21 @@ def test_pairs_are_best_against_worst_and_every_drop_is_counted():
     assert dropped == {"cut-off samples": 3, "identical samples": 2, "prompts without a pair": 2}
 
 
+def test_samples_that_are_not_likely_are_never_paired():
+    """Nor may they hide an identical one, or need a reward; and a cut-off one is counted as that alone."""
+    rewards = [[9.0, 1.0, 2.0, -9.0], [float("nan"), 1.0, 3.0], [5.0, 1.0], [7.0, 8.0]]
+    ended = [[True] * 4, [True] * 3, [True, True], [False, True]]
+    responses = [[[3, 1], [4, 1], [5, 1], [6, 1]], [[3, 1], [3, 1], [4, 1]], [[3, 1], [4, 1]], [[3], [4, 1]]]
+    likely = [[False, True, True, False], [False, True, True], [False, True], [False, False]]
+    pairs, margins, dropped = best_worst_pairs(rewards, ended, responses, likely)
+    assert pairs == [(0, 2, 1), (1, 2, 1)] and margins.tolist() == [1.0, 2.0]
+    assert dropped == {"samples below --token_floor": 5, "cut-off samples": 1, "prompts without a pair": 2}
+    every = [[True] * len(row) for row in ended]
+    rewards[1][0] = 1.0
+    for some in (None, every):  # without a bar, none is barred
+        assert best_worst_pairs(rewards, ended, responses, some)[0] == [(0, 0, 3), (1, 2, 0), (2, 0, 1)]
+
+
 def test_a_finished_sample_must_have_a_number():
     with pytest.raises(ValueError, match="prompt 0, sample 1: the reward is nan"):
         best_worst_pairs([[1.0, float("nan")]], [[True, True]], [[[3], [4]]])

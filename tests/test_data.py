@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sera_min import data, playground
-from sera_min.data import InputError, decode, encode, read_rows, split_by_prompt
+from sera_min.data import InputError, Pair, decode, encode, read_rows, split_by_prompt
 
 U, A, S = ({"role": role} for role in ("user", "assistant", "system"))
 
@@ -392,7 +392,7 @@ def test_a_parquet_that_does_not_decode_is_named(tmp_path):
 
 
 def test_no_prompt_is_on_both_sides():
-    pairs = [([i % 10], [i], [i + 1]) for i in range(50)]
+    pairs = [Pair([i % 10], [i], [i + 1]) for i in range(50)]
     train, held = split_by_prompt(pairs, 0.3, seed=0)
     assert len(held) == 15 and len(train) == 35
     assert not {tuple(x) for x, *_ in train} & {tuple(x) for x, *_ in held}
@@ -403,12 +403,16 @@ def test_prompts_to_answer():
     """As a pair's prompt is read, but alone: of a vocabulary that knows no word of ours, where no response has room."""
     limits = {"eos_ids": [1], "max_length": 17, "max_prompt_length": 16}
     rows = [{"prompt": "tell me about the fox and the owl"}, {"instruction": "tell me", "input": "about the owl"}]
-    texts, ids = data.encode_prompts(rows, playground.make_tokenizer(), name="ask", **limits)
+    texts, ids, counts = data.encode_prompts(rows, playground.make_tokenizer(), name="ask", **limits)
+    assert counts == {"read": 2, "prompts cut": 0, "responses cut": 0}
     assert texts == [rows[0]["prompt"], "tell me\n\nabout the owl"] and len(ids[0]) == 8
     for tokenizer in (bpe_tokenizer(CHATML), bpe_tokenizer(adds_bos=True), unigram_tokenizer(adds_bos=True)):
         answered = [{**row, "chosen": "b", "rejected": "c"} for row in rows]
         pairs, _ = encode(answered, tokenizer, name="d", **{**limits, "max_length": 99})
         assert data.encode_prompts(rows, tokenizer, name="ask", **limits)[1] == [x for x, _, _ in pairs]
+    long = [{"prompt": "tell me " * 9}]  # loses its beginning, and that is counted
+    _, [x], counts = data.encode_prompts(long, playground.make_tokenizer(), name="ask", **limits)
+    assert len(x) == 16 and counts["prompts cut"] == 1
 
 
 @pytest.mark.parametrize("row, message", [

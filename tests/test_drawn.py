@@ -11,6 +11,7 @@ from test_oracle import Drawn, read
 from transformers import AutoModelForCausalLM
 
 import train
+from sera_min import bootstrap
 from train import Config
 
 WORDS = "b c d e f g h".split()
@@ -109,7 +110,7 @@ def test_samples_differ_between_iterations_and_seeds_and_are_a_function_of_these
 def test_samples_of_every_batch_are_drawn_anew(standing, tmp_path, monkeypatch):
     """60 times the same prompt, a few at a time: no batch draws what another drew."""
     Drawn(monkeypatch)
-    monkeypatch.setattr(train.bootstrap, "CACHE_TOKENS", {"cpu": 64})  # 2 prompts of 8 tokens, 4 samples each
+    monkeypatch.setattr(bootstrap, "CACHE_TOKENS", {"cpu": 64})  # 2 prompts of 8 tokens, 4 samples each
     train.main(config_of(standing, tmp_path / "run"))
     samples = samples_of(tmp_path / "run", 2)
     batches = [str(samples[start : start + 8]) for start in range(0, len(samples), 8)]
@@ -123,7 +124,7 @@ def test_draws_are_fine_enough_for_what_is_improbable(monkeypatch):
     for word in (7, 40_000, 99_998):
         u = p[0, : word + 1].sum() - 1e-8  # the middle of what is the word's
         monkeypatch.setattr(torch, "rand", lambda *size, dtype=torch.float32, u=u, **_: (1 - u).to(dtype).expand(*size))
-        assert train.bootstrap.draw(p).item() == word
+        assert bootstrap.draw(p).item() == word
 
 
 def test_the_order_of_pairs_is_of_the_epoch_the_iteration_and_the_seed(standing, tmp_path, monkeypatch):

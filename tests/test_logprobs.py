@@ -157,3 +157,23 @@ def test_sum_and_least_token_of_any_number_of_rows():
             assert least.item() == pytest.approx(each.min().item(), abs=1e-4)
     assert counts.tolist() == [len(y) for y in responses]
     assert score(model, [], [], max_tokens=20, of=sum_and_least)[0].shape == (0, 2)
+
+
+def test_what_is_no_list_of_token_ids_is_refused():
+    model = tiny_model()
+    with pytest.raises(TypeError, match="row 1: the response is a Tensor, expected a list of token ids"):
+        sequence_logprobs(model, [[3], [4]], [[5], torch.tensor([6])])
+    with pytest.raises(ValueError, match="shorter"):
+        sequence_logprobs(model, [[3], [4]], [[5]])
+
+
+def test_token_batches_are_filled_to_the_brim():
+    assert token_batches([5, 5, 5, 5], 15) == [[0, 1, 2], [3]]
+    assert token_batches([5, 5, 5], 14) == [[0, 1], [2]]
+
+
+def test_score_leaves_the_model_in_its_mode_even_where_it_fails():
+    model = tiny_model().train()
+    with pytest.raises(ValueError, match="empty response"):
+        score(model, [[3]], [[]], max_tokens=9)
+    assert model.training

@@ -9,6 +9,7 @@ from conftest import tiny_model
 
 from sera_min.logprobs import implicit_reward, sequence_logprobs
 from sera_min.losses import LOSSES, dpo_loss, ipo_loss, simpo_loss, slic_loss
+from sera_min.select import ensemble_margin
 
 MARGINS = torch.tensor([-30.0, -2.0, -0.1, 0.0, 0.3, 4.0, 50.0])
 
@@ -33,7 +34,7 @@ def test_against_float64_by_hand():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_gradcheck_and_direction(name):
-    loss = LOSSES[name][0]
+    loss = LOSSES[name].function
     m = torch.tensor([-1.3, 0.2, 0.9], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(loss, (m,))
     loss(m).sum().backward()
@@ -95,7 +96,7 @@ def unpad(batch):
 def test_trl_has_the_same_loss_on_the_same_model(trl_case, ours, theirs, beta):
     """From token ids to the mean loss: log-probs, reward, margin and loss are TRL's."""
     policy, reference, prompts, responses, want = trl_case(theirs, beta)
-    loss, per_token, _ = LOSSES[ours]
+    loss, _, per_token, _ = LOSSES[ours]
     with torch.no_grad():
         sums, counts = sequence_logprobs(policy, prompts, responses)
         r = implicit_reward(sums, sequence_logprobs(reference, prompts, responses)[0], counts if per_token else None)
@@ -121,6 +122,13 @@ def test_trl_has_the_same_simpo_and_label_smoothing(theirs):
 
 def test_each_loss_has_its_reward():
     """IPO and SimPO are per token, SimPO is without reference: longer alone must not change their margin."""
-    assert {name: (per_token, reference) for name, (_, per_token, reference) in LOSSES.items()} == {
+    assert {name: (loss.per_token, loss.against_reference) for name, loss in LOSSES.items()} == {
         "dpo": (False, True), "ipo": (True, True), "slic": (False, True), "simpo": (True, False),
     }  # fmt: skip
+
+
+def test_defaults_are_those_of_the_papers_and_of_trl():
+    defaults = {f.__name__: f.__defaults__ for f in (dpo_loss, ipo_loss, slic_loss, simpo_loss, ensemble_margin)}
+    assert defaults == {"dpo_loss": (0.1, 0.0), "ipo_loss": (0.1,), "slic_loss": (0.1, 1.0), "simpo_loss": (2.0, 1.0),
+                        "ensemble_margin": (None, 0.5)}  # fmt: skip
+    assert {name: loss.beta for name, loss in LOSSES.items()} == {"dpo": 0.1, "ipo": 0.1, "slic": 0.1, "simpo": 2.0}

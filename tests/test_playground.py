@@ -30,11 +30,8 @@ def test_labels():
     def made(**knobs):
         return world.preferences(1500, "train", **{"label_noise": 0.0, "length_bias": 0.0, "seed": 0, **knobs})
 
-    def right(rows):
-        return world.precision([(r["prompt"], r["chosen"], r["rejected"]) for r in rows])
-
-    assert right(made()) == 1.0 and right(made(label_noise=1.0)) == 0.0  # so no row is a tie
-    assert right(made(label_noise=0.3)) == pytest.approx(0.7, abs=0.04)
+    assert world.precision(made()) == 1.0 and world.precision(made(label_noise=1.0)) == 0.0  # so no row is a tie
+    assert world.precision(made(label_noise=0.3)) == pytest.approx(0.7, abs=0.04)
     longer = [len(r["chosen"].split()) >= len(r["rejected"].split()) for r in made(length_bias=1.0)]
     assert all(longer) and made() == made() != made(seed=1)
 
@@ -50,13 +47,15 @@ def test_broken_answers_are_counted():
     assert world.judge([X] * 4, answers, answers)["gold/broken"] == 0.75
 
 
-def test_win_rate_counts_ties_half():
+def test_win_rate_and_precision_count_ties_half():
     good, bad = "the fox is lovely .", "the owl is rude ."
+    rows = [{"prompt": X, "chosen": w, "rejected": l} for w, l in [(good, bad), (bad, bad), (bad, good), (good, good)]]
+    assert world.precision(rows) == 0.5 and world.precision(rows[:2]) == 0.75
     assert world.judge([X] * 3, [good, bad, good], [good, good, bad])["gold/win_rate"] == pytest.approx(0.5)
 
 
 def test_the_readme_s_world_is_this_one():
     """Its table's precision at iteration 1 is the share of right labels in the default data, which nothing rounds."""
     rows = world.preferences(2000, "train", label_noise=0.3, length_bias=0.0, seed=0)
-    share = world.precision([(r["prompt"], r["chosen"], r["rejected"]) for r in rows])
-    assert f"|         1 |  2000 |     {share:.3f} |" in (Path(__file__).parent.parent / "README.md").read_text()
+    share = world.precision(rows)
+    assert f"|         1 | 2000 |     {share:.3f} |" in (Path(__file__).parent.parent / "README.md").read_text()

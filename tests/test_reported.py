@@ -94,12 +94,12 @@ def test_the_table_is_what_the_metrics_say(world, tmp_path):
     evaluations = [m for m in read(out / "metrics.jsonl") if m["phase"] != "train"]
     assert len(table) == len(evaluations) == 3
     for row, shown in zip(table, evaluations):
-        for heading, name in {"reward": "gold/reward", "win rate": "gold/win_rate", "words": "gold/length",
-                              "accuracy": "eval_rewards/accuracies", "margin": "eval_rewards/margins"}.items():  # fmt: skip
+        for heading, name in {"true reward": "gold/reward", "win rate": "gold/win_rate", "words": "gold/length",
+                              "accuracy": "eval_rewards/accuracies", "β·margin": "eval_rewards/margins"}.items():  # fmt: skip
             assert float(row[heading]) == pytest.approx(shown[name], abs=5e-4), heading
     assert float(table[2]["precision"]) == pytest.approx(evaluations[2]["select/precision"], abs=5e-4)
     pairs = read(out / "iteration-2" / "pairs.jsonl")
-    assert int(table[2]["pairs"]) == sum(p["source"] == "offline" for p in pairs) == 140
+    assert int(table[2]["kept"]) == sum(p["source"] == "offline" for p in pairs) == 140
 
 
 def test_evaluation_pairs_have_no_wrong_label(world, tmp_path):

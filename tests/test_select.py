@@ -57,3 +57,13 @@ def test_length_free_is_the_least_squares_line_within_prompts():
     assert slope == pytest.approx(0.7, abs=0.1)
     torch.testing.assert_close(got.double(), (rewards - slope * lengths).double(), rtol=1e-4, atol=1e-4, equal_nan=True)
     assert length_free(torch.tensor([[1.0, 2.0]]), torch.tensor([[5, 5]])).tolist() == [[1.0, 2.0]]  # no slope to be had
+
+
+def test_ties_of_many_pairs_are_broken_by_index():
+    """A sort that is not stable shows only in a long list."""
+    assert select_top(torch.zeros(5000), 3000).tolist() == list(range(3000))
+
+
+def test_lengths_that_hardly_differ_have_their_slope_all_the_same():
+    got = length_free(torch.tensor([[1.0, 3.0]]), torch.tensor([[5, 6]]))  # 2 nats a token
+    assert got.tolist() == [[pytest.approx(-9.0), pytest.approx(-9.0)]]

@@ -1,4 +1,7 @@
-"""The loop's contract: files, metrics, resuming, and the ways a run is refused or stopped."""
+"""The loop's contract: files, metrics, resuming, and the ways a run is refused or stopped.
+
+Its numbers are test_oracle.py's, what it draws test_drawn.py's, and what it says of itself test_reported.py's.
+"""
 
 import copy
 import json
@@ -11,20 +14,24 @@ import shutil
 import signal
 import subprocess
 import sys
+import weakref
 from collections import Counter
-from dataclasses import fields, replace
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import bpe_tokenizer, tiny_model
+from conftest import bpe_tokenizer, tiny_model, word_tokenizer
 from datasets import load_dataset
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from test_oracle import WORDS, some_rows
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import train
-from sera_min import bootstrap, playground, run
-from sera_min.data import InputError
+from sera_min import bootstrap, config, folder, playground, report, run
+from sera_min.config import resolve
+from sera_min.data import InputError, Pair, TrainingSet
 from sera_min.logprobs import sequence_logprobs
 from sera_min.losses import LOSSES
 from train import Config, main
@@ -37,29 +44,47 @@ STEP_KEYS = {
 GOLD = {"gold/reward", "gold/win_rate", "gold/length", "gold/broken", "select/precision", "bootstrap/precision", "data/label_accuracy"}
 
 
-@pytest.fixture(scope="session")
-def sft():
-    return playground.make_sft_policy(0, "cpu", steps=60)
+@pytest.fixture(autouse=True)
+def figures():
+    """TensorBoard and matplotlib, which are slow to import, are not there; call this where they are tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("torch.utils.tensorboard", "matplotlib.figure"):
+            patch.setitem(sys.modules, name, None)
+        yield patch.undo
 
 
-@pytest.fixture
-def world(sft, monkeypatch):
-    """The playground with an SFT policy of a few seconds, and fewer questions."""
-    monkeypatch.setattr(playground, "make_sft_policy", lambda seed, device: (copy.deepcopy(sft[0]), sft[1]))
-    every = playground.prompts
-    monkeypatch.setattr(playground, "prompts", lambda part: every(part)[:40])
+@pytest.fixture(scope="module")
+def world():
+    """The playground with an SFT policy of a few seconds, and fewer prompts and pairs to evaluate on."""
+    sft = playground.make_sft_policy(0, "cpu", steps=60)
+    prompts, preferences = playground.prompts, playground.preferences
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(playground, "make_sft_policy", lambda seed, device: (copy.deepcopy(sft[0]), sft[1]))
+        patch.setattr(playground, "prompts", lambda part: prompts(part)[:20])
+        patch.setattr(playground, "preferences", lambda n, *part, **noise: preferences(min(n, 32), *part, **noise))
+        yield
 
 
 def small(out, **changed):
-    return Config(**{"output_dir": str(out), "max_train_pairs": 48, "per_device_train_batch_size": 16, "device": "cpu", **changed})
+    """In the playground, three steps an iteration."""
+    return Config(**{"output_dir": str(out), "max_train_pairs": 24, "per_device_train_batch_size": 8, "device": "cpu", **changed})
+
+
+def command(flags):
+    """`python train.py` with these flags."""
+    given = {f.name: getattr(flags, f.name) for f in fields(Config) if getattr(flags, f.name) != f.default}
+    train.command_line(main, train.__doc__, [str(word) for name, value in given.items() for word in (f"--{name}", value)])
+
+
+def write_preferences(file):
+    rows = [{"instruction": f"Say {i}", "chosen": f"The fox is {i}" * (1 + i % 3), "rejected": f"{i} no"} for i in range(20)]
+    file.write_text("\n".join(map(json.dumps, [*rows, {**rows[0], "rejected": rows[0]["chosen"]}])))
+    return file
 
 
 @pytest.fixture
 def preferences(tmp_path):
-    file = tmp_path / "d.jsonl"
-    rows = [{"instruction": f"Say {i}", "chosen": f"The fox is {i}" * (1 + i % 3), "rejected": f"{i} no"} for i in range(20)]
-    file.write_text("\n".join(map(json.dumps, [*rows, {**rows[0], "rejected": rows[0]["chosen"]}])))
-    return file
+    return write_preferences(tmp_path / "d.jsonl")
 
 
 def real(model_dir, file, out, **changed):
@@ -70,6 +95,52 @@ def real(model_dir, file, out, **changed):
     })  # fmt: skip
 
 
+class Killed(BaseException):
+    pass
+
+
+def interrupted(*args, **kwargs):
+    raise KeyboardInterrupt
+
+
+def interrupted_in(step):
+    """A train_step that is interrupted instead of being the step-th of all."""
+    counter, real_step = iter(range(1, 1000)), train.train_step
+    return lambda *args: interrupted() if next(counter) == step else real_step(*args)
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A run of two iterations, and the same run interrupted in step 3 of iteration 2, with a checkpoint at every step.
+
+    The model knows few words, so that many of its samples end, and some are paired.
+    """
+    here = tmp_path_factory.mktemp("stopped")
+    tokenizer = word_tokenizer(WORDS)
+    tokenizer.save_pretrained(here / "model")
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained(here / "model")
+    (here / "d.jsonl").write_text("\n".join(map(json.dumps, some_rows(18, random.Random(3)))))
+    flags = real(here / "model", here / "d.jsonl", here / "whole", iterations=2, save_steps=1, max_length=24, max_prompt_length=8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        final = main(flags)
+        patch.setattr(train, "train_step", interrupted_in(4 + 3))
+        with pytest.raises(KeyboardInterrupt):
+            main(replace(flags, output_dir=str(here / "stopped")))
+    phases = ["eval", *["train"] * 4, "eval", *["train"] * 4, "final"]
+    assert [line["phase"] for line in lines(here / "whole")] == phases and len(lines(here / "stopped")) == 1 + 4 + 1 + 2
+    assert (here / "stopped/state/checkpoint-2-00000002").exists() and final["bootstrap/pairs"] > 0
+    return flags, here
+
+
+def copy_of(stopped, out):
+    """The interrupted run in a folder of its own, and the flags that resume it."""
+    flags, here = stopped
+    shutil.copytree(here / "stopped", out)
+    return replace(flags, output_dir=str(out), resume_from_checkpoint=str(out))
+
+
 def read(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -78,14 +149,29 @@ def lines(out):
     return read(out / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("loss_type", LOSSES)
-def test_the_contract_in_the_playground(world, tmp_path, loss_type):
+def assert_same_end(out, undisturbed):
+    """Every file byte by byte, but those that hold the folder's name, seconds, or how a tokenizer was loaded."""
+    but = ["config.json", "report.md", "samples.json"]
+    if json.loads((out / "config.json").read_text())["model_name_or_path"] is None:
+        but += ["policy/tokenizer_config.json"]  # transformers notes in it that it was loaded, and not made
+    ends = [{name: file.read_bytes() for file in sorted(end.rglob("*")) if (name := str(file.relative_to(end))) not in but and file.is_file()}
+            for end in (out, undisturbed)]  # fmt: skip
+    assert ends[0].keys() == ends[1].keys() and "policy/model.safetensors" in ends[0]
+    assert [name for name in ends[0] if ends[0][name] != ends[1][name]] == []
+
+
+@pytest.mark.parametrize("loss_type", ["dpo", "simpo"])
+def test_the_contract_in_the_playground(world, tmp_path, figures, loss_type):
+    drawn = {"tensorboard", "curves.png", "margins.png"} if loss_type == "dpo" else set()
+    if drawn:
+        figures()
     out = tmp_path / "run"
     final = main(small(out, loss_type=loss_type, learning_rate=1e-3))
     metrics = lines(out)
     assert metrics[-1] == final and final["phase"] == "final" and GOLD <= final.keys()
     steps = [m for m in metrics if m["phase"] == "train"]
     assert all(m.keys() == STEP_KEYS for m in steps) and [m["iteration"] for m in steps] == [1] * 3 + [2] * 3 + [3] * 3
+    assert [m["step"] for m in steps] == [1, 2, 3] * 3
     if loss_type == "dpo":
         assert steps[0]["loss"] == pytest.approx(0.693147, abs=1e-5) and abs(steps[0]["rewards/margins"]) < 1e-4
     assert [m["iteration"] for m in metrics if m["phase"] == "eval"] == [0, 1, 2]
@@ -95,84 +181,95 @@ def test_the_contract_in_the_playground(world, tmp_path, loss_type):
         for source in sources - {"offline"} if t > 1 else []:
             margins = [row["margin"] for row in pairs if row["source"] == source]
             assert margins == sorted(margins, reverse=True) and min(margins) > 0
-    assert pairs["source"].count("offline") == 34 and pairs["source"].count("bootstrap") == 14
-    samples = [json.loads(line) for line in (out / "iteration-2/samples.jsonl").read_text().splitlines()]
-    assert len(samples) == 48 * 4 and samples[0].keys() == {"prompt", "response", "finish_reason", "usable", "reward"}
+    assert pairs["source"].count("offline") == 17 and pairs["source"].count("bootstrap") == 7
+    assert (final["select/pairs"], final["bootstrap/pairs"]) == (17, 7)
+    samples = read(out / "iteration-2/samples.jsonl")
+    assert len(samples) == 24 * 4 and samples[0].keys() == {"prompt", "response", "finish_reason", "usable", "reward"}
     policy, tokenizer = AutoModelForCausalLM.from_pretrained(out / "policy"), AutoTokenizer.from_pretrained(out / "policy")
     assert policy.dtype == torch.float32 and tokenizer.eos_token == "<eos>"
-    assert json.loads((out / "config.json").read_text())["beta"] == playground.BETA[loss_type]
+    written = json.loads((out / "config.json").read_text())
+    assert written.pop("data").startswith("24 + 32 + 0 rows, CRC ") and written["beta"] == playground.BETA[loss_type]
+    assert written == asdict(resolve(small(out, loss_type=loss_type, learning_rate=1e-3)))
     assert "| iteration |" in (out / "report.md").read_text()
-    assert {p.name for p in out.iterdir()} == {
-        "config.json", "metrics.jsonl", "policy", "report.md", "tensorboard", "curves.png", "margins.png",
-        *(f"iteration-{t}" for t in (1, 2, 3)),
+    assert {p.name for p in out.iterdir()} == drawn | {
+        "config.json", "metrics.jsonl", "policy", "report.md", *(f"iteration-{t}" for t in (0, 1, 2, 3)),
     }  # fmt: skip
 
 
-def test_selection_keeps_the_largest_margins_of_the_previous_policies(world, tmp_path, monkeypatch):
-    """The margins in pairs.jsonl are (1−γ) m_{t−1} + γ m_{t−2}, by an independent pass over the saved policies."""
-    out, saved = tmp_path / "run", tmp_path / "saved"
-    keep = run.save_checkpoint
-
-    def also(out, t, policy, *rest, **more):
-        policy.save_pretrained(saved / str(t))
-        keep(out, t, policy, *rest, **more)
-
-    monkeypatch.setattr(run, "save_checkpoint", also)
-    main(small(out, ensemble_gamma=0.25, learning_rate=1e-3))
-    policies = [AutoModelForCausalLM.from_pretrained(saved / str(t)).eval() for t in (0, 1, 2)]
-    tokenizer = playground.make_tokenizer()
-
-    def reward(policy, x, y):
-        x, y = tokenizer(x).input_ids, [*tokenizer(y).input_ids, tokenizer.eos_token_id]
-        ids = torch.tensor([x + y])
-        with torch.no_grad():
-            both = [p(ids).logits[0, len(x) - 1 : -1].double().log_softmax(-1).gather(1, torch.tensor(y)[:, None]).sum()
-                    for p in (policy, policies[0])]  # fmt: skip
-        return (both[0] - both[1]).item()
-
-    def margin(row, t):
-        return reward(policies[t], row["prompt"], row["chosen"]) - reward(policies[t], row["prompt"], row["rejected"])
-
-    first, third = ([json.loads(line) for line in (out / f"iteration-{t}/pairs.jsonl").read_text().splitlines()] for t in (1, 3))
-    for row in third[::7]:
-        assert row["margin"] == pytest.approx(0.75 * margin(row, 2) + 0.25 * margin(row, 1), abs=1e-4)
-    want = sorted((0.75 * margin(row, 2) + 0.25 * margin(row, 1) for row in first), reverse=True)[:34]
-    assert [row["margin"] for row in third if row["source"] == "offline"] == pytest.approx(want, abs=1e-4)
+def test_every_loss_has_its_beta():
+    """Of its function, and in the playground what suits its small model; given, it is what was given."""
+    for name, loss in LOSSES.items():
+        assert resolve(Config(loss_type=name)).beta == playground.BETA[name]
+        assert resolve(Config(loss_type=name, model_name_or_path="m", dataset_name="d")).beta == loss.beta
+        assert resolve(Config(loss_type=name, beta=0.3)).beta == 0.3
 
 
-def test_dpo_alone_and_the_random_control(world, tmp_path):
-    final = main(small(tmp_path / "dpo", keep=1.0, bootstrap=0.0, iterations=2))
-    assert final["bootstrap/precision"] is None and final["select/precision"] == final["data/label_accuracy"]
-    texts = {}
-    for name, seed in [("a", 0), ("b", 0), ("c", 1)]:
-        main(small(tmp_path / name, select="random", seed=seed, iterations=2, bootstrap=0.0))
-        texts[name] = (tmp_path / name / "iteration-2/pairs.jsonl").read_text()
-    assert texts["a"] == texts["b"] != texts["c"]
-    margins = [json.loads(line)["margin"] for line in texts["a"].splitlines()]
-    assert len(margins) == 34 and margins != sorted(margins, reverse=True)
+def test_what_is_left_open_is_resolved():
+    """Half of the length is the prompt's, and what it leaves the samples'; the playground has lengths of its own."""
+    def lengths(**given):
+        c = resolve(Config(model_name_or_path="m", dataset_name="d", **given))
+        return c.max_length, c.max_prompt_length, c.max_new_tokens
+
+    assert lengths() == (1024, 512, 512)
+    assert lengths(max_length=384) == (384, 192, 192)
+    assert lengths(max_length=385) == (385, 192, 193)
+    assert lengths(max_prompt_length=100) == (1024, 100, 924)
+    assert lengths(max_length=384, max_prompt_length=300, max_new_tokens=7) == (384, 300, 7)
+    c = resolve(Config())
+    assert (c.max_length, c.max_prompt_length, c.max_new_tokens, c.max_train_pairs) == (64, 16, 32, 2000)
+    assert c.eval_split == "test" and c.device in ("cpu", "cuda") and c.learning_rate == playground.LEARNING_RATE
+    assert resolve(Config(model_name_or_path="m", dataset_name="d")).learning_rate == 1e-6
+    assert resolve(Config(output_dir="a/")).output_dir == "a" and resolve(Config(resume_from_checkpoint="b/")).output_dir == "b"
 
 
 def test_a_model_and_data_of_one_s_own(model_dir, preferences, tmp_path, capsys):
     out = tmp_path / "run"
     final = main(real(model_dir, preferences, out))
-    assert "21 read, 20 kept" in (printed := capsys.readouterr().out) and "1 dropped: chosen equals rejected" in printed
+    printed = capsys.readouterr().out
+    assert "21 read, 20 kept" in printed and "1 dropped: chosen equals rejected" in printed
     assert final["eval_rewards/accuracies"] > 0.5 and not any(key.startswith("gold") for key in final)
     assert lines(out)[0] == {"phase": "eval", "iteration": 0, "eval_loss": pytest.approx(0.693147, abs=1e-4),
                              "eval_rewards/accuracies": 0.5, "eval_rewards/margins": 0.0}  # fmt: skip
-    assert (out / "policy/model.safetensors").exists() and "now: " in (out / "report.md").read_text()
+    assert (out / "policy/model.safetensors").exists() and "after: " in (out / "report.md").read_text()
+
+
+def test_no_sample_below_the_floor_is_paired(stopped, tmp_path, capsys):
+    """By an independent pass: every token of a bootstrapped pair is as likely under π_ref as the quantile asks."""
+    flags, out = stopped[0], tmp_path / "run"
+    main(replace(flags, output_dir=str(out), token_floor=0.9))
+    printed, rows = capsys.readouterr().out, read(out / "iteration-2/samples.jsonl")
+    policy = AutoModelForCausalLM.from_pretrained(flags.model_name_or_path).double()
+    tokenizer = AutoTokenizer.from_pretrained(flags.model_name_or_path)
+
+    def least(x, y):
+        x, y = tokenizer(x).input_ids, [*tokenizer(y).input_ids, tokenizer.eos_token_id]
+        with torch.no_grad():
+            logps = policy(torch.tensor([x + y])).logits[0, len(x) - 1 : -1].log_softmax(-1)
+        return logps.gather(1, torch.tensor(y)[:, None]).min().item()
+
+    offline, bootstrapped = ([least(row["prompt"], row[y]) for row in read(out / f"iteration-{t}/pairs.jsonl")
+                              if row["source"] == source for y in ("chosen", "rejected")]
+                             for t, source in ((1, "offline"), (2, "bootstrap")))  # fmt: skip
+    floor = sorted(offline)[int(0.9 * len(offline))]
+    assert bootstrapped and min(bootstrapped) >= floor - 1e-4
+    barred = [row for row in rows if row["finish_reason"] == "stop" and not row["usable"]]
+    cut_off = [row for row in rows if row["finish_reason"] == "length"]
+    assert barred and all(least(row["prompt"], row["response"]) < floor + 1e-4 for row in barred)
+    assert cut_off and not any(row["usable"] for row in cut_off)
+    assert f" {len(barred)} samples below --token_floor" in printed and f" {len(cut_off)} cut-off samples" in printed
 
 
 def test_an_iteration_takes_the_steps_asked_for(world, tmp_path, monkeypatch):
-    """7 where a pass over 48 pairs has 3, or over 24 has 2; no pair a third time before every pair came twice."""
+    """7 where a pass over 24 pairs has 3, or over 12 has 2; no pair a third time before every pair came twice."""
     seen, step = [], train.train_step
 
-    def watched(policy, optimizer, pairs, *rest):
-        seen.append([str(pair) for pair in pairs])
-        return step(policy, optimizer, pairs, *rest)
+    def watched(policy, optimizer, training_set, batch, *rest):
+        seen.append([str(training_set.pairs[i]) for i in batch])
+        return step(policy, optimizer, training_set, batch, *rest)
 
     monkeypatch.setattr(train, "train_step", watched)
     main(small(tmp_path / "a", steps_per_iteration=7, iterations=2, keep=0.5, bootstrap=0.0))
-    for part, n in ((seen[:7], 48), (seen[7:], 24)):
+    for part, n in ((seen[:7], 24), (seen[7:], 12)):
         counts = Counter(pair for batch in part for pair in batch)
         assert len(counts) == n and max(counts.values()) - min(counts.values()) <= 1
     steps = [line for line in lines(tmp_path / "a") if line["phase"] == "train"]
@@ -181,49 +278,10 @@ def test_an_iteration_takes_the_steps_asked_for(world, tmp_path, monkeypatch):
         main(small(tmp_path / "b", steps_per_iteration=0))
 
 
-def test_no_sample_below_the_floor_is_paired(world, tmp_path, capsys):
-    """By an independent pass: every token of an own pair is as likely under the reference as the quantile asks."""
-    out = tmp_path / "run"
-    main(small(out, token_floor=0.25, iterations=2, learning_rate=1e-3))
-    below = int(re.search("([1-9][0-9]*) samples below --token_floor", capsys.readouterr().out)[1])
-    policy, tokenizer = playground.make_sft_policy(0, "cpu")
-
-    def least(x, y):
-        x, y = tokenizer(x).input_ids, [*tokenizer(y).input_ids, tokenizer.eos_token_id]
-        with torch.no_grad():
-            logps = policy(torch.tensor([x + y])).logits[0, len(x) - 1 : -1].double().log_softmax(-1)
-        return logps.gather(1, torch.tensor(y)[:, None]).min().item()
-
-    of = {source: [least(row["prompt"], row[y]) for t in (1, 2) for row in read(out / f"iteration-{t}/pairs.jsonl")
-                   if row["source"] == source and (t == 1 or source == "bootstrap") for y in ("chosen", "rejected")]
-          for source in ("offline", "bootstrap")}  # fmt: skip
-    floor = sorted(of["offline"])[len(of["offline"]) // 4]
-    assert len(of["offline"]) == 96 and of["bootstrap"] and min(of["bootstrap"]) >= floor - 1e-4
-    samples = read(out / "iteration-2/samples.jsonl")
-    barred = [row for row in samples if row["finish_reason"] == "stop" and not row["usable"]]
-    assert len(barred) == below and all(least(row["prompt"], row["response"]) < floor + 1e-4 for row in barred)
-    assert not any(row["usable"] for row in samples if row["finish_reason"] == "length")
-
-
-def test_length_free_margins_are_not_explained_by_length(world, tmp_path):
-    out = tmp_path / "run"
-    main(small(out, length_free=True, keep=1.0, iterations=2, learning_rate=1e-3))
-    rows = [row for row in read(out / "iteration-2/pairs.jsonl") if row["source"] == "offline"]
-    longer = torch.tensor([float(len(r["chosen"].split()) - len(r["rejected"].split())) for r in rows])
-    margins = torch.tensor([r["margin"] for r in rows])
-    assert len(rows) == 48 and (longer * margins).sum().abs() < 1e-2 * longer.norm() * margins.norm()
-    # The samples' rewards too, within a prompt, and they are what ranks: a pair's margin is their difference.
-    samples = [row for row in read(out / "iteration-2/samples.jsonl") if row["finish_reason"] == "stop"]
-    by_prompt = {}
-    for i, row in enumerate(read(out / "iteration-2/samples.jsonl")):
-        if row["finish_reason"] == "stop":
-            by_prompt.setdefault(i // 4, []).append([row["reward"], float(len(row["response"].split()))])
-    apart = torch.cat([torch.tensor(some) - torch.tensor(some).mean(0) for some in by_prompt.values()])  # (W, 2)
-    assert (apart[:, 0] * apart[:, 1]).sum().abs() < 1e-2 * apart[:, 0].norm() * apart[:, 1].norm()
-    known = {(row["prompt"], row["response"]): row["reward"] for row in samples}
-    own = [row for row in read(out / "iteration-2/pairs.jsonl") if row["source"] == "bootstrap"]
-    assert own and all(row["margin"] == pytest.approx(
-        known[row["prompt"], row["chosen"]] - known[row["prompt"], row["rejected"]], abs=1e-4) for row in own)  # fmt: skip
+def test_a_review_that_leaves_no_pair_is_one_line(model_dir, preferences, tmp_path):
+    """None of the given ones is kept, and no sample can end: two that end in one token are alike."""
+    with pytest.raises(InputError, match="iteration 2: no pair is left to train on"):
+        main(real(model_dir, preferences, tmp_path / "run", keep=0.0, max_new_tokens=1))
 
 
 def test_evaluation_data_of_one_s_own(model_dir, preferences, tmp_path, capsys):
@@ -231,7 +289,7 @@ def test_evaluation_data_of_one_s_own(model_dir, preferences, tmp_path, capsys):
     rows, file = read(preferences), tmp_path / "held.json"
     file.write_text(json.dumps([*rows[:3], {"instruction": "New?", "chosen": "yes", "rejected": "no"}]))
     out = tmp_path / "run"
-    final = main(real(model_dir, preferences, out, eval_dataset_name=str(file), eval_fraction=Config.eval_fraction))
+    final = main(real(model_dir, preferences, out, iterations=1, eval_dataset_name=str(file), eval_fraction=Config.eval_fraction))
     printed = capsys.readouterr().out
     assert "21 read, 17 kept" in printed and "3 dropped: the prompt is in the evaluation data" in printed
     assert "evaluation data: 4 read, 4 kept" in printed
@@ -241,32 +299,38 @@ def test_evaluation_data_of_one_s_own(model_dir, preferences, tmp_path, capsys):
 
 
 def test_a_split_of_the_same_data_set_to_evaluate_on(model_dir, preferences, tmp_path, capsys):
-    rows, folder = read(preferences), tmp_path / "set"
-    folder.mkdir()
+    rows, data_set = read(preferences), tmp_path / "set"
+    data_set.mkdir()
     for split, some in {"train": rows[:12], "test": rows[12:20]}.items():
-        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, some)))
-    main(real(model_dir, folder, tmp_path / "run", iterations=1, eval_split="test", eval_fraction=Config.eval_fraction))
+        (data_set / f"{split}.jsonl").write_text("\n".join(map(json.dumps, some)))
+    main(real(model_dir, data_set, tmp_path / "run", iterations=1, eval_split="test", eval_fraction=Config.eval_fraction))
     printed = capsys.readouterr().out
     assert "data: 12 read, 12 kept" in printed and "evaluation data: 8 read, 8 kept" in printed
 
 
 def test_answers_for_an_outside_judge(model_dir, preferences, tmp_path):
-    """In each row the question that the model was asked, whole."""
+    """In each row the prompt that the model was given, whole."""
     file, out = tmp_path / "ask.json", tmp_path / "run"
-    asked = [{"instruction": "Say 3", "dataset": "x"}, {"instruction": "What is", "input": "2 + 2?"}, {"prompt": "Say"},
-             {"prompt": [{"role": "system", "content": "Be"}, {"role": "user", "content": "kind"}]}]  # fmt: skip
-    file.write_text(json.dumps(asked))
+    prompts = [{"instruction": "Say 3", "dataset": "x"}, {"instruction": "What is", "input": "2 + 2?"}, {"prompt": "Say"},
+               {"prompt": [{"role": "system", "content": "Be"}, {"role": "user", "content": "kind"}]}]  # fmt: skip
+    file.write_text(json.dumps(prompts))
     main(real(model_dir, preferences, out, iterations=1, prompt_file=str(file)))
     answers = json.loads((out / "samples.json").read_text())
     assert [row["instruction"] for row in answers] == ["Say 3", "What is\n\n2 + 2?", "Say", "Be\n\nkind"]
     assert all(row.keys() == {"instruction", "output", "generator"} and row["generator"] == str(out) for row in answers)
 
 
-def test_tensorboard_shows_the_metrics_and_is_not_needed(model_dir, preferences, tmp_path, monkeypatch):
+def test_tensorboard_shows_the_metrics_and_is_not_needed(stopped, tmp_path, figures):
+    """Every line once, also of a run that was resumed."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    flags, here = stopped
+    figures()
     out = tmp_path / "with"
-    main(real(model_dir, preferences, out, iterations=2))
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "train_step", interrupted_in(4 + 2))
+        main(replace(flags, output_dir=str(out)))
+    main(replace(flags, output_dir=str(out), resume_from_checkpoint=str(out)))
     for t in (1, 2):
         events = EventAccumulator(str(out / f"tensorboard/iteration-{t}")).Reload()
         want = [line["loss"] for line in lines(out) if line["phase"] == "train" and line["iteration"] == t]
@@ -274,239 +338,98 @@ def test_tensorboard_shows_the_metrics_and_is_not_needed(model_dir, preferences,
     events = EventAccumulator(str(out / "tensorboard/evaluation")).Reload().Scalars("eval_rewards/margins")
     assert [event.step for event in events] == [0, 1, 2]
     assert "![margins.png](margins.png)" in (out / "report.md").read_text()
-
-    out = tmp_path / "without"
-    for name in ("torch.utils.tensorboard", "matplotlib", "matplotlib.figure"):
-        monkeypatch.setitem(sys.modules, name, None)
-    main(real(model_dir, preferences, out, iterations=2))
-    assert not {"tensorboard", "curves.png", "margins.png"} & {path.name for path in out.iterdir()}
-    assert lines(out) == lines(tmp_path / "with")
+    assert not {"tensorboard", "curves.png", "margins.png"} & {path.name for path in (here / "whole").iterdir()}
+    assert lines(out) == lines(here / "whole")
 
 
-def test_micro_batches_and_checkpointing_change_nothing(model_dir, preferences, tmp_path):
-    """Lengths 1 to 3 apart, a last partial batch: the mean is over the step's pairs however they are split."""
+def test_gradient_checkpointing_changes_nothing(model_dir, preferences, tmp_path):
     ends = []
-    for name, changed in {"whole": {}, "split": {"max_tokens": 64}, "checkpointed": {"gradient_checkpointing": True}}.items():
-        main(real(model_dir, preferences, tmp_path / name, iterations=1, learning_rate=1e-4, per_device_train_batch_size=6, **changed))
-        ends.append(([m["loss"] for m in lines(tmp_path / name) if m["phase"] == "train"],
-                     load_file(tmp_path / name / "policy/model.safetensors")))  # fmt: skip
-    for losses, weights in ends[1:]:
-        assert losses == pytest.approx(ends[0][0], abs=1e-5) and len(losses) == 3
-        for key, value in weights.items():
-            torch.testing.assert_close(value, ends[0][1][key], rtol=0, atol=2e-5)
+    for name in (False, True):
+        main(real(model_dir, preferences, tmp_path / str(name), iterations=1, learning_rate=1e-4, gradient_checkpointing=name))
+        ends.append(([m["loss"] for m in lines(tmp_path / str(name)) if m["phase"] == "train"],
+                     load_file(tmp_path / str(name) / "policy/model.safetensors")))  # fmt: skip
+    (losses, weights), (checkpointed, others) = ends
+    assert checkpointed == pytest.approx(losses, abs=1e-5) and len(losses) == 4
+    for key, value in weights.items():
+        torch.testing.assert_close(value, others[key], rtol=0, atol=2e-5)
 
 
-def test_fifty_steps_are_the_naive_trainer_s(tmp_path):
-    """Every trick on and off: against a padding mask, (B, T, V) logits, one batch in the order of the pairs."""
-    rng = random.Random(0)
-    pairs = [tuple([rng.randrange(3, 61) for _ in range(rng.randint(1, 30))] for _ in "xwl") for _ in range(24)]
-    config = train.resolve(real("m", "d", tmp_path, max_tokens=128))  # several micro-batches, and passes in each
+def test_one_policy_at_a_time_is_in_memory_and_scores_things_once(stopped, tmp_path, monkeypatch):
+    """In a run, and in one that goes on within an iteration."""
+    flags, _ = stopped
+    policies, scored = [], []
 
-    def naive(model, x, y):
-        rows = [a + b for a, b in zip(x, y)]
-        ids = torch.tensor([row + [0] * (60 - len(row)) for row in rows])
-        column, ends = torch.arange(60), torch.tensor([[len(row)] for row in rows])
-        logps = model(input_ids=ids, attention_mask=(column < ends).long()).logits[:, :-1].log_softmax(-1)
-        logps = logps.gather(2, ids[:, 1:, None])[:, :, 0]
-        mask = (column >= torch.tensor([[len(a)] for a in x])) & (column < ends)
-        return logps.masked_fill(~mask[:, 1:], 0).sum(1)
+    def watched(function):
+        def count(*args, **kwargs):
+            assert sum(policy() is not None for policy in policies) == 1
+            return function(*args, **kwargs)
 
-    ours, theirs = tiny_model(), tiny_model()
-    reference = train.pair_logps(ours, pairs, config, None)
-    ours.train(), theirs.train()
-    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, weight_decay=0.0) for m in (ours, theirs)]
-    losses = []
-    for step in range(50):
-        batch = [(8 * step + i) % 24 for i in range(8)]
-        x, w, l = zip(*(pairs[i] for i in batch))
-        got = train.train_step(ours, optimizers[0], [pairs[i] for i in batch], reference[batch], config)
-        r = naive(theirs, x + x, w + l).view(2, -1).T - reference[batch]
-        loss = -torch.nn.functional.logsigmoid(config.beta * (r[:, 0] - r[:, 1])).mean()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
-        optimizers[1].step(), optimizers[1].zero_grad()
-        assert got["loss"] == pytest.approx(loss.item(), abs=1e-4) and got["grad_norm"] == pytest.approx(norm.item(), rel=1e-2)
-        losses.append(loss.item())
-    assert losses[0] == pytest.approx(0.6931, abs=1e-4) and max(losses[-3:]) < 0.5
+        return count
+
+    def loads(*args, real=folder.load):
+        policy, tokenizer = real(*args)
+        policies.append(weakref.ref(policy))
+        return policy, tokenizer
+
+    def scores(model, prompts, responses, flags, desc, real=run.score_rows):
+        scored.append(desc)
+        return real(model, prompts, responses, flags, desc)
+
+    monkeypatch.setattr(folder, "load", loads)
+    for module, name in [(train, "train_step"), (run, "draw_samples"), (run, "score")]:
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    monkeypatch.setattr(run, "score_rows", scores)
+    main(replace(flags, output_dir=str(tmp_path / "run"), iterations=3))
+    assert len(policies) > 3 and len(scored) == len({*scored})
+    policies.clear()
+    main(copy_of(stopped, tmp_path / "resumed"))
+    assert policies
+
+
+# A training by itself
+
+
+def trained(out, model, pairs, reference, t=1, **changed):
+    """The lines that training π_θt from the model on these pairs logs."""
+    flags = resolve(real("m", "d", out, **changed))
+    policies = folder.Policies(out, "m", "cpu")
+    policies.hold(t - 1, model, bpe_tokenizer())
+    (out / "state").mkdir(parents=True)
+    here = run.Run(flags, out, policies, bpe_tokenizer(), [1], pairs, [], [], [], [])
+    train.train(here, t, training_set_of(pairs, reference))
+    return lines(out)
+
+
+def training_set_of(pairs, reference):
+    return TrainingSet(pairs, reference, torch.zeros(len(pairs)), ["offline"] * len(pairs))
+
+
+def some_pairs(n):
+    """Of lengths from 2 to 8."""
+    generator = torch.Generator().manual_seed(0)
+    some = lambda: torch.randint(3, 61, (int(torch.randint(2, 9, (), generator=generator)),), generator=generator).tolist()  # noqa: E731
+    return [Pair(some(), some(), some()) for _ in range(n)]
 
 
 def test_one_pair_is_overfitted(tmp_path):
-    model, pairs = tiny_model(), [([3, 4], [5, 6, 1], [7, 8, 1])]
-    reference = torch.stack([sequence_logprobs(model, [x, x], ys)[0].detach() for x, *ys in pairs])
-    config = train.resolve(real("m", "d", tmp_path, epochs_per_iteration=40, learning_rate=1e-2))
-    seen = []
-    resume = {"optimizer": None, "step": None}
-    train.train_on(model, pairs, reference, 1, resume, config, lambda **line: seen.append(line), None)
+    model, pair = tiny_model(), Pair([3, 4], [5, 6, 1], [7, 8, 1])
+    reference = sequence_logprobs(model, [pair.prompt] * 2, [pair.chosen, pair.rejected])[0].detach()[None]
+    seen = trained(tmp_path / "run", model, [pair], reference, epochs_per_iteration=40, learning_rate=1e-2)
     assert seen[0]["loss"] == pytest.approx(0.6931, abs=1e-3) and seen[-1]["loss"] < 0.01 and seen[-1]["rewards/margins"] > 4
-
-
-class Killed(BaseException):
-    pass
-
-
-REVIEWED = {"loss_type": "ipo", "token_floor": 0.05, "length_free": True, "learning_rate": 1e-3}
-
-
-@pytest.mark.parametrize("moment, more", [(0, {}), (8, {}), (11, REVIEWED)])  # the line of metrics.jsonl at which it dies
-def test_a_killed_run_goes_on_to_the_same_end(world, tmp_path, monkeypatch, moment, more):
-    """At its first line, after iteration 2, and within iteration 3, where it goes on from a step's checkpoint."""
-    whole, out, log = tmp_path / "whole", tmp_path / "out", run.log
-    more = {"save_steps": 2, **more}
-    main(small(whole, **more))
-
-    def dies(*args, **metrics):
-        if moment == len(lines(out) if (out / "metrics.jsonl").exists() else []):
-            raise Killed
-        return log(*args, **metrics)
-
-    monkeypatch.setattr(run, "log", dies)
-    with pytest.raises(Killed):
-        main(small(out, **more))
-    assert moment < 11 or run.latest_checkpoint(out)[1]["step"] == 2
-    monkeypatch.setattr(run, "log", log)
-    with pytest.raises(InputError, match="begun with beta = 1.0, not 0.5"):
-        main(small(out, **more, resume_from_checkpoint=str(out), beta=0.5))
-    main(small(out, **more, resume_from_checkpoint=str(out)))
-    assert (out / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
-    assert (out / "policy/model.safetensors").read_bytes() == (whole / "policy/model.safetensors").read_bytes()
-    assert (out / "iteration-3/pairs.jsonl").read_text() == (whole / "iteration-3/pairs.jsonl").read_text()
-    with pytest.raises(InputError, match="this run has ended"):
-        main(small(out, **more, resume_from_checkpoint=str(out)))
-
-
-def interrupted(*args, **kwargs):
-    raise KeyboardInterrupt
-
-
-def test_a_resume_asks_for_the_same_data_and_flags_but_those_of_memory(model_dir, preferences, tmp_path, monkeypatch):
-    out, rows, asked = tmp_path / "out", preferences.read_text(), tmp_path / "ask.json"
-    asked.write_text('[{"instruction": "Say 3"}]')
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train_on", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            main(real(model_dir, preferences, f"{out}/", prompt_file=str(asked)))
-    again = {"resume_from_checkpoint": f"{out}/", "prompt_file": str(asked)}
-    preferences.write_text(rows.replace("The fox is 7", "The fox is 8"))
-    with pytest.raises(InputError, match="out was begun with other data: .* CRC"):
-        main(real(model_dir, preferences, out, **again))
-    preferences.write_text(rows)
-    asked.write_text('[{"instruction": "Say 4"}]')
-    with pytest.raises(InputError, match="out was begun with other data: .* CRC"):
-        main(real(model_dir, preferences, out, **again))
-    asked.write_text('[{"instruction": "Say 3"}]')
-    with pytest.raises(InputError, match="out was begun with seed = 0, not 1"):
-        main(real(model_dir, preferences, out, seed=1, **again))
-    main(real(model_dir, preferences, f"{out}/", max_tokens=512, gradient_checkpointing=True, save_steps=1, **again))
-    assert (out / "policy").exists()
-
-
-@pytest.mark.parametrize("name, content", [("config.json", b'{"half'), ("config.json", b"3"), ("state/000-pairs.pt", b"PK"),
-                                           ("state/000-done/state.pt", pickle.dumps(Path("a pickle")))])  # fmt: skip
-def test_what_a_resume_cannot_read_is_one_line(model_dir, preferences, tmp_path, monkeypatch, name, content):
-    """Broken, or a pickle that wants to run code."""
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(*((run, "save_checkpoint") if name.endswith("pairs.pt") else (train, "train_on")), interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            main(real(model_dir, preferences, out, max_train_pairs=8))
-    (out / name).write_bytes(content)
-    with pytest.raises(InputError, match=f"{name} cannot be read: .") as error:
-        main(real(model_dir, preferences, out, max_train_pairs=8, resume_from_checkpoint=str(out)))
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_step_and_saves_it(world, tmp_path, monkeypatch, capsys, number):
-    """In step 2 of iteration 2: exit status 130, how to go on, and then the end of a run that was left alone."""
-    whole, out, step = tmp_path / "whole", tmp_path / "out", train.train_step
-    main(small(whole))
-    count = iter(range(1, 100))
-
-    def signalled(*args):
-        if next(count) == 5:
-            os.kill(os.getpid(), number)
-        return step(*args)
-
-    monkeypatch.setattr(train, "train_step", signalled)
-    flags = ["--max_train_pairs", "48", "--per_device_train_batch_size", "16", "--device", "cpu"]
-    with pytest.raises(SystemExit) as stop:
-        train.command_line([*flags, "--output_dir", str(out)])
-    assert stop.value.code == 130 and f"--resume_from_checkpoint {out}" in capsys.readouterr().err
-    assert (out / "state/002-00000002/state.pt").exists() and lines(out)[-1]["step"] == 2
-    train.command_line([*flags, "--resume_from_checkpoint", str(out)])
-    assert (out / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
-    assert (out / "policy/model.safetensors").read_bytes() == (whole / "policy/model.safetensors").read_bytes()
-
-
-def test_a_disk_that_is_full(world, tmp_path, monkeypatch):
-    """Too small from the start: nothing is written. Full on the way: the last checkpoint is whole, and the run goes on."""
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**6))
-        with pytest.raises(InputError, match=r"0.0 GB free, and checkpoints take"):
-            main(small(tmp_path / "none"))
-    assert not (tmp_path / "none").exists()
-    with monkeypatch.context() as patch:
-        save = torch.save
-
-        def full(what, path):
-            if path.name == "state.pt" and "002-done" in str(path):
-                path.write_bytes(b"PK half")
-                raise RuntimeError("PytorchStreamWriter failed writing file data/3: No space left on device\nand more")
-            save(what, path)
-
-        patch.setattr(torch, "save", full)
-        with pytest.raises(OSError, match=r"002-done cannot be written: .*No space left on device$"):
-            main(small(tmp_path / "full"))
-    assert run.latest_checkpoint(tmp_path / "full")[1]["iteration"] == 1
-    assert not list((tmp_path / "full/state").glob(".*"))  # what is half written would keep the disk full
-    main(small(tmp_path / "full", resume_from_checkpoint=str(tmp_path / "full")))
-    assert (tmp_path / "full/policy/model.safetensors").exists()
-
-
-def test_a_loss_that_is_nan_stops_with_its_step_and_what_was_saved_stays(world, tmp_path, monkeypatch):
-    out, losses = tmp_path / "run", train.pair_losses
-    calls = iter(range(100))
-    monkeypatch.setattr(train, "pair_losses", lambda r, c: losses(r, c) * (float("nan") if next(calls) == 8 else 1))
-    every = r"lines \[\d+(, \d+){15}\]"  # before: 2 losses of preflight, 2 of evaluations, 4 steps; 16 pairs a step
-    with pytest.raises(FloatingPointError, match=rf"iteration 2, step 2, pairs.jsonl {every}: the loss is nan"):
-        main(small(out))
-    folder, state = run.latest_checkpoint(out)
-    weights = load_file(folder / "model.safetensors")
-    assert state["iteration"] == 1 and all(value.isfinite().all() for value in weights.values())
-
-
-def test_weights_that_are_nan_after_the_last_step_are_not_saved(world, tmp_path, monkeypatch):
-    """What only the next evaluation would show must not have replaced what was good."""
-    out, step = tmp_path / "run", train.train_step
-
-    def breaks(policy, *args):
-        metrics = step(policy, *args)
-        next(policy.parameters()).data[0] = float("nan")
-        return metrics
-
-    monkeypatch.setattr(train, "train_step", breaks)
-    with pytest.raises(FloatingPointError, match="iteration 1: weights of the policy are no numbers"):
-        main(small(out, per_device_train_batch_size=48))
-    assert run.latest_checkpoint(out)[1]["iteration"] == 0
 
 
 def test_a_pair_that_is_nan_is_named(tmp_path):
     """By its line of pairs.jsonl, whatever micro-batch it is in."""
-    model, pairs = tiny_model(), [([3] * (1 + i % 5), [5] * (1 + i % 7), [6, 7, 8]) for i in range(12)]
+    pairs = [Pair([3] * (1 + i % 5), [5] * (1 + i % 7), [6, 7, 8]) for i in range(12)]
     reference = torch.zeros(12, 2)
     reference[4, 0] = float("nan")
-    config = train.resolve(real("m", "d", tmp_path, per_device_train_batch_size=12, max_tokens=40))
-    resume = {"optimizer": None, "step": None}
     with pytest.raises(FloatingPointError, match=r"iteration 2, step 1, pairs.jsonl lines \[5\]: the loss is nan"):
-        train.train_on(model, pairs, reference, 2, resume, config, None, None)
+        trained(tmp_path / "run", tiny_model(), pairs, reference, t=2, per_device_train_batch_size=12, max_tokens=40)
 
 
 def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(tmp_path, monkeypatch, capsys):
     """The GPU is played by a model that holds 60 tokens at a time; the steps are those of one that holds any."""
-    rng, real_pass = random.Random(0), train.sequence_logprobs
-    pairs = [tuple([rng.randrange(3, 61) for _ in range(rng.randint(2, 8))] for _ in "xwl") for _ in range(16)]
-    config = train.resolve(real("m", "d", tmp_path, per_device_train_batch_size=8))
-    reference, steps, held = torch.zeros(16, 2), {}, [0]
+    real_pass, pairs, steps, held = run.sequence_logprobs, some_pairs(16), {}, [0]
 
     def limited(model, x, y):
         held[0] += sum(map(len, [*x, *y]))
@@ -521,26 +444,22 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(tmp_path, monk
 
     for name in ("any", "sixty"):
         if name == "sixty":
-            monkeypatch.setattr(train, "sequence_logprobs", limited)
+            monkeypatch.setattr(run, "sequence_logprobs", limited)
             monkeypatch.setattr(torch.Tensor, "backward", backward)
-        steps[name] = []
-        resume = {"optimizer": None, "step": None}
-        log = steps[name].append
-        train.train_on(tiny_model(), pairs, reference, 1, resume, config, lambda log=log, **line: log(line), None)
+        steps[name] = trained(tmp_path / name, tiny_model(), pairs, torch.zeros(16, 2), per_device_train_batch_size=8)
     said = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
     assert 1 <= len(said) <= 10 and said[-1].endswith(("with 64 tokens at a time", "with 32 tokens at a time"))
     for a, b in zip(steps["any"], steps["sixty"], strict=True):
         assert b.pop("phase") == a.pop("phase") and b == pytest.approx(a, rel=1e-4, abs=1e-5)
-    monkeypatch.setattr(train, "sequence_logprobs", lambda model, x, y: limited(model, x * 99, y))
+    monkeypatch.setattr(run, "sequence_logprobs", lambda model, x, y: limited(model, x * 99, y))
     with pytest.raises(torch.OutOfMemoryError):  # not for ever
-        train.train_on(tiny_model(), pairs, reference, 1, {"optimizer": None, "step": None}, config, None, None)
+        trained(tmp_path / "none", tiny_model(), pairs, torch.zeros(16, 2), per_device_train_batch_size=8)
 
 
-def test_out_of_memory_after_a_backward_pass_starts_the_step_anew(tmp_path, monkeypatch, capsys):
+def test_out_of_memory_after_a_backward_pass_starts_the_step_anew(tmp_path, monkeypatch):
     """What the first micro-batch has added to the gradients is not added twice."""
-    rng, real_pass, steps = random.Random(0), train.sequence_logprobs, []
-    pairs = [tuple([rng.randrange(3, 61) for _ in range(rng.randint(2, 8))] for _ in "xwl") for _ in range(8)]
-    config, failed = train.resolve(real("m", "d", tmp_path, max_tokens=100)), []
+    real_pass, steps, failed = run.sequence_logprobs, [], []
+    flags, pairs = resolve(real("m", "d", tmp_path)), some_pairs(8)
     for fails in (False, True):
         model = tiny_model()
 
@@ -550,19 +469,19 @@ def test_out_of_memory_after_a_backward_pass_starts_the_step_anew(tmp_path, monk
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return real_pass(model, x, y)
 
-        monkeypatch.setattr(train, "sequence_logprobs", limited)
+        monkeypatch.setattr(run, "sequence_logprobs", limited)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
         def step(max_tokens, model=model, optimizer=optimizer):
-            return train.train_step(model, optimizer, pairs, torch.zeros(8, 2), replace(config, max_tokens=max_tokens))
+            return train.train_step(model, optimizer, training_set_of(pairs, torch.zeros(8, 2)), [*range(8)], flags, max_tokens)
 
-        steps.append(run.halving(step, 100, 20))
+        steps.append(run.retry_on_oom(step, 100, 20))
     assert failed and steps[1][1] == 50 and steps[1][0] == pytest.approx(steps[0][0], rel=1e-4)
 
 
 def test_out_of_memory_in_sampling_halves_the_batch(tmp_path, monkeypatch, capsys):
     """And one that does not fit by itself is not tried for ever."""
-    config = train.resolve(real("m", "d", tmp_path, max_new_tokens=4))
+    flags = resolve(real("m", "d", tmp_path, max_new_tokens=4))
     real_sampling, tried, room = bootstrap.sample_responses, [], [9000]
 
     def limited(*args, max_tokens, **settings):
@@ -571,14 +490,351 @@ def test_out_of_memory_in_sampling_halves_the_batch(tmp_path, monkeypatch, capsy
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real_sampling(*args, max_tokens=max_tokens, **settings)
 
+    def sample():
+        return run.draw_samples(tiny_model(), [[5, 6], [7]], 2, flags, ends=[1], pad=0, seed=0, desc=None)
+
     monkeypatch.setattr(bootstrap, "sample_responses", limited)
-    args = tiny_model(), bpe_tokenizer(), [[5, 6], [7]], 2, [1], 0, config, None
-    got = train.sample(*args)
+    got = sample()
     assert tried == [32768, 16384, 8192] and [len(row) for row in got] == [2, 2]
     assert "again, with 8192 tokens at a time" in capsys.readouterr().out
     room[0] = 0
     with pytest.raises(torch.OutOfMemoryError):
-        train.sample(*args)
+        sample()
+
+
+def test_out_of_memory_in_scoring_halves_the_batch_and_changes_nothing(tmp_path, monkeypatch, capsys):
+    """The GPU is played by a model that holds 90 tokens, padding included; the log-probs are those of one that holds any."""
+    flags, pairs, model, room = resolve(real("m", "d", tmp_path)), some_pairs(30), tiny_model().train(), [90]
+    rows = [pair.prompt for pair in pairs], [pair.chosen for pair in pairs]
+    want = run.score_rows(model, *rows, flags, "all")
+
+    def limited(module, args, kwargs):
+        if kwargs["input_ids"].numel() > room[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model.model.register_forward_pre_hook(limited, with_kwargs=True)
+    got = run.score_rows(model, *rows, flags, "some")
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    assert got.shape == (30, 2) and model.training
+    assert re.search(r"again, with (64|128) tokens at a time\n$", capsys.readouterr().out)
+    room[0] = 0
+    with pytest.raises(torch.OutOfMemoryError):  # not for ever
+        run.score_rows(model, *rows, flags, "none")
+
+
+# A run that is stopped, and goes on
+
+
+REVIEWED = {"loss_type": "ipo", "token_floor": 0.05, "length_free": True, "learning_rate": 1e-3}
+
+
+def test_a_killed_run_goes_on_to_the_same_end(world, tmp_path, monkeypatch):
+    """Within iteration 3, where it goes on from a step's checkpoint."""
+    undisturbed, out, log = tmp_path / "whole", tmp_path / "out", report.log
+    more = {"save_steps": 2, **REVIEWED}
+    main(small(undisturbed, **more))
+
+    def dies(*args):
+        if len(lines(out) if (out / "metrics.jsonl").exists() else []) == 11:
+            raise Killed
+        return log(*args)
+
+    monkeypatch.setattr(report, "log", dies)
+    with pytest.raises(Killed):
+        main(small(out, **more))
+    assert folder.Policies(out, None, "cpu").to_train(3)[1]["step"] == 2
+    monkeypatch.setattr(report, "log", log)
+    with pytest.raises(InputError, match="begun with beta = 1.0, not 0.5"):
+        main(small(out, **more, resume_from_checkpoint=str(out), beta=0.5))
+    main(small(out, **more, resume_from_checkpoint=str(out)))
+    assert_same_end(out, undisturbed)
+    with pytest.raises(InputError, match="this run has ended"):
+        main(small(out, **more, resume_from_checkpoint=str(out)))
+
+
+def test_killed_at_every_file_it_goes_on_to_the_same_end(stopped, tmp_path, monkeypatch):
+    """Whatever a run writes is the last thing that a process does: not yet renamed; a folder also when it is."""
+    asked, out, real_writing, deaths = tmp_path / "ask.json", tmp_path / "out", folder.writing, Counter()
+    asked.write_text('[{"instruction": "Say 3"}]')
+    flags = replace(stopped[0], output_dir=str(tmp_path / "whole"), iterations=3, per_device_train_batch_size=8, prompt_file=str(asked))
+    main(flags)
+
+    @contextmanager
+    def writing(path):
+        with real_writing(path) as beside:
+            yield beside
+            deaths[path] += 1
+            if deaths[path] == 1:
+                raise Killed
+        if deaths[path] == 2 and path.is_dir():
+            raise Killed
+
+    monkeypatch.setattr(folder, "writing", writing)
+    while not (out / "policy").exists():
+        begun = str(out) if (out / "config.json").exists() else None
+        try:
+            main(replace(flags, output_dir=str(out), resume_from_checkpoint=begun))
+        except Killed:
+            assert len(deaths) < 60
+    assert_same_end(out, tmp_path / "whole")
+    answers = [(end / "samples.json").read_text().replace(str(end), "") for end in (out, tmp_path / "whole")]
+    assert answers[0] == answers[1] and min(deaths.values()) >= 2 and len(deaths) > 30
+
+
+def test_killed_between_its_last_two_acts_it_has_ended(stopped, tmp_path):
+    """Its policy has its place, and state/ is still there, or a part of it: a resume takes it away, and says so."""
+    flags, here = stopped
+    out = tmp_path / "out"
+    shutil.copytree(here / "whole", out)
+    (out / "state/policy-1").mkdir(parents=True)
+    with pytest.raises(InputError, match="this run has ended, its policy is in"):
+        main(replace(flags, output_dir=str(out), resume_from_checkpoint=str(out)))
+    assert not (out / "state").exists()
+    assert_same_end(out, here / "whole")
+
+
+def test_killed_before_it_has_begun_it_can_be_begun(model_dir, preferences, tmp_path, monkeypatch):
+    """Where config.json, which says that there is a run to resume, is not written, or cannot be."""
+    flags = real(model_dir, preferences, tmp_path / "run", iterations=1)
+    for error in (Killed, OSError):
+        with monkeypatch.context() as patch:
+            def dies(*args, error=error):
+                raise error
+
+            patch.setattr(folder, "write", dies)
+            with pytest.raises(error):
+                main(flags)
+    main(flags)
+    assert (tmp_path / "run/policy").exists()
+
+
+def test_a_resume_asks_for_the_same_data_and_flags_but_those_of_memory(model_dir, preferences, tmp_path, monkeypatch):
+    out, rows, asked = tmp_path / "out", preferences.read_text(), tmp_path / "ask.json"
+    asked.write_text('[{"instruction": "Say 3"}]')
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            main(real(model_dir, preferences, f"{out}/", iterations=1, prompt_file=str(asked)))
+    again = {"resume_from_checkpoint": f"{out}/", "prompt_file": str(asked), "iterations": 1}
+    preferences.write_text(rows.replace("The fox is 7", "The fox is 8"))
+    with pytest.raises(InputError, match="out was begun with other data: .* CRC"):
+        main(real(model_dir, preferences, out, **again))
+    preferences.write_text(rows)
+    asked.write_text('[{"instruction": "Say 4"}]')
+    with pytest.raises(InputError, match="out was begun with other data: .* CRC"):
+        main(real(model_dir, preferences, out, **again))
+    asked.write_text('[{"instruction": "Say 3"}]')
+    with pytest.raises(InputError, match="out was begun with seed = 0, not 1"):
+        main(real(model_dir, preferences, out, seed=1, **again))
+    main(real(model_dir, preferences, f"{out}/", max_tokens=512, gradient_checkpointing=True, save_steps=1, **again))
+    assert (out / "policy").exists()
+
+
+A_PICKLE = pickle.dumps(Path("a pickle"), protocol=2)
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("config.json", b'{"half', "config.json cannot be read: ."), ("config.json", b"3", "config.json cannot be read: ."),
+    ("state/evaluation-1.pt", A_PICKLE, "evaluation-1.pt cannot be read: ."),
+    ("state/logps-pairs-under-0.pt", b"PK", "logps-pairs-under-0.pt cannot be read: ."),
+    ("state/steps-1.jsonl", b'{"half', "steps-1.jsonl cannot be read: ."),
+    ("state/policy-1/model.safetensors", b"half", "policy-1: ."),
+    ("state/checkpoint-2-00000002/state.pt", A_PICKLE, "state.pt cannot be read: ."),
+    ("state/checkpoint-2-00000002/model.safetensors", b"half", "checkpoint-2-00000002: ."),
+], ids=str)  # fmt: skip
+def test_what_a_resume_cannot_read_is_one_line(stopped, tmp_path, name, content, message):
+    """Broken, or a pickle that wants to run code."""
+    out = tmp_path / "out"
+    resumed = copy_of(stopped, out)
+    assert (out / name).exists()
+    (out / name).write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        main(resumed)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("metrics", ["missing", "shorter", "half a line", "longer"])
+def test_metrics_are_those_of_the_uninterrupted_run_whatever_was_left_of_them(stopped, tmp_path, metrics):
+    out = tmp_path / "out"
+    resumed, file = copy_of(stopped, out), out / "metrics.jsonl"
+    text = file.read_text()
+    left = {"shorter": "".join(text.splitlines(True)[:-3]), "half a line": text[:-40], "longer": text + '{"phase": "train", "ite'}
+    if metrics == "missing":
+        file.unlink()
+    else:
+        file.write_text(left[metrics])
+    main(resumed)
+    assert_same_end(out, stopped[1] / "whole")
+
+
+def test_two_processes_do_not_run_in_one_folder(stopped, tmp_path, monkeypatch):
+    """A second one is refused and has changed nothing; the lock is held until the end, and then free."""
+    out = tmp_path / "out"
+    resumed, step, steps = copy_of(stopped, out), train.train_step, []
+
+    def files():
+        return {path: (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else None) for path in out.rglob("*")}
+
+    before, refused = files(), f"^{out}: another process is running in it$"
+    with folder.locked(out), pytest.raises(InputError, match=refused):
+        main(resumed)
+    assert files() == before
+
+    def watched(*args):
+        with pytest.raises(InputError, match=refused), folder.locked(out):
+            pass
+        steps.append(step(*args))
+        return steps[-1]
+
+    monkeypatch.setattr(train, "train_step", watched)
+    main(resumed)
+    assert steps
+    assert_same_end(out, stopped[1] / "whole")
+    with folder.locked(out):
+        pass
+    (tmp_path / "new").mkdir()
+    with folder.locked(tmp_path / "new"), pytest.raises(InputError, match="another process is running in it"):
+        main(replace(resumed, output_dir=str(tmp_path / "new"), resume_from_checkpoint=None))  # nor do two begin at once
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_what_others_leave_in_the_folder_harms_nothing(stopped, tmp_path, monkeypatch):
+    """A file as macOS leaves in every folder, and folders, in a run and in one that is resumed."""
+    log = report.log
+
+    def leave(out):
+        for place in (out, out / "state", *(out / "state").glob("[cp]*-[0-9]*")):
+            if place.is_dir():
+                (place / ".DS_Store").write_bytes(b"\0Bud1")
+                (place / "notes").mkdir(exist_ok=True)
+                (place / "notes/a.txt").write_text("mine")
+        (out / "state/policy-notes").mkdir(parents=True, exist_ok=True)
+
+    def leaves(out, *some):
+        log(out, *some)
+        leave(out)
+
+    out = tmp_path / "resumed"
+    resumed = copy_of(stopped, out)
+    leave(out)
+    main(resumed)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.DS_Store").touch()
+    monkeypatch.setattr(report, "log", leaves)
+    main(replace(resumed, output_dir=str(tmp_path / "run"), resume_from_checkpoint=None))
+    for end in (out, tmp_path / "run"):
+        assert (end / ".DS_Store").exists() and (end / "notes/a.txt").read_text() == "mine" and not (end / "state").exists()
+        for left in [*end.rglob(".DS_Store"), *end.rglob("notes/a.txt")]:  # in policy/ too, which was policy-2
+            left.unlink()
+        assert_same_end(end, stopped[1] / "whole")
+
+
+@pytest.mark.parametrize("number, step", [(signal.SIGINT, 2), (signal.SIGTERM, 4)], ids=str)
+def test_a_signal_ends_the_step_and_saves_it(stopped, tmp_path, monkeypatch, capsys, number, step):
+    """In step 2 of iteration 2, and in its last: exit status 130, how to go on, and the end of a run left alone."""
+    (flags, here), out, real_step, steps = stopped, tmp_path / "out", train.train_step, []
+
+    def signalled(*args):
+        steps.append(None)
+        if len(steps) == 4 + step:
+            os.kill(os.getpid(), number)
+        return real_step(*args)
+
+    monkeypatch.setattr(train, "train_step", signalled)
+    with pytest.raises(SystemExit) as stop:
+        command(replace(flags, output_dir=str(out), save_steps=500))
+    assert stop.value.code == 130 and f"--resume_from_checkpoint {out}" in capsys.readouterr().err
+    assert (out / f"state/checkpoint-2-0000000{step}/state.pt").exists() and lines(out)[-1]["step"] == step
+    command(replace(flags, output_dir=Config.output_dir, resume_from_checkpoint=str(out)))
+    assert len(steps) == 4 + 4  # none was taken twice
+    assert_same_end(out, here / "whole")
+
+
+def test_a_second_signal_stops_at_once(stopped, tmp_path, monkeypatch):
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it goes on")
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(train, "train_step", signalled)
+    with pytest.raises(SystemExit) as stop:
+        command(replace(stopped[0], output_dir=str(tmp_path / "out")))
+    assert stop.value.code == 130 and not list((tmp_path / "out/state").glob("checkpoint*"))
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_a_disk_that_is_full(stopped, tmp_path, monkeypatch):
+    """Too small from the start: nothing is written. Full on the way: what is saved is whole, and the run goes on."""
+    flags, here = stopped
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**4))
+        with pytest.raises(InputError, match=r"0.0 GB free, and checkpoints take"):
+            main(replace(flags, output_dir=str(tmp_path / "none")))
+    assert not (tmp_path / "none").exists()
+    full, save, save_policy = tmp_path / "full", torch.save, PreTrainedModel.save_pretrained
+
+    def full_of_policies(policy, path, **settings):
+        save_policy(policy, path, **settings)
+        if Path(path).name == ".policy-1":
+            (path / "model.safetensors").write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+    def full_of_log_probs(what, path):
+        if path.name == ".logps-pairs-under-1.pt":
+            path.write_bytes(b"PK half")
+            raise RuntimeError("PytorchStreamWriter failed writing file data/3: No space left on device\nand more")
+        save(what, path)
+
+    def full_of_checkpoints(what, path):
+        if path.name == "state.pt":
+            path.write_bytes(b"PK half")
+            raise RuntimeError("PytorchStreamWriter failed writing file data/3: No space left on device\nand more")
+        save(what, path)
+
+    resumed = replace(flags, output_dir=str(full), resume_from_checkpoint=str(full))
+    for again, where, name, fails, message, newest in [
+        (replace(resumed, resume_from_checkpoint=None), torch, "save", full_of_checkpoints, "checkpoint-1-00000001", 0),
+        (replace(resumed, save_steps=500), PreTrainedModel, "save_pretrained", full_of_policies, "policy-1", 0),
+        (resumed, torch, "save", full_of_log_probs, "logps-pairs-under-1.pt", 1),
+    ]:
+        message = f"{message} cannot be written: .*No space left on device$"
+        with monkeypatch.context() as patch, pytest.raises(OSError, match=message):
+            patch.setattr(where, name, fails)
+            main(again)
+        assert folder.Policies(full, "m", "cpu").newest() == newest
+        assert not list((full / "state").glob(".*"))  # what is half written would keep the disk full
+    main(resumed)
+    assert_same_end(full, here / "whole")
+
+
+def test_a_loss_that_is_nan_stops_with_its_step_and_what_was_saved_stays(world, tmp_path, monkeypatch):
+    out, losses = tmp_path / "run", train.pair_losses
+    calls = iter(range(100))
+    monkeypatch.setattr(train, "pair_losses", lambda r, c: losses(r, c) * (float("nan") if next(calls) == 12 else 1))
+    every = r"lines \[\d+(, \d+){7}\]"  # before: at margin 0, two evaluations, 4 steps with two each; 8 pairs a step
+    with pytest.raises(FloatingPointError, match=rf"iteration 2, step 2, pairs.jsonl {every}: the loss is nan"):
+        main(small(out))
+    policies = folder.Policies(out, None, "cpu")
+    assert policies.newest() == 1 and all(value.isfinite().all() for value in policies.get(1).parameters())
+
+
+def test_weights_that_are_nan_after_the_last_step_are_not_saved(world, tmp_path, monkeypatch):
+    """What only the next evaluation would show must not have replaced what was good."""
+    out, step = tmp_path / "run", train.train_step
+
+    def breaks(policy, *args):
+        metrics = step(policy, *args)
+        next(policy.parameters()).data[0] = float("nan")
+        return metrics
+
+    monkeypatch.setattr(train, "train_step", breaks)
+    with pytest.raises(FloatingPointError, match="policy-1: its weights are not finite numbers"):
+        main(small(out, per_device_train_batch_size=48))
+    assert folder.Policies(out, None, "cpu").newest() == 0 and not list((out / "state").glob("checkpoint*"))
+
+
+# Input that is wrong, and the command line
 
 
 SHORT = ["--max_length", "99", "--max_prompt_length", "50"]
@@ -613,7 +869,7 @@ WRONG = [
     (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--eval_dataset_name", "DATA", "--eval_fraction", "0.5"], "--eval_fraction holds out"),
     (["--dataset_train_split", "x"], "--dataset_train_split is of --dataset_name"),
     (["--output_dir", "ENDED"], "already holds a run, which has ended"),
-    (["--token_floor", "0.1", "--bootstrap", "0"], "--token_floor is for own pairs, and --bootstrap is 0"),
+    (["--token_floor", "0.1", "--bootstrap", "0"], "--token_floor is for bootstrapped pairs, and --bootstrap is 0"),
     (["--resume_from_checkpoint", "TAKEN", "--output_dir", "other"], "a run that is resumed stays where it is"),
     (["--temperature", "0"], "--temperature is 0.0: expected above 0"),
     (["--model_name_or_path", "MODEL", "--dataset_name", "gone.jsonl", *SHORT], "gone.jsonl: no such file"),
@@ -673,20 +929,27 @@ def test_bad_input_is_one_line_and_nothing_is_written(wrong_things, monkeypatch,
     before = sorted(Path().rglob("*"))
     flags = [f + ".jsonl" if f in ("DATA", "ALIKE", "BAD", "SPELLS") else f for f in flags]
     with pytest.raises(SystemExit) as stop:
-        train.command_line(flags)
+        train.command_line(main, train.__doc__, flags)
     assert isinstance(stop.value.code, str) and stop.value.code.startswith("error: ") and message in stop.value.code
     assert "\n" not in stop.value.code and sorted(Path().rglob("*")) == before
 
 
 def test_as_a_command():
-    """Exit status 1 and one line on stderr; --help names every flag."""
-    def command(*flags):
-        return subprocess.run([sys.executable, ROOT / "train.py", *flags], capture_output=True, text=True)
-
-    wrong = command("--keep", "7")
+    """Exit status 1 and one line on stderr."""
+    wrong = subprocess.run([sys.executable, ROOT / "train.py", "--keep", "7"], capture_output=True, text=True)
     assert (wrong.returncode, wrong.stdout, wrong.stderr) == (1, "", "error: --keep is 7.0: expected between 0 and 1\n")
-    shown = command("--help").stdout
-    assert all(f"--{f.name}" in shown for f in fields(Config)) and "arXiv:2410.09362" in shown
+
+
+def test_help_names_every_flag_and_the_five_that_matter_first(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.command_line(main, train.__doc__, ["--help"])
+    shown = capsys.readouterr().out
+    flags = re.findall(r"^  --(\w+)", shown, re.MULTILINE)
+    assert stop.value.code == 0 and "arXiv:2410.09362" in shown and sorted(flags) == sorted(f.name for f in fields(Config))
+    assert flags[:5] == ["keep", "bootstrap", "loss_type", "beta", "learning_rate"]
+    places = [shown.index(f"\n{group}:\n") for group in config.GROUPS.values()]
+    assert places == sorted(places)
+    assert all(f.metadata["help"] for f in fields(Config)) and max(map(len, shown.splitlines())) <= 120
 
 
 def test_killed_at_random_moments_it_ends_alike():
@@ -696,35 +959,40 @@ def test_killed_at_random_moments_it_ends_alike():
 
 
 def test_a_file_that_grows_too_large_is_one_line(world, tmp_path):
-    """The kernel refuses, not a mock: what may be written ends at 100 kB, half a checkpoint."""
+    """The kernel refuses, not a mock: what may be written ends at 100 kB, half a policy."""
     out, limits = tmp_path / "out", resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(SystemExit) as stop:
-            train.command_line(["--max_train_pairs", "48", "--device", "cpu", "--output_dir", str(out)])
+            command(small(out, iterations=1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert re.match(r"error: .*state/000-done cannot be written: .*File too large", stop.value.code)
-    assert "\n" not in stop.value.code and run.latest_checkpoint(out) is None
-    train.command_line(["--max_train_pairs", "48", "--device", "cpu", "--resume_from_checkpoint", str(out)])
+    assert re.match(r"error: .*state/policy-0 cannot be written: .*File too large", stop.value.code)
+    assert "\n" not in stop.value.code and folder.Policies(out, None, "cpu").newest() == -1
+    command(small(Config.output_dir, iterations=1, resume_from_checkpoint=str(out)))
     assert (out / "policy/model.safetensors").exists()
 
 
 def test_every_field_is_read():
     source = "".join(path.read_text() for path in [ROOT / "train.py", *(ROOT / "sera_min").glob("*.py")])
     for f in fields(Config):
-        assert re.search(rf"\b(config|c)\.{f.name}\b", source), f"nothing reads {f.name}"
+        assert re.search(rf"\b(config|c|flags)\.{f.name}\b", source), f"nothing reads {f.name}"
 
 
-@pytest.mark.parametrize("names, use", [
-    (["logprobs"], "m.implicit_reward(torch.ones(2), torch.zeros(2)).sum() == 2 and m.token_batches([1], 1) == [[0]]"),
-    (["losses"], "m.dpo_loss(torch.zeros(1)).item() > 0.69"),
-    (["select"], "m.select_top(m.ensemble_margin(torch.tensor([1., 2.])), 1).item() == 1"),
-    (["bootstrap"], "m.best_worst_pairs([[0., 1.]], [[True, True]], [[[1], [2]]])[0] == [(0, 1, 0)]"),
-])  # fmt: skip
-def test_a_concept_file_works_alone(tmp_path, names, use):
-    (tmp_path / "theirs").mkdir()
-    for name in names:
-        shutil.copy(ROOT / f"sera_min/{name}.py", tmp_path / "theirs")
-    code = f"import torch, sys; import theirs.{names[0]} as m; assert {use}; assert 'sera_min' not in sys.modules"
+ALONE = {
+    "logprobs": "m.implicit_reward(torch.ones(2), torch.zeros(2)).sum() == 2 and m.token_batches([1], 1) == [[0]]",
+    "losses": "m.dpo_loss(torch.zeros(1)).item() > 0.69",
+    "select": "m.select_top(m.ensemble_margin(torch.tensor([1., 2.])), 1).item() == 1",
+    "bootstrap": "m.best_worst_pairs([[0., 1.]], [[True, True]], [[[1], [2]]])[0] == [(0, 1, 0)]",
+}
+
+
+def test_a_concept_file_works_alone(tmp_path):
+    """Each in a folder of its own."""
+    code = "import torch, sys\n"
+    for name, use in ALONE.items():
+        (tmp_path / f"their_{name}").mkdir()
+        shutil.copy(ROOT / f"sera_min/{name}.py", tmp_path / f"their_{name}")
+        code += f"import their_{name}.{name} as m\nassert {use}\n"
+    code += "assert not {'sera_min', 'transformers', 'datasets'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

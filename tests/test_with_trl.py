@@ -1,4 +1,4 @@
-"""SeRA around TRL: two processes do what one does, and TRL trains on the tokens that sera_min scores."""
+"""SeRA around TRL: two processes do what one does, the review is train.py's, TRL trains on the tokens that it scores."""
 
 import json
 import math
@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ trl = pytest.importorskip("trl")
 from datasets import load_dataset  # noqa: E402
 
 import train  # noqa: E402
-from sera_min import data, logprobs, playground, run, select  # noqa: E402
+from sera_min import data, folder, logprobs, playground, select  # noqa: E402
+from sera_min.config import resolve, seed_of  # noqa: E402
+from sera_min.data import Pair  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -42,34 +45,34 @@ def no_gpu():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
         yield
-    with_trl.held.clear()
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A run of three iterations by one process, and the same by two."""
-    folder = tmp_path_factory.mktemp("trl")
+    out = tmp_path_factory.mktemp("trl")
     model, tokenizer = playground.make_sft_policy(0, "cpu", steps=40)
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    write(folder / "pairs.jsonl", playground.preferences(PAIRS, "train", label_noise=0.3, length_bias=0, seed=0))
-    flags = ["--model_name_or_path", str(folder / "model"), *LIMITS, "--learning_rate", "1e-3", "--logging_steps", "1"]
+    model.save_pretrained(out / "model")
+    tokenizer.save_pretrained(out / "model")
+    write(out / "pairs.jsonl", playground.preferences(PAIRS, "train", label_noise=0.3, length_bias=0, seed=0))
+    flags = ["--model_name_or_path", str(out / "model"), *LIMITS, "--learning_rate", "1e-3", "--logging_steps", "1"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", with_trl.__file__]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
     def arguments(name: str, batch: int) -> list[str]:
-        where = ["--dataset_name", str(folder / "pairs.jsonl"), "--output_dir", str(folder / name)]
+        where = ["--dataset_name", str(out / "pairs.jsonl"), "--output_dir", str(out / name)]
         return [*flags, *where, "--per_device_train_batch_size", str(batch)]
 
-    with open(folder / "log", "w") as log, subprocess.Popen([*torchrun, *arguments("two", 2)], env=env, stdout=log, stderr=log) as two:
+    with open(out / "log", "w") as log, subprocess.Popen([*torchrun, *arguments("two", 2)], env=env, stdout=log, stderr=log) as two:
         try:
             with_trl.command_line(arguments("one", 4))
             two.wait(timeout=200)
         finally:
             two.terminate()  # torchrun ends its processes then, should they wait for each other
-    said = (folder / "log").read_text()
-    assert two.returncode == 0 and "2 processes" in said, said[-3000:]
-    return folder
+    log = (out / "log").read_text()
+    assert two.returncode == 0 and "2 processes" in log, log[-3000:]
+    assert log.count(" bootstrapped pairs; dropped:") == 2  # once an iteration, not once a process
+    return out
 
 
 def test_two_processes_do_what_one_does(runs):
@@ -78,6 +81,9 @@ def test_two_processes_do_what_one_does(runs):
         assert [p.pop("margin") for p in two] == pytest.approx([p.pop("margin") for p in one], abs=1e-3)
         assert one == two and len(one) == PAIRS
         assert [p["source"] for p in one].count("bootstrap") == (0 if t == 1 else 0.3 * PAIRS)
+        if t > 1:
+            one, two = (lines(runs / name / f"iteration-{t}/samples.jsonl") for name in ("one", "two"))
+            assert [(y["prompt"], y["response"]) for y in one] == [(y["prompt"], y["response"]) for y in two] and len(one) == 4 * PAIRS
         one, two = ([m["loss"] for m in lines(runs / name / "metrics.jsonl") if m["iteration"] == t and "loss" in m] for name in ("one", "two"))
         assert len(one) == len(two) == PAIRS / 4 and one == pytest.approx(two, abs=1e-4)
         assert t > 1 or one[0] == pytest.approx(math.log(2), abs=1e-6)  # TRL's log π_θ is the log π_ref handed over
@@ -86,8 +92,8 @@ def test_two_processes_do_what_one_does(runs):
 def test_the_pairs_of_a_review_are_those_of_the_method(runs):
     """Iteration 3's margins and its K pairs, from the folders it left: r̄ = (1−γ)·r_2 + γ·r_1."""
     pairs = lines(runs / "one/iteration-3/pairs.jsonl")
-    _, tokenizer = run.load(runs / "model", "cpu")
-    models = [run.load(f, "cpu")[0] for f in (runs / "model", *(runs / f"one/iteration-{t}/policy" for t in (1, 2)))]
+    _, tokenizer = folder.load(runs / "model", "cpu")
+    models = [folder.load(f, "cpu")[0] for f in (runs / "model", *(runs / f"one/iteration-{t}/policy" for t in (1, 2)))]
 
     def margins(rows: list[dict]) -> torch.Tensor:
         x = [tokenizer(row["prompt"]).input_ids for row in rows for _ in "wl"]
@@ -104,7 +110,10 @@ def test_the_pairs_of_a_review_are_those_of_the_method(runs):
 
 
 def test_samples_of_another_engine_and_an_end_at_the_pairs(runs, tmp_path):
-    """A run goes on after its last policy: with its own samples to the same pairs, with a file's to pairs of those."""
+    """A run goes on after its last policy: with samples that it draws to the same pairs, with a file's to pairs of those.
+
+    The file has 3 samples for 10 of D's 80 prompts.
+    """
     shutil.copytree(runs / "one/iteration-1", tmp_path / "out/iteration-1")
     given, policy = lines(runs / "one/iteration-1/pairs.jsonl"), runs / "model"
     flags = ["--model_name_or_path", str(policy), "--dataset_name", str(runs / "pairs.jsonl"), *LIMITS, "--iterations", "2"]
@@ -117,14 +126,16 @@ def test_samples_of_another_engine_and_an_end_at_the_pairs(runs, tmp_path):
     samples = [{"prompt": row["prompt"], "response": y, "finish_reason": end}
                for row in given[:10] for y, end in zip(written, ["stop", "stop", "length"])]  # fmt: skip
     with_trl.command_line([*flags, "--samples", str(write(tmp_path / "samples.jsonl", samples))])
-    own = [row for row in lines(tmp_path / "out/iteration-2/pairs.jsonl") if row["source"] == "bootstrap"]
-    assert sorted(row["prompt"] for row in own) == sorted({row["prompt"] for row in given[:10]})
-    assert all({row["chosen"], row["rejected"]} == {" " + y for y in written[:2]} for row in own)  # never the cut-off one
+    assert len(lines(tmp_path / "out/iteration-2/samples.jsonl")) == 3 * PAIRS  # the missing ones as cut off
+    pairs = [row for row in lines(tmp_path / "out/iteration-2/pairs.jsonl") if row["source"] == "bootstrap"]
+    assert sorted(row["prompt"] for row in pairs) == sorted({row["prompt"] for row in given[:10]})
+    assert all({row["chosen"], row["rejected"]} == {" " + y for y in written[:2]} for row in pairs)  # never the cut-off one
 
     samples[3]["prompt"] = "tell me about the sun and the moon"
     for file, message in [
         (write(tmp_path / "other.jsonl", samples), "is none of iteration-1/pairs.jsonl's"),
         (write(tmp_path / "broken.jsonl", [{"prompt": "x"}]), "line 1: the field 'response' must be a string"),
+        (write(tmp_path / "empty.jsonl", []), "empty.jsonl: no samples"),
     ]:
         with pytest.raises(SystemExit, match=message):
             with_trl.command_line([*flags, "--samples", str(file)])
@@ -135,13 +146,17 @@ def test_samples_of_another_engine_and_an_end_at_the_pairs(runs, tmp_path):
     "wrong, message",
     [
         (["--loss_type", "apo_zero"], "--loss_type is apo_zero: expected one of sigmoid, hinge, ipo"),
+        (["--loss_type", "simpo"], "--loss_type is simpo: expected one of sigmoid, hinge, ipo"),
+        (["--loss_type", "sigmoid", "hinge"], "--loss_type is sigmoid hinge: expected one of sigmoid, hinge, ipo"),
         (["--ld_alpha", "0.5"], "--ld_alpha and --f_divergence_type"),
         (["--max_prompt_length", "64"], "--max_length is not above --max_prompt_length"),
         (["--max_new_tokens", "60"], "--max_new_tokens is 60: a sample must fit"),
         (["--keep", "0", "--bootstrap", "0"], "--keep and --bootstrap"),
+        (["--select", "best"], "--select is 'best': expected margin or random"),
+        (["--token_floor", "0.01", "--bootstrap", "0"], "--token_floor is for bootstrapped pairs, and --bootstrap is 0"),
         (["--samples", "f.jsonl"], "--samples: nothing is reviewed before iteration 2"),
         (["--samples", "f.jsonl", "--iterations", "7"], "--samples: no iteration is left to review, for .*iteration-7/policy"),
-        (["--samples", "f.jsonl", "--iterations", "8", "--bootstrap", "0.4"], "--samples: --bootstrap 0.4 of 1 pairs is none"),
+        (["--samples", "f.jsonl", "--iterations", "8", "--bootstrap", "0.4"], "--samples: --bootstrap is too low for a single pair"),
         (["--dataset_name", "no.jsonl"], "no.jsonl: no such file"),
     ],
 )  # fmt: skip
@@ -159,15 +174,75 @@ def test_what_cannot_be_is_one_line(model_dir, tmp_path, monkeypatch, rank, wron
 
 
 def test_nothing_is_left_to_do(model_dir, tmp_path, monkeypatch, capsys):
-    """Asked for fewer iterations than are there, it ends as it does asked for as many."""
+    """For fewer iterations than are there it ends as it does for as many."""
     monkeypatch.setattr(with_trl, "gather_object", None)
     file = write(tmp_path / "pairs.jsonl", [{"prompt": "ab", "chosen": "cd", "rejected": "ef"}])
     for t in (1, 2, 3):
         (tmp_path / f"out/iteration-{t}/policy").mkdir(parents=True)
     flags = ["--model_name_or_path", str(model_dir), "--dataset_name", str(file), "--output_dir", str(tmp_path / "out")]
-    for asked in ("2", "3"):
-        with_trl.command_line([*flags, *LIMITS, "--iterations", asked])
+    for iterations in ("2", "3"):
+        with_trl.command_line([*flags, *LIMITS, "--iterations", iterations])
         assert "pairs and policies are in" in capsys.readouterr().out
+
+
+def make_run(tokenizer, offline: list[Pair], model=None, **flags) -> with_trl.SharedRun:
+    end, config = tokenizer.eos_token_id, train.Config(model_name_or_path="model", dataset_name="pairs", device="cpu", **flags)
+    policies = SimpleNamespace(get=lambda i: model, folder=str)
+    return with_trl.SharedRun(resolve(config), Path(), policies, tokenizer, [end], offline, [], [], [], [], args=SimpleNamespace(bf16=False))
+
+
+@pytest.mark.parametrize("extra", [{"select": "random"}, {"length_free": True, "token_floor": 0.05, "loss_type": "ipo"}], ids=str)
+def test_the_review_is_that_of_train(runs, tmp_path, extra):
+    """Its flags reach it: the pairs are those that `train.review` makes of plain log-probs and of the same samples."""
+    shutil.copytree(runs / "one/iteration-1", tmp_path / "out/iteration-1")
+    flags = ["--model_name_or_path", str(runs / "model"), "--dataset_name", str(runs / "pairs.jsonl"), *LIMITS, "--pairs_only"]
+    flags += ["--output_dir", str(tmp_path / "out"), *(word for k, v in extra.items() for word in (f"--{k}", str(v)))]
+    with_trl.command_line(flags)
+    pairs, samples = (lines(tmp_path / f"out/iteration-2/{name}.jsonl") for name in ("pairs", "samples"))
+    assert pairs != lines(runs / "one/iteration-2/pairs.jsonl")
+
+    (reference, tokenizer), (policy, _) = (folder.load(f, "cpu") for f in (runs / "model", tmp_path / "out/iteration-1/policy"))
+    end = tokenizer.eos_token_id
+    offline, _ = data.encode(lines(runs / "pairs.jsonl"), tokenizer, name="rows", eos_ids=[end], max_length=64, max_prompt_length=16)
+    written = [(tokenizer(y["response"]).input_ids + [end] * (y["finish_reason"] == "stop"), y["finish_reason"] == "stop") for y in samples]
+
+    def log_prob(i, prompts, responses, what):
+        return logprobs.score((reference, policy)[i], prompts, responses, max_tokens=4096, of=logprobs.sum_and_least)[0]
+
+    run = make_run(tokenizer, offline, max_length=64, max_prompt_length=16, seed=42, **extra)  # TRL's seed
+    result, _ = train.review(2, offline, log_prob, lambda i, prompts: [written[4 * k : 4 * k + 4] for k in range(PAIRS)], run.config)
+    assert [row.pop("margin") for row in pairs] == pytest.approx(result.margins.tolist(), abs=1e-4)
+    assert pairs == [{**texts, "source": source} for texts, source in zip(run.texts(result.pairs), result.sources)]
+
+
+def test_every_chunk_of_samples_has_a_seed(monkeypatch):
+    """Not the same for two chunks, nor for two iterations: equal prompts do not get equal samples."""
+    monkeypatch.setattr(with_trl, "draw_samples", lambda model, prompts, n, config, *, seed, **_: [seed for _ in prompts])
+    run = make_run(bpe_tokenizer(), [], seed=3)
+    one, two = run.sample(1, [[2]] * with_trl.CHUNK * 3), run.sample(2, [[2]] * with_trl.CHUNK * 3)
+    assert one == [seed_of(3, 2, f"samples {c}") for c in range(3)] * with_trl.CHUNK
+    assert len({*one, *two}) == 6
+
+
+def test_out_of_memory_while_scoring_and_log_probs_that_are_no_numbers(monkeypatch):
+    """Memory that runs out is tried with fewer tokens, to the same result, kept; a NaN is named by its row."""
+    rows, calls = [[2, 5 + r % 40] for r in range(2 * with_trl.CHUNK)], []
+    run = make_run(bpe_tokenizer(), [], tiny_model(), max_tokens=60)
+    expected = logprobs.score(run.policies.get(0), rows, rows, max_tokens=60, of=logprobs.sum_and_least)[0]
+
+    def score(model, prompts, responses, *, max_tokens, of):
+        calls.append(max_tokens)
+        if max_tokens > 30:
+            raise torch.OutOfMemoryError
+        return logprobs.score(model, prompts, responses, max_tokens=max_tokens, of=of)
+
+    monkeypatch.setattr(with_trl, "score", score)
+    for _ in range(2):
+        assert torch.allclose(run.log_prob(0, rows, rows, "pairs"), expected, atol=1e-5)
+    assert calls == [60, 30] * 2
+    monkeypatch.setattr(with_trl, "score", lambda model, x, y, **_: (torch.tensor([[torch.nan if b == 7 else -1.0, -1.0] for _, b in y]), None))
+    with pytest.raises(FloatingPointError, match="^pairs, response 2: .* under 1 is nan"):
+        run.log_prob(1, rows, rows, "pairs")
 
 
 def texts(n: int) -> list[dict]:
@@ -196,10 +271,8 @@ def test_samples_of_a_file_are_tokenised_as_given_pairs_are(tmp_path, make, temp
             for x, *both in offline for y in both]  # fmt: skip
     if not template:
         assert rows == [{"prompt": row["prompt"], "response": row[side]} for row in given for side in ("chosen", "rejected")]
-    this = with_trl.Run(with_trl.Sera(), None, tokenizer, [end], offline)
-    prompts, samples = this.read_samples(str(write(tmp_path / "samples.jsonl", rows)))
-    assert prompts == [x for x, _, _ in offline]
-    assert samples == [[(w, True), (l, True)] for _, w, l in offline]
+    samples = make_run(tokenizer, offline).read_samples(str(write(tmp_path / "samples.jsonl", rows[:-1])))  # in D's order
+    assert samples == [[(w, True), (l, True)] for _, w, l in offline[:-1]] + [[(offline[-1].chosen, True), ([end], False)]]
 
 
 @pytest.mark.parametrize("by", ["train.py", "with_trl.py"])
