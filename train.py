@@ -12,13 +12,13 @@ The algorithm, for preferences D = {(x, y_w, y_l)}, a reference π_ref (the SFT 
   7.     train π_θt on the union, from π_θ(t−1), against the same π_ref.
 
 Choices of ours, where the paper is silent or was not known to us:
-  1. The form of step 3, and that selection takes the K largest margins. At t = 2 only θ_1's reward counts.
+  1. The form of step 3 (at t = 2 only r_1), the K largest margins of step 4, always from all of D, and step 7.
   2. T = 3, K = 0.7·|D|, K̃ = 0.3·|D|, N = 4, γ = 0.5, sampling at temperature 1 from the whole distribution.
   3. One epoch an iteration: fresh AdamW without weight decay, 10 % warm-up, linear decay, gradient norms up to 1.
   4. IPO's reward is per token, as in TRL; SimPO's is per token and without reference, and its γ is half its β.
      The review uses the reward of the loss in use.
   5. Samples that were cut off by the length limit, or repeat another, are never paired.
-  6. `--select random` takes random pairs: the control. `--keep 1 --bootstrap 0` is plain training on all of D.
+  6. `--select random`: random pairs of D and of the samples, the control. `--keep 1 --bootstrap 0`: plain training.
   7. Two remedies that are not the paper's, off unless asked for: `--length_free` and `--token_floor`.
 """
 
@@ -66,7 +66,7 @@ def review(t: int, offline: list[Pair], log_prob: Callable, sample: Callable, co
 
     log_prob(i, prompts, responses, what): log π_θi(y|x) and the log-prob of its least likely token, (R, 2); i = 0 is
     the reference. sample(i, prompts): a list of n (token ids, ended) a prompt, from π_θi. Whoever calls decides where
-    these are computed; `what` names the rows.
+    these are computed; `what` names the rows: under a name they are computed once, and read from then on.
     """
     generator = torch.Generator().manual_seed(seed_of(config.seed, t, "random"))
 
@@ -95,6 +95,7 @@ def review(t: int, offline: list[Pair], log_prob: Callable, sample: Callable, co
         return selected, None
 
     # Bootstrapping: sample, rank by the same reward, best against worst; of these pairs the K̃ with the largest margin.
+    # --token_floor: a quantile of the log-prob, under π_ref, of the least likely token of D's responses
     floor = least.sort().values[int(config.token_floor * len(least))] if config.token_floor else -math.inf
     samples = rank_samples(t, [pair.prompt for pair in offline], sample, reward, floor, config)
     bootstrapped, dropped = pair_samples(offline, samples, pick, wanted)
@@ -103,15 +104,15 @@ def review(t: int, offline: list[Pair], log_prob: Callable, sample: Callable, co
 
 
 def rank_samples(t: int, prompts: list[Ids], sample: Callable, reward: Callable, floor, config: Resolved) -> Samples:
-    """n samples of each of P prompts from π_θ(t−1), and the rewards (P, n) by which the best and the worst are told."""
+    """n samples of each of P prompts from π_θ(t−1), with the rewards (P, n) that rank them."""
     written = sample(t - 1, prompts)
     responses = [[y for y, _ in row] for row in written]
-    ended = torch.tensor([[end for _, end in row] for row in written])  # (P, n): only these are scored
+    ended = torch.tensor([[end for _, end in row] for row in written])  # (P, n): only those that ended are scored
     x = [x for x, row in zip(prompts, written) for _, end in row if end]
     y = [y for row in written for y, end in row if end]
     r, reference, least = (torch.full(ended.shape, math.nan) for _ in range(3))  # (P, n)
     r[ended], reference[ended], least[ended] = reward(x, y, f"samples-{t}")
-    usable = least >= floor  # of those that were cut off it is NaN, so they are not
+    usable = least >= floor  # False where a sample was cut off, whose `least` is NaN
     r = r.where(usable, math.nan)
     if config.length_free:
         r = length_free(r, torch.tensor([[len(y) for y in row] for row in responses]))
@@ -171,7 +172,7 @@ def batches_of(n: int, t: int, config: Resolved) -> list[list[int]]:
 
 @report.timed("training")
 def train(run: Run, t: int, training_set: TrainingSet) -> None:
-    """π_θt from π_θ(t−1), or from the last checkpoint within: a phase that ends with policy-<t>/."""
+    """π_θt, from π_θ(t−1) or from a checkpoint of this iteration. Done when policy-<t>/ exists."""
     config, max_tokens = run.config, run.config.max_tokens
     batches = batches_of(len(training_set.pairs), t, config)
     policy, saved = run.policies.to_train(t)
@@ -182,7 +183,7 @@ def train(run: Run, t: int, training_set: TrainingSet) -> None:
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
     first, lines, warm_up = saved.get("step", 0), saved.get("lines", []), math.ceil(0.1 * len(batches))
-    report.log(run.out, *lines)
+    report.log(run.out, *lines)  # those of the steps before the checkpoint
     bar = tqdm(batches[first:], f"iteration {t}: train", initial=first, total=len(batches), unit="step")
     with folder.stop_after_step() as signals:
         for step, batch in enumerate(bar, first + 1):
@@ -228,21 +229,20 @@ def main(flags: Config) -> dict[str, Any]:
     """Run it all; returns the last evaluation, the line of metrics.jsonl whose phase is "final"."""
     with opened(flags) as run:
         config = run.config
-        print(f"check: at margin 0, as at the start, the loss is {pair_losses(torch.zeros(1, 2), config).item():.4f}")
+        print(f"check: at margin 0 the loss is {pair_losses(torch.zeros(1, 2), config).item():.4f}")
         for t in range(config.iterations + 1):
             with report.timed(f"iteration {t}"):
                 if t > run.policies.newest():
-                    training_set, samples = all_pairs(run), None
-                    if t > 1:
-                        training_set, samples = review(t, run.offline, run.log_prob, run.sample, config)
+                    reviewed = t > 1 and review(t, run.offline, run.log_prob, run.sample, config)
+                    training_set, samples = reviewed or (all_pairs(run), None)
                     run.write_review(t, training_set, samples)
                     train(run, t, training_set)
                 elif t > 0:  # this phase is done: its lines are read
                     report.log(run.out, *folder.read_jsonl(run.out / "state" / f"steps-{t}.jsonl"))
-                final = folder.phase(run.out, f"evaluation-{t}", partial(evaluate, run, t))
-                report.log(run.out, final)
+                evaluation = folder.phase(run.out, f"evaluation-{t}", partial(evaluate, run, t))
+                report.log(run.out, evaluation)
         run.finish()
-    return final
+    return evaluation
 
 
 if __name__ == "__main__":

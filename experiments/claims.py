@@ -88,7 +88,7 @@ SHARED = (
     "device", "seed", "loss_type", "beta", "learning_rate", "label_noise", "length_bias", "eval_split",
     "max_train_pairs", "steps_per_iteration",
 )  # fmt: skip
-TOLERANCE = 0.1  # TODO
+TOLERANCE = 0.01  # of --check on another processor, see `check`
 KINDS = "trained", "scored", "sampled"  # of tokens
 T975 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's t
 
@@ -406,7 +406,8 @@ def check(runs: Runs, machines: set[str], count: int, work: Path) -> None:
     """Make `count` of the studies' runs again, drawn at random, and say how many end alike. Exits with 1 unless all do.
 
     On a machine that claims.json names, every figure of every iteration must be equal. On any other sums round
-    otherwise, and runs part: there the win rate after three iterations must be as near as TOLERANCE.
+    otherwise, and runs part: there the win rates after one and two iterations must be as near as TOLERANCE (rounded
+    otherwise on one machine they were within 0.001; later a run that collapses may be anywhere).
     """
     names = [name for name in sorted(runs) if "eval_split" not in json.loads(name)]
     names = random.sample(names, min(count, len(names))) or sys.exit("claims.json holds no run: nothing to check")
@@ -415,11 +416,11 @@ def check(runs: Runs, machines: set[str], count: int, work: Path) -> None:
     known = any(one.endswith(f", {machine()}") for one in machines)
     others = []
     for name in names:
-        was, now = (of[name]["iterations"][3]["gold/win_rate"] for of in (runs, again))
-        if again[name] != runs[name] if known else not abs(was - now) <= TOLERANCE:
+        was, now = ([row["gold/win_rate"] for row in of[name]["iterations"]] for of in (runs, again))
+        if again[name] != runs[name] if known else any(abs(was[t] - now[t]) > TOLERANCE for t in (1, 2)):
             others.append(name)
-            print(f"win rate after three iterations {was:.3f} in claims.json, {now:.3f} now: {name}")
-    how = "in every figure of every iteration" if known else f"to {TOLERANCE} of the win rate after three iterations"
+            print("win rates", *(f"{a:.3f}" for a in was), "in claims.json,", *(f"{b:.3f}" for b in now), "now:", name)
+    how = "in every figure of every iteration" if known else f"to {TOLERANCE} of the win rates of two iterations"
     print(f"{len(names) - len(others)} of {len(names)} runs end as in claims.json, {how}")
     if others:
         sys.exit(f"{len(others)} of {len(names)} runs end otherwise than in claims.json")
@@ -757,7 +758,7 @@ def main(arguments: list[str] | None = None) -> None:
     instead.add_argument(
         "--check", type=at_least_one, metavar="N", help="make N of the runs again, write nothing, and exit with 1 "
         "unless they end alike: on a machine that claims.json names in every figure, on another to "
-        f"{TOLERANCE} of the win rate after three iterations; tuning runs, which may stem from an earlier "
+        f"{TOLERANCE} of the win rates of two iterations; tuning runs, which may stem from an earlier "
         "version, are not drawn")  # fmt: skip
     instead.add_argument("--write", action="store_true", help="run nothing, and write all that is made of claims.json")
     options = parser.parse_args(arguments)

@@ -3,10 +3,11 @@
     for each prompt x:  y_1 … y_N ~ π_θ(t−1)(·|x),     y_w = argmax_j r̄_t(x, y_j),     y_l = argmin_j r̄_t(x, y_j)
 
 (SeRA, arXiv:2410.09362.) Sampling is one function and pairing another, so that samples may come from any engine. What
-cannot be paired is dropped and counted. Above all: a sample that was cut off by the length limit has no end, and an
-end of sequence that it never said would get an absurd reward.
+cannot be paired is dropped and counted. Above all samples that were cut off by the length limit: do not append an end
+of sequence to them, the model never wrote it, so its log-probability means nothing.
 
-To understand the method read `sample_responses` and `best_worst_pairs`. The functions between them make sampling fast.
+To understand the method read `sample_responses` and `best_worst_pairs`. The functions between
+them make sampling fast and exact; you may skip them.
 """
 
 import json
@@ -31,11 +32,11 @@ def sample_responses(
     """n samples y ~ π(·|x) a prompt, as (token ids, ended): those that ended hold their end of sequence, others none.
 
     Prompts of similar length are sampled together, within `max_tokens` tokens of key-value cache (None: CACHE_TOKENS).
-    The result depends on the seed alone, and torch's random generators are left as they were.
+    For one seed, batch size and machine the result is the same; torch's random generators are left as they were.
     """
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
 
-    def pick(_, logits: torch.Tensor) -> torch.Tensor:  # (B, V): `generate` may choose one token a row, the one we drew
+    def pick(_, logits: torch.Tensor) -> torch.Tensor:  # (B, V): we draw; `generate` must take it
         p, tokens = (logits.float() / temperature).softmax(-1), None
         if top_p < 1:  # the fewest tokens that together have probability top_p
             p, tokens = p.sort(-1, descending=True)
@@ -61,7 +62,7 @@ def sample_responses(
 
 @contextmanager
 def only_our_settings(model, ends: list[int], pad: int) -> Iterator[None]:
-    """In eval mode, and without the model's own `generation_config`, which has top_k = 50 where it says nothing."""
+    """In eval mode, and without the model's `generation_config`, whose default top_k = 50 changes the distribution."""
     before, was_training = model.generation_config, model.training
     model.generation_config = type(before)(do_sample=False, repetition_penalty=1.0, num_beams=1, eos_token_id=ends,
                                            pad_token_id=pad, return_dict_in_generate=True)  # fmt: skip

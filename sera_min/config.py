@@ -134,7 +134,7 @@ def resolve(flags: Config) -> Resolved:
     if playing or flags.eval_dataset_name is not None:
         chosen["eval_split"] = "test"
     values = {**chosen, **given}
-    values.setdefault("max_prompt_length", values["max_length"] // 2)
+    values.setdefault("max_prompt_length", max(1, values["max_length"] // 2))
     values.setdefault("max_new_tokens", values["max_length"] - values["max_prompt_length"])
     values["output_dir"] = str(Path(flags.resume_from_checkpoint or flags.output_dir))
     refuse_contradictions(flags, Resolved(**values))

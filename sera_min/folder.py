@@ -75,7 +75,7 @@ def claimed(out: Path, config: dict[str, Any], data: str, needed: int) -> Iterat
         if (before := read_json(out / "config.json").get("data")) != data:
             raise InputError(f"{out} was begun with other data: {before}, not {data}")
         for rest in (out / "state").glob(".*-*"):  # of a write that died
-            shutil.rmtree(rest, ignore_errors=True)
+            shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
         (out / "metrics.jsonl").unlink(missing_ok=True)
         yield
 

@@ -7,11 +7,11 @@
 Three ideas keep this exact and small in memory, for any `AutoModelForCausalLM`:
 1. Rows are padded on the right, and there is no attention mask. A causal model never looks to the right, so padding
    cannot change a real token.
-2. Only the positions that predict a response token go through the head, a few thousand at a time, and their logits
+2. Only the positions that predict a response token go through the head, a chunk at a time, and their logits
    are computed again in the backward pass: (B, T, V) logits never exist.
 3. The head is the model's own (see `body_returns`), so soft caps (gemma2), scaled logits (cohere, granite) and biases
-   (phi) are applied by the code that defines them. It runs in float32, whatever autocast says: bfloat16 keeps 8 bits
-   of a logit, and the sum over a response would be wrong by whole tenths of a nat.
+   (phi) are applied by the code that defines them. Autocast is off for it, so it runs in the type of its weights. Load
+   them in float32: bfloat16 keeps 8 bits of a logit, and a response's sum would be wrong by tenths of a nat.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,9 +33,10 @@ HEAD_LOGITS = {"cuda": 2**26, "cpu": 2**23}  # logits at a time: enough to keep 
 def body_returns(body, output) -> Iterator[None]:
     """While this is open, `body(...)` computes nothing and returns `output`.
 
-    So `model(...)` applies its head, and whatever else it does to logits, to hidden states that we chose. `forward` of
-    this one module is replaced meanwhile, so use a model from one thread at a time. Tried: models of PEFT, adapters on
-    the head included, and of `torch.compile` give the same numbers. DDP needs `static_graph=True`.
+    model(...) is head(body(...)), and we have the body's hidden states already: so only the head runs, with whatever
+    else the model does to logits, and only on the positions that we chose. `forward` of the body is replaced meanwhile:
+    use a model from one thread at a time. Tried: models of PEFT, adapters on the head included, and of `torch.compile`
+    give the same numbers. DDP needs `static_graph=True`.
     """
     with patch.object(body, "forward", lambda *args, **kwargs: output):
         yield
@@ -66,6 +67,7 @@ def token_logprobs(model, prompts: Sequence[TokenIds], responses: Sequence[Token
 
     def head(h: Tensor, y: Tensor) -> Tensor:  # (r, H), (r,) -> (r,)
         with body_returns(body, output_type(last_hidden_state=h[None])), torch.autocast(device.type, enabled=False):
+            # input_ids tells only the shape: the body returns h, whatever it is given
             logits = model(input_ids=y[None], use_cache=False, return_dict=True).logits[0]  # (r, V)
         quarters = zip(logits.float().chunk(4), y.chunk(4))  # for speed: a quarter's log-softmax stays in the cache
         return -torch.cat([F.cross_entropy(part, ids, reduction="none") for part, ids in quarters])  # (r,)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def dpo_loss(margin: Tensor, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
-    """−(1−ε) log σ(βm) − ε log σ(−βm): how surprising the label is to a Bradley-Terry judge with rewards βr.
+    """−(1−ε) log σ(βm) − ε log σ(−βm): −log-probability of the label in a Bradley-Terry model, rewards βr.
 
     margin: (B,) in nats, summed rewards. ε = label_smoothing is the share of labels taken to be flipped (cDPO).
     Source: DPO, arXiv:2305.18290, eq. 7; TRL's `sigmoid`. At m = 0 it is ln 2 for every β and ε.
@@ -53,8 +53,8 @@ class Loss(NamedTuple):
 
     function: Callable[..., Tensor]
     beta: float  # its default
-    per_token: bool  # is r divided by the response's length?
-    against_reference: bool  # or is r = log π_θ(y|x) alone?
+    per_token: bool  # True: r is divided by the response's length
+    against_reference: bool  # True: r = log π_θ − log π_ref; False: r = log π_θ alone
 
 
 LOSSES = {

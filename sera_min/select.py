@@ -21,14 +21,14 @@ from torch import Tensor
 def ensemble_margin(newest: Tensor, previous: Tensor | None = None, gamma: float = 0.5) -> Tensor:
     """(1−γ)·newest + γ·previous, in nats, of one shape: of margins or, since it is linear, of rewards.
 
-    newest: under π_θ(t−1). previous: under π_θ(t−2). At t = 2 there is none, for π_θ0 is π_ref, whose reward is 0
-    everywhere (SimPO's is not, being without a reference; leaving it out is our choice): the newest alone is returned.
+    newest: under π_θ(t−1). previous: under π_θ(t−2); None at t = 2, where it is π_ref, whose reward is 0: the factor
+    1−γ alone would not change the order. (SimPO's reward of π_ref is not 0; leaving it out is our choice.)
     """
     return newest if previous is None else (1 - gamma) * newest + gamma * previous
 
 
 def length_free(rewards: Tensor, lengths: Tensor) -> Tensor:
-    """r − b·|y|: the rewards without what a straight line through them explains by length. Not the paper's: ours.
+    """r − b·|y|: the part of the rewards that a straight line in the length does not explain. Not the paper's: ours.
 
     rewards: float (P, n) in nats, n responses to each of P prompts, NaN where there is none; lengths: int (P, n).
     b, in nats a token, is the slope of the least-squares line within prompts: Σ δr·δ|y| / Σ δ|y|², where δ is the
@@ -44,7 +44,7 @@ def length_free(rewards: Tensor, lengths: Tensor) -> Tensor:
 def select_top(margins: Tensor, k: int) -> Tensor:
     """argtop-K: int64 (k,) indices of the k largest of (N,) margins, largest first, ties by index.
 
-    Raises ValueError where k is no count in 0..N, or a margin is NaN (a NaN sorts first: the best pair of all).
+    Raises ValueError where k is no count in 0..N, or a margin is NaN (it would be sorted as the largest).
     """
     if margins.ndim != 1:
         raise ValueError(f"margins must be (N,), not {tuple(margins.shape)}")

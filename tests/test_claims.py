@@ -6,7 +6,7 @@ import re
 import statistics
 import sys
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,8 @@ import torch
 
 import train
 from sera_min import playground
+from sera_min.config import resolve
+from sera_min.run import Run
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -24,54 +26,37 @@ README = (ROOT / "README.md").read_text()
 WRITTEN = (ROOT / "experiments/results/claims.md").read_text()
 
 
-def test_the_readme_s_tables_are_those_of_the_runs():
-    shown = claims.tables(RUNS)
-    assert shown.keys() == claims.TITLES.keys()  # every study has been run
-    assert all(f"## {claims.TITLES[name]}\n\n{text}\n" in WRITTEN for name, text in shown.items())
-    assert all(shown[name] in README for name in ("main", "tuning", "noise", "length", "asked", "losses"))
-    section = README[README.index("## Does it beat DPO?") : README.index("## How fast")]
-    assert {line for line in section.splitlines() if line.startswith("|")} <= {*WRITTEN.splitlines()}  # of long ones some rows
+def test_every_block_is_what_the_runs_say():
+    """Tables and sentences with numbers stand in blocks of the READMEs, which claims.py writes."""
+    shown = claims.blocks(RUNS)
+    assert claims.tables(RUNS).keys() == claims.TITLES.keys()  # every study has been run
+    assert all(f"## {claims.TITLES[name]}\n\n{shown[name]}\n" in WRITTEN for name in claims.TITLES)
+    for file in claims.READMES:
+        text = file.read_text()
+        assert claims.filled(text, shown) == text
+    names = {name for file in claims.READMES for name in re.findall("<!-- claims: (.+?) -->", file.read_text())}
+    assert {"main", "tuning", "noise", "length", "over", "near", "tried", "asked", "three", "losses", "sentence:headline"} <= names
+    with pytest.raises(KeyError, match="unheard of"):
+        claims.filled("<!-- claims: unheard of --> <!-- end -->", shown)
+    changed = README.replace("0.818 ± 0.020", "0.819 ± 0.020")
+    assert changed != README and claims.filled(changed, shown) == README  # what is copied wrongly is seen
 
 
-def test_what_the_readme_says_of_the_headline_is_what_the_runs_show():
-    """Number by number, each from its own runs."""
-    row = {(s, name): of for s in ("main", "over", "near", "noise 0.0", "noise 0.4") for name, of in claims.specs(RUNS, s).items()}
-
-    def win(study, name, t=3, key="gold/win_rate"):
-        return claims.column(RUNS, row[study, name], key, t)
-
-    def against(study, name, other="loss alone"):
-        low, mean, high = claims.interval(win(study, name), win(study, other))
-        return f"{mean:+.3f}, 95 % interval {low:+.3f} to {high:+.3f}"
-
-    def mean(*args, **kwargs):
-        return f"{statistics.mean(win(*args, **kwargs)):.3f}"
-
-    for said in (
-        f"SeRA as it is wins no more often than the loss alone ({against('main', 'SeRA')})",
-        f"selection only does ({against('main', 'selection only')})",
-        f"SeRA with the two remedies ({against('main', 'SeRA + both remedies')})",
-        f"At 40 % SeRA as it is leads ({against('noise 0.4', 'SeRA')})",
-        f"with clean labels it harms ({mean('noise 0.0', 'SeRA')} against {mean('noise 0.0', 'loss alone')}",
-        f"with both to {mean('over', 'SeRA + both', 5, 'gold/reward')} at the fifth",
-        f"are right {mean('near', 'SeRA + both', 5, 'bootstrap/precision')} of the time in the fifth iteration "
-        f"(without them {mean('near', 'SeRA', 5, 'bootstrap/precision')})",
-    ):  # fmt: skip
-        assert said in README, said
-
-
-def test_every_number_of_the_results_section_stands_in_the_results():
-    section = README[README.index("## Does it beat DPO?") : README.index("## How fast")]
-    prose = "\n".join(re.sub("`[^`]*`", "", line) for line in section.splitlines() if not line.startswith("|"))
-    numbers, known = set(re.findall(r"\d+\.\d+", prose)), set(re.findall(r"\d+\.\d+", WRITTEN))
-    assert len(numbers) > 10 and not numbers - known
-    for figure in re.findall(r"!\[.*?\]\((.*?)\)", section):
-        assert (ROOT / figure).stat().st_size > 5000
-    assert section.count("![") == 3
+def test_no_result_stands_outside_a_block():
+    """In the results' prose there is no decimal number but settings (β, learning rates, shares) and versions."""
+    experiments = claims.READMES[1].read_text()
+    sections = [README[README.index("## Does it beat DPO?") : README.index("## Your own model")],
+                experiments[experiments.index("## 1 Results") : experiments.index("## 2 Speed")]]  # fmt: skip
+    for section in sections:
+        prose = re.sub("`[^`]*`", "", claims.BLOCK.sub("", section))
+        numbers = {n for line in prose.splitlines() if not line.startswith("|") for n in re.findall(r"\d+\.\d+", line)}
+        assert numbers <= {"0.7", "0.3", "0.5", "2.13", "0.015", "2410.09362"}, numbers
+    for figure in re.findall(r"!\[.*?\]\((.*?)\)", sections[1]):
+        assert (ROOT / "experiments" / figure).stat().st_size > 5000
 
 
 def test_what_the_main_table_is_to_show():
-    """SFT near its data's true reward (0.25). Each at its best: SeRA as good as the loss alone, with remedies better.
+    """SFT near its data's true reward (0.25). Each at its best: SeRA as good as plain training, with remedies better.
 
     At a β as large as 1, where a policy stays near the reference, SeRA is ahead by far: what the README says of it.
     """
@@ -80,12 +65,12 @@ def test_what_the_main_table_is_to_show():
     sft = claims.column(RUNS, rows["SeRA"], "gold/reward", 0)
     assert abs(statistics.mean(sft) - 0.25) < 0.05  # one seed's has a standard error of nearly 0.02
     win = {method: claims.column(RUNS, row, "gold/win_rate") for method, row in rows.items()}
-    low, _, high = claims.interval(win["SeRA"], win["loss alone"])
+    low, _, high = claims.interval(win["SeRA"], win["plain training"])
     assert -0.03 < low < 0 < high < 0.03
-    low, _, _ = claims.interval(win["SeRA + both remedies"], win["loss alone"])
+    low, _, _ = claims.interval(win["SeRA + both remedies"], win["plain training"])
     assert low > 0
     tuned = dict(line.strip("| ").split(" | ", 1) for line in claims.tuning_table(RUNS, "dpo").splitlines()[2:])
-    assert float(tuned["SeRA"].split(" | ")[-1]) - float(tuned["loss alone"].split(" | ")[-1]) > 0.1
+    assert float(tuned["SeRA"].split(" | ")[-1]) - float(tuned["plain training"].split(" | ")[-1]) > 0.1
 
 
 def test_every_method_takes_as_many_steps_at_a_point_of_one_grid():
@@ -105,13 +90,16 @@ def test_interval_is_student_s():
 
 
 def test_what_stands_in_the_place_of_the_method():
-    pairs, margins, _ = claims.every_pair([[3.0, 1.0, 2.0, 9.0, 3.0]], [[True] * 3 + [False, True]], [[[1], [2], [3], [4], [1]]])
+    ended, likely = [[True] * 3 + [False, True, True]], [[True] * 5 + [False]]
+    texts = [[[1], [2], [3], [4], [1], [5]]]
+    pairs, margins, _ = claims.every_pair([[3.0, 1.0, 2.0, 9.0, 3.0, 8.0]], ended, texts, likely)
     assert sorted(zip(pairs, margins.tolist())) == [((0, 2, 1), 1.0), ((0, 4, 1), 2.0), ((0, 4, 2), 1.0)]
-    mean, of_pairs = claims.last_three(), [torch.full((3, 2), float(2**t)) for t in range(4)]
-    assert [mean(r)[0, 0].item() for r in of_pairs] == pytest.approx([1, 3 / 2, 7 / 3, 14 / 3])
-    assert mean(torch.ones(3, 4), torch.zeros(3, 4), 0.3)[0, 0].item() == pytest.approx(0.7)  # of samples: as it is
+    mean, of_pairs = claims.last_three(), [torch.full((6,), float(2**t)) for t in range(4)]
+    for r, want in zip(of_pairs, [1, 3 / 2, 7 / 3, 14 / 3]):
+        assert mean(r)[0].item() == pytest.approx(want)
+        assert mean(torch.ones(12), torch.zeros(12), 0.3)[0].item() == pytest.approx(0.7)  # of samples: as it is
 
-    config = train.resolve(train.Config(device="cpu"))
+    config = resolve(train.Config(device="cpu"))
     logps = torch.tensor([[-9.0, -8.0]], requires_grad=True)  # log π_θ of a chosen and a rejected response
     with_term, plain = (
         torch.autograd.grad(loss(logps - torch.tensor([[-7.0, -9.0]]), config).sum(), logps)[0]
@@ -120,8 +108,9 @@ def test_what_stands_in_the_place_of_the_method():
     assert (with_term - plain).tolist() == [pytest.approx([-0.015, 0.0], abs=1e-7)]  # of −0.015 log π_θ(y_w|x)
     assert claims.undecided(torch.tensor([12.0, 9.0, 3.0, 11.0, 10.0]), 4).tolist() == [4, 1, 2]
     seen = []
-    claims.smaller_steps(*"pqr", 3, {}, config, "log", plain=lambda *args: seen.append(args))
-    assert seen[0][5] == replace(config, learning_rate=config.learning_rate / 3) and seen[0][6] == "log"
+    run = Run(config, *[None] * (len(fields(Run)) - 1))
+    claims.smaller_steps(run, 3, "pairs", plain=lambda *args: seen.append(args))
+    assert seen == [(replace(run, config=replace(config, learning_rate=config.learning_rate / 3)), 3, "pairs")]
 
 
 class InThisProcess:
@@ -151,31 +140,39 @@ def test_quick_and_smaller(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(claims, "ProcessPoolExecutor", InThisProcess)
     for name in ("SEEDS", "LONG", "GRID", "EVERY"):
         monkeypatch.setattr(claims, name, getattr(claims, name).copy() if name in ("GRID", "EVERY") else getattr(claims, name))
-    quicken = claims.quicken
+    make_quick = claims.make_quick
 
     def smaller():
-        quicken()
+        make_quick()
         claims.EVERY.update(max_train_pairs=64, steps_per_iteration=2)
 
-    monkeypatch.setattr(claims, "quicken", smaller)
+    monkeypatch.setattr(claims, "make_quick", smaller)
     claims.main(["--quick", "--studies", "main", "over"])
     folder = tmp_path / "quick"
     runs = json.loads((folder / "claims.json").read_text())["runs"]
-    assert {path.name for path in folder.glob("*.png")} == {"margins.png", "reward.png", "own-precision.png"}
+    assert {path.name for path in folder.glob("*.png")} == {"margins.png", "reward.png", "bootstrapped-precision.png"}
     assert (folder / "claims.md").read_text().count("| SeRA |") == 1 + (7 + 1)
     [spec] = claims.specs(runs, "main")["SeRA"]
     others = json.loads(json.dumps({name: run for name, run in runs.items() if name == claims.name_of(spec)}))
-    claims.check(others, 2, tmp_path)
+    here = {f"2 CPU cores, {claims.machine()}"}
+    claims.check(others, here, 2, tmp_path)
     others[claims.name_of(spec)]["iterations"][3]["gold/win_rate"] += 1e-9
-    claims.check(others, 2, tmp_path)
+    with pytest.raises(SystemExit, match="1 of 1 runs end otherwise"):  # on the same machine: exactly
+        claims.check(others, here, 2, tmp_path)
+    claims.check(others, {"another machine"}, 2, tmp_path)  # on another: about
+    others[claims.name_of(spec)]["iterations"][2]["gold/win_rate"] += 2 * claims.TOLERANCE
+    with pytest.raises(SystemExit, match="1 of 1 runs end otherwise"):
+        claims.check(others, {"another machine"}, 2, tmp_path)
     said = re.findall(r"(\d) of 1 runs end as in claims.json", capsys.readouterr().out)
-    assert said == ["1", "0"]
+    assert said == ["1", "0", "1", "0"]
+    with pytest.raises(SystemExit):
+        claims.main(["--check", "0"])
     shared = runs[claims.name_of(spec)]["iterations"]
     out = tmp_path / "own"
     train.main(train.Config(**spec, **claims.EVERY, output_dir=str(out)))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for ours, own in zip(shared, [line for line in lines if line["phase"] != "train"], strict=True):
-        assert {key: ours[key] for key in own} == own
+        assert {key: ours[key] for key in own.keys() - {"select/pairs", "bootstrap/pairs"}}.items() <= own.items()
     trained = sum(len((p["prompt"] + p["chosen"]).split()) + len((p["prompt"] + p["rejected"]).split()) + 2
                   for p in map(json.loads, (out / "iteration-1/pairs.jsonl").read_text().splitlines()))  # fmt: skip
     assert shared[1]["tokens/trained"] == trained  # 64 pairs, 2 steps of 32: all of them once
@@ -185,5 +182,7 @@ def test_the_readme_names_only_what_is_there():
     for path in re.findall(r"\]\(([\w/.-]+)\)", README) + re.findall(r"python ((?:experiments/)?\w+\.py)", README):
         assert (ROOT / path).exists(), path
     tests = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
-    named = re.findall(r"`(test_\w+)`", README)
+    named = re.findall(r"`(test_\w+)`", claims.READMES[1].read_text())
+    for path in re.findall(r"\]\(([\w/.-]+)\)", claims.READMES[1].read_text()):
+        assert (ROOT / "experiments" / path).exists(), path
     assert named and all(f"def {name}(" in tests for name in named)

@@ -179,3 +179,30 @@ def test_a_share_of_the_prompts_is_held_out_by_the_seed(standing, tmp_path, monk
         trained[name] = {x for x, _, _ in texts}
         assert len(every - trained[name]) == round(0.2 * len(every)) and len(texts) == 2 * len(trained[name])
     assert trained["a"] == trained["b"] != trained["seed"]
+
+
+def test_answers_are_of_the_seed(standing, tmp_path, monkeypatch):
+    """Before and after, though the policy stands still; and the same again by the same seed."""
+    Drawn(monkeypatch)
+    drawn = {}
+    for name, seed in {"a": 0, "b": 0, "seed": 1}.items():
+        config = config_of(standing, tmp_path / name, dataset_name=str(standing / "many.jsonl"), eval_fraction=0.3, seed=seed)
+        train.main(replace(config, iterations=1, eval_fraction=0.0))  # the same five prompts, whatever the seed
+        rows = read(tmp_path / name / "iteration-1" / "answers.jsonl")
+        drawn[name] = [[row[who] for row in rows] for who in ("reference", "answer")]
+    assert drawn["a"] == drawn["b"] and all(a != b for a, b in zip(drawn["a"], drawn["seed"]))
+    assert drawn["a"][0] != drawn["a"][1]
+
+
+def test_a_sample_ends_at_every_end_that_the_model_names(standing, tmp_path, monkeypatch):
+    """Those of its generation_config beside the tokenizer's: here the word h."""
+    Drawn(monkeypatch)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(standing / "model"), word_tokenizer(WORDS)
+    model.generation_config.eos_token_id = [1, tokenizer.convert_tokens_to_ids("h")]
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    rows = [row for row in read(standing / "one.jsonl") if "h" not in row["chosen"] + row["rejected"]]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    config = config_of(standing, tmp_path / "run", max_new_tokens=12)
+    train.main(replace(config, model_name_or_path=str(tmp_path / "model"), dataset_name=str(tmp_path / "d.jsonl")))
+    assert not any("h" in words for words in samples_of(tmp_path / "run", 2))

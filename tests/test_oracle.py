@@ -31,11 +31,12 @@ PLAIN = {  # every flag that the method depends on, as the README has them
 REST = {"max_length": 24, "max_prompt_length": 8, "max_new_tokens": 12, "device": "cpu"}  # of no influence here
 SCENARIOS = {  # name: what it changes of PLAIN, and of what must change nothing
     "dpo": ({}, {}),
-    "dpo, label smoothing, two epochs": ({"label_smoothing": 0.1, "epochs_per_iteration": 2}, {}),
+    "dpo, label smoothing, two epochs of seven steps": (
+        {"label_smoothing": 0.1, "epochs_per_iteration": 2, "per_device_train_batch_size": 2}, {}),
     "ipo, unequal micro-batches": ({"loss_type": "ipo", "beta": 0.2}, {"max_tokens": 40}),
-    "slic, token floor": ({"loss_type": "slic", "token_floor": 0.2}, {}),
+    "slic, token floor": ({"loss_type": "slic", "token_floor": 0.6}, {}),
     "simpo, token floor, length free": (
-        {"loss_type": "simpo", "beta": 2.0, "token_floor": 0.1, "length_free": True}, {"max_tokens": 60}),
+        {"loss_type": "simpo", "beta": 2.0, "token_floor": 0.6, "length_free": True}, {"max_tokens": 60}),
     "dpo, length free, wide": ({"length_free": True, "samples_per_prompt": 6, "beta": 0.1, "keep": 0.5}, {}),
     "random control": ({"select": "random"}, {}),
     "plain dpo": ({"keep": 1.0, "bootstrap": 0.0}, {}),
@@ -140,6 +141,8 @@ def assert_the_same(out, world, settings, permutations, numbers, policies=None):
         ids = [(x, w[:-1], l[:-1]) for x, w, l, _, _ in expected]  # a text does not tell its end of sequence
         assert texts == [[naive.tokenizer.convert_ids_to_tokens(part) for part in pair] for pair in ids]
     for t, rewards in naive.sample_rewards.items():
+        barred = sum(r is None for group in rewards for r in group)
+        assert settings["token_floor"] == 0 or barred > sum(not end for row in drawn["samples"][t] for _, end in row)
         lines = read(out / f"iteration-{t}" / "samples.jsonl")
         assert [line["usable"] for line in lines] == [r is not None for group in rewards for r in group]
         pairs = [(line["reward"], r) for line, r in zip(lines, (r for group in rewards for r in group)) if r is not None]

@@ -8,6 +8,7 @@ from test_oracle import Drawn, read
 
 import train
 from sera_min import playground
+from sera_min.config import resolve
 from train import Config
 
 T = 3
@@ -15,7 +16,7 @@ T = 3
 
 @pytest.fixture(scope="module")
 def sft():
-    return playground.make_sft_policy(0, "cpu", steps=250)
+    return playground.make_sft_policy(0, "cpu", steps=200)
 
 
 @pytest.fixture
@@ -127,3 +128,48 @@ def test_label_noise_and_length_bias_are_what_they_say():
         else:  # of those that the bias took the longer one wins, of the others half; then labels are flipped
             share = bias + (1 - bias) / 2
             assert sum(longer) / len(longer) == pytest.approx(share * (1 - noise) + (1 - share) * noise, abs=0.035)
+
+
+def test_what_a_run_without_flags_is():
+    """The choices of train.py's header, and the playground's."""
+    config = resolve(Config(device="cpu"))
+    expected = {
+        "iterations": 3, "keep": 0.7, "bootstrap": 0.3, "samples_per_prompt": 4, "ensemble_gamma": 0.5, "temperature": 1.0,
+        "top_p": 1.0, "loss_type": "dpo", "beta": 1.0, "label_smoothing": 0.0, "learning_rate": 3e-4, "select": "margin",
+        "epochs_per_iteration": 1, "per_device_train_batch_size": 32, "length_free": False, "token_floor": 0.0, "seed": 0,
+        "label_noise": 0.3, "length_bias": 0.0, "max_train_pairs": 2000, "max_length": 64, "max_prompt_length": 16,
+        "max_new_tokens": 32, "eval_split": "test",
+    }  # fmt: skip
+    assert {name: getattr(config, name) for name in expected} == expected
+    user = resolve(Config(model_name_or_path="m", dataset_name="d", device="cpu"))
+    assert (user.beta, user.learning_rate, user.max_length, user.max_prompt_length, user.max_new_tokens) == (0.1, 1e-6, 1024, 512, 512)
+
+
+def test_the_playground_is_that_of_the_flags(world, tmp_path, monkeypatch):
+    """D is of the seed, of training prompts, with the noise and the bias asked for; evaluation pairs are of others."""
+    asked, seeds, made, policy = [], [], playground.preferences, playground.make_sft_policy
+
+    def preferences(n, part, **flags):
+        asked.append((part, flags))
+        return made(n, part, **flags)
+
+    monkeypatch.setattr(playground, "preferences", preferences)
+    monkeypatch.setattr(playground, "make_sft_policy", lambda seed, device: (seeds.append(seed), policy(seed, device))[1])
+    texts = []
+    for seed in (3, 4):
+        flags = {"iterations": 1, "label_noise": 0.0, "length_bias": 1.0, "eval_split": "validation", "max_train_pairs": 64}
+        train.main(config_of(tmp_path / str(seed), seed=seed, **flags))
+        pairs = read(tmp_path / str(seed) / "iteration-1" / "pairs.jsonl")
+        assert all(len(p["chosen"].split()) >= len(p["rejected"].split()) for p in pairs)
+        answers = read(tmp_path / str(seed) / "iteration-1" / "answers.jsonl")
+        assert [line["prompt"] for line in answers] == playground.prompts("validation") * 2
+        texts.append(str([(p["prompt"], p["chosen"]) for p in pairs]))
+    assert texts[0] != texts[1] and seeds == [3, 4]
+    assert [(part, flags["seed"]) for part, flags in asked] == [("train", 3), ("validation", 3), ("train", 4), ("validation", 4)]
+
+
+def test_the_sft_policy_has_seen_no_evaluation_prompt(monkeypatch):
+    parts, every = [], playground.prompts
+    monkeypatch.setattr(playground, "prompts", lambda part: (parts.append(part), every(part))[1])
+    playground.make_sft_policy(0, "cpu", steps=1, batch=2)
+    assert parts == ["train"]
