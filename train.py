@@ -14,11 +14,11 @@ The algorithm, for preferences D = {(x, y_w, y_l)}, a reference π_ref (the SFT 
 Choices of ours, where the paper is silent or was not known to us:
   1. The form of step 3 (at t = 2 only r_1), the K largest margins of step 4, always from all of D, and step 7.
   2. T = 3, K = 0.7·|D|, K̃ = 0.3·|D|, N = 4, γ = 0.5, sampling at temperature 1 from the whole distribution.
-  3. One epoch an iteration: fresh AdamW without weight decay, 10 % warm-up, linear decay, gradient norms up to 1.
+  3. One epoch an iteration: fresh AdamW without weight decay, 10 % warm-up, linear decay, gradients clipped to norm 1.
   4. IPO's reward is per token, as in TRL; SimPO's is per token and without reference, and its γ is half its β.
      The review uses the reward of the loss in use.
   5. Samples that were cut off by the length limit, or repeat another, are never paired.
-  6. `--select random`: random pairs of D and of the samples, the control. `--keep 1 --bootstrap 0`: plain training.
+  6. `--select random`: which pairs are kept is random, the control. `--keep 1 --bootstrap 0` is plain training.
   7. Two remedies that are not the paper's, off unless asked for: `--length_free` and `--token_floor`.
 """
 
@@ -37,7 +37,7 @@ from sera_min.config import Config, Resolved, command_line, seed_of
 from sera_min.data import Ids, Pair, Samples, TrainingSet, format_counts, lengths_of, rows_of, tokens_of, union
 from sera_min.logprobs import implicit_reward
 from sera_min.losses import LOSSES
-from sera_min.run import Run, backward_of_mean, opened, retry_on_oom
+from sera_min.run import Run, backward_of_mean, opened, retry_on_oom, take_step
 from sera_min.select import ensemble_margin, length_free, select_top
 
 
@@ -130,9 +130,6 @@ def pair_samples(offline: list[Pair], samples: Samples, pick: Callable, wanted: 
     return TrainingSet(pairs, reference, margins[taken], ["bootstrap"] * len(pairs)), dropped
 
 
-# Training: steps 1 and 7
-
-
 def train_step(
     policy: Any, optimizer: Any, training_set: TrainingSet, batch: list[int], config: Resolved, max_tokens: int
 ) -> dict[str, float]:
@@ -155,8 +152,7 @@ def train_step(
     if not (losses.isfinite().all() and math.isfinite(norm)):
         lines = [i + 1 for i, loss in zip(batch, losses) if not loss.isfinite()] or [i + 1 for i in batch]
         raise FloatingPointError(f"pairs.jsonl lines {lines}: the loss is {losses.mean():.3g}, its gradient {norm:.3g}")
-    optimizer.step()
-    optimizer.zero_grad()  # gradients need not wait in memory for the next step
+    take_step(optimizer)
     both = {**report.means("rewards", config.beta * r), **report.means("logps", logps)}
     return {**report.preference_metrics(losses, r, config.beta), **both, "grad_norm": norm}
 
@@ -183,7 +179,7 @@ def train(run: Run, t: int, training_set: TrainingSet) -> None:
     if saved:
         optimizer.load_state_dict(saved["optimizer"])
     first, lines, warm_up = saved.get("step", 0), saved.get("lines", []), math.ceil(0.1 * len(batches))
-    report.log(run.out, *lines)  # those of the steps before the checkpoint
+    report.log(run.out, *lines)
     bar = tqdm(batches[first:], f"iteration {t}: train", initial=first, total=len(batches), unit="step")
     with folder.stop_after_step() as signals:
         for step, batch in enumerate(bar, first + 1):
@@ -204,9 +200,6 @@ def train(run: Run, t: int, training_set: TrainingSet) -> None:
     run.policies.put(t, policy, run.tokenizer)
 
 
-# Evaluation, and the run
-
-
 def evaluate(run: Run, t: int) -> dict[str, Any]:
     """A line of metrics.jsonl: π_θt on the evaluation pairs, and its answers against those of the SFT policy."""
     config = run.config
@@ -225,22 +218,28 @@ def evaluate(run: Run, t: int) -> dict[str, Any]:
     return line | run.count_pairs(t)
 
 
+def iterate(run: Run, t: int) -> dict[str, Any]:
+    """One iteration and its evaluation, a line of metrics.jsonl; t = 0 only evaluates. What is done is read."""
+    with report.timed(f"iteration {t}"):
+        if t > run.policies.newest():
+            training_set, samples = all_pairs(run), None
+            if t > 1:
+                training_set, samples = review(t, run.offline, run.log_prob, run.sample, run.config)
+            run.write_review(t, training_set, samples)
+            train(run, t, training_set)
+        elif t > 0:
+            report.log(run.out, *folder.read_jsonl(run.out / "state" / f"steps-{t}.jsonl"))
+        line = folder.phase(run.out, f"evaluation-{t}", partial(evaluate, run, t))
+        report.log(run.out, line)
+    return line
+
+
 def main(flags: Config) -> dict[str, Any]:
     """Run it all; returns the last evaluation, the line of metrics.jsonl whose phase is "final"."""
     with opened(flags) as run:
-        config = run.config
-        print(f"check: at margin 0 the loss is {pair_losses(torch.zeros(1, 2), config).item():.4f}")
-        for t in range(config.iterations + 1):
-            with report.timed(f"iteration {t}"):
-                if t > run.policies.newest():
-                    reviewed = t > 1 and review(t, run.offline, run.log_prob, run.sample, config)
-                    training_set, samples = reviewed or (all_pairs(run), None)
-                    run.write_review(t, training_set, samples)
-                    train(run, t, training_set)
-                elif t > 0:  # this phase is done: its lines are read
-                    report.log(run.out, *folder.read_jsonl(run.out / "state" / f"steps-{t}.jsonl"))
-                evaluation = folder.phase(run.out, f"evaluation-{t}", partial(evaluate, run, t))
-                report.log(run.out, evaluation)
+        print(f"check: at margin 0 the loss is {pair_losses(torch.zeros(1, 2), run.config).item():.4f}")
+        for t in range(run.config.iterations + 1):
+            evaluation = iterate(run, t)
         run.finish()
     return evaluation
 

@@ -174,14 +174,19 @@ def read_responses(path: str | Path, encode: Callable[[str], TokenIds], eos_toke
     samples: dict[str, list[tuple[TokenIds, bool]]] = {}
     with open(path, encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error})") from None
-            for field in ("prompt", "response"):
-                if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                    raise ValueError(f"{path}, line {number}: the field '{field}' must be a string")
+            row = response_row(line, f"{path}, line {number}")
             ended = row.get("finish_reason") in (None, "stop")
             tokens = encode(row["response"]) + [eos_token_id] * ended
             samples.setdefault(row["prompt"], []).append((tokens, ended))
     return list(samples), list(samples.values())
+
+
+def response_row(line: str, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from None
+    for field in ("prompt", "response"):
+        if not isinstance(row, dict) or not isinstance(row.get(field), str):
+            raise ValueError(f"{where}: the field '{field}' must be a string")
+    return row

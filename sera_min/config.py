@@ -20,7 +20,7 @@ from sera_min.losses import LOSSES
 
 
 def seed_of(seed: int, t: int, phase: str) -> int:
-    """A seed of its own for everything that is drawn, made of the run's seed, the iteration and the phase."""
+    """A seed of its own for everything that an iteration draws, made of the run's seed, the iteration and the phase."""
     return zlib.crc32(f"{seed} {t} {phase}".encode())
 
 
@@ -56,7 +56,7 @@ class Config:
     eval_fraction: float = flag(0.05, "without the two above: share of the prompts, with their pairs, that is held out")
     prompt_file: str | None = flag(
         None, "JSON rows of instruction or prompt: the final policy answers them in samples.json, as AlpacaEval has it")
-    max_train_pairs: int | None = flag(None, "read the first so many rows (all; playground: makes 2000 pairs)")
+    max_train_pairs: int | None = flag(None, "read only this many rows (all; playground: makes 2000 pairs)")
     max_length: int | None = flag(None, "prompt and response, in tokens: more is cut at the end (1024; playground: 64)")
     max_prompt_length: int | None = flag(
         None, "in tokens: a longer prompt loses its beginning (half of max_length; playground: 16)")  # fmt: skip
@@ -68,20 +68,20 @@ class Config:
     top_p: float = flag(1.0, "samples are drawn from the likeliest tokens that together have this probability")
     max_new_tokens: int | None = flag(None, "longest sample (max_length - max_prompt_length; playground: 32)")
     select: str = flag("margin", "how K and K̃ are chosen: by margin, or at random (the control)")
-    length_free: bool = flag(False, "ours: review by what of the reward the response's length does not explain")
+    length_free: bool = flag(False, "ours: review by the part of the reward that length does not explain")
     token_floor: float = flag(
         0.0, "ours: a sample is never paired if its least likely token under π_ref is below this quantile of the same "
         "over D's responses; 0.01 keeps out broken text")  # fmt: skip
 
     label_smoothing: float = flag(0.0, "ε, dpo only: the share of labels that the loss expects to be flipped")
     epochs_per_iteration: int = flag(1, "epochs over an iteration's pairs")
-    steps_per_iteration: int | None = flag(None, "so many optimizer steps instead, whatever K and K̃ (for comparisons)")
+    steps_per_iteration: int | None = flag(None, "this many optimizer steps an iteration, whatever K and K̃")
     per_device_train_batch_size: int = flag(32, "pairs per optimizer step")
     max_tokens: int = flag(16384, "tokens in memory at a time, padding included: lower it if memory runs out")
     gradient_checkpointing: bool = flag(False, "recompute activations in backward: less memory, a third more time")
     save_steps: int = flag(500, "steps between checkpoints within an iteration; its end is always saved")
     device: str | None = flag(None, "cuda or cpu (cuda where there is one)")
-    seed: int = flag(0, "of the order of pairs, of sampling, and of the playground")
+    seed: int = flag(0, "of the order of pairs, sampling, the held-out prompts and the playground")
 
     label_noise: float = flag(0.3, "share of flipped labels")
     length_bias: float = flag(0.0, "share of pairs whose longer response is preferred, whatever it says")
@@ -220,10 +220,11 @@ def command_line(main: Callable[[Config], Any], description: str | None, argumen
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except FloatingPointError as error:
-        sys.exit(f"error: {error}; what was saved before stays, and the last step is in {out / 'metrics.jsonl'}")
+        begun = (out / "config.json").exists()
+        sys.exit(f"error: {error}" + f"; what was saved before stays, the steps are in {out / 'metrics.jsonl'}" * begun)
     except torch.OutOfMemoryError:
-        less = "a smaller --max_tokens or --gradient_checkpointing takes less, and a resume accepts both"
-        sys.exit(f"error: out of GPU memory: {less}")
+        sys.exit("error: out of GPU memory, however few rows at a time: resume with --gradient_checkpointing, or begin "
+                 "with a smaller --max_length, --max_new_tokens or --samples_per_prompt")  # fmt: skip
     except KeyboardInterrupt:
         how = f"to go on from the last checkpoint: the same command with --resume_from_checkpoint {out}"
         print("interrupted;", how if (out / "config.json").exists() else "nothing is saved yet", file=sys.stderr)

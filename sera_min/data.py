@@ -247,7 +247,7 @@ def forgery_pattern(tokenizer: Any, eos_ids: Ids) -> re.Pattern[str]:
     """
     added = tokenizer.added_tokens_decoder.items()
     specials = [re.escape(str(token)) for i, token in added if token.special or i in eos_ids]
-    turns = ["\n\n(?:Human|Assistant):"] if tokenizer.chat_template.endswith(PLAIN_TEMPLATE) else []
+    turns = ["\n\n(?:Human|Assistant):"] if str(tokenizer.chat_template).endswith(PLAIN_TEMPLATE) else []
     return re.compile("|".join([*specials, *turns]) or "(?!)")
 
 

@@ -70,6 +70,8 @@ def claimed(out: Path, config: dict[str, Any], data: str, needed: int) -> Iterat
         raise InputError(f"--output_dir {out}: {free / 1e9:.1f} GB free, and checkpoints take {needed / 1e9:.1f}")
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
+        if (out / "policy").exists():  # of a process that ended while this one prepared
+            raise InputError(f"{out}: this run has ended, its policy is in {out / 'policy'}")
         if not (out / "config.json").exists():
             write(out / "config.json", json.dumps({**config, "data": data}, indent=2) + "\n")
         if (before := read_json(out / "config.json").get("data")) != data:
@@ -170,7 +172,7 @@ def finish(out: Path, last: int) -> None:
 def save_model(folder: Path, policy: Any, tokenizer: Any, **more: Any) -> None:
     """A model folder, with state.pt of what else is given. Raises FloatingPointError where a weight is no number."""
     if not all(p.isfinite().all() for p in policy.parameters()):
-        raise FloatingPointError(f"{folder.name}: its weights are not finite numbers; what was saved before stays")
+        raise FloatingPointError(f"{folder.name}: its weights are not finite numbers")
     with writing(folder) as beside:
         policy.save_pretrained(beside)
         tokenizer.save_pretrained(beside)
@@ -195,11 +197,7 @@ def load(path: str | Path, device: str) -> tuple[Any, Any]:
         raise InputError(f"{path}: no such folder")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        settings = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        for part in (settings, settings.get_text_config()):  # within the former where it sees or hears too
-            for name, value in part.to_dict().items():
-                if "drop" in name and isinstance(value, float):
-                    setattr(part, name, 0.0)
+        settings = without_dropout(AutoConfig.from_pretrained(path, trust_remote_code=False))
         options: dict[str, Any] = {"config": settings, "dtype": torch.float32, "use_safetensors": True}
         options |= {"trust_remote_code": False, "output_loading_info": True}
         loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
@@ -218,6 +216,14 @@ def load(path: str | Path, device: str) -> tuple[Any, Any]:
     except ValueError:  # settings of sampling without do_sample, which transformers would not save
         policy.generation_config.do_sample = True
     return policy.to(device), tokenizer
+
+
+def without_dropout(settings: Any) -> Any:
+    for part in (settings, settings.get_text_config()):  # within the former where the model sees or hears too
+        for name, value in part.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
+    return settings
 
 
 def existing(path: Path) -> Path:

@@ -47,7 +47,7 @@ def means(name: str, values: Tensor) -> dict[str, float]:  # (b, 2): of the chos
 
 @contextmanager
 def timed(phase: str) -> Iterator[None]:
-    """As a decorator: the seconds that the function takes are counted under this name."""
+    """Counts the seconds of a function, as its decorator, or of a `with` block under this name."""
     began = time.monotonic()
     try:
         yield
@@ -72,13 +72,17 @@ def log(out: Path, *lines: dict[str, Any]) -> None:
     with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines))
     for line in lines:
-        t = line["iteration"]
-        curve, at = (f"iteration-{t}", line["step"]) if line["phase"] == "train" else ("evaluation", t)
-        if writer := events(out / "tensorboard" / curve, at):
-            for name, value in line.items():
-                if isinstance(value, float):
-                    writer.add_scalar(name, value, at)
-            writer.flush()
+        log_events(out, line)
+
+
+def log_events(out: Path, line: dict[str, Any]) -> None:
+    t = line["iteration"]
+    curve, at = (f"iteration-{t}", line["step"]) if line["phase"] == "train" else ("evaluation", t)
+    if writer := events(out / "tensorboard" / curve, at):
+        for name, value in line.items():
+            if isinstance(value, float):
+                writer.add_scalar(name, value, at)
+        writer.flush()
 
 
 def events(folder: Path, at: int) -> Any:

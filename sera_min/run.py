@@ -72,7 +72,8 @@ class Run:
     def write_review(self, t: int, training_set: TrainingSet, samples: Samples | None) -> None:
         """iteration-<t>/pairs.jsonl and samples.jsonl. Raises InputError where there is no pair."""
         if not training_set.pairs:
-            raise InputError(f"iteration {t}: no pair is left to train on; --keep and --bootstrap take too few")
+            raise InputError(f"iteration {t}: no pair is left to train on: --keep and --bootstrap take too few, or no "
+                             "sample could be paired (cut-off samples need a larger --max_new_tokens)")  # fmt: skip
         margins_and_sources = zip(training_set.margins.tolist(), training_set.sources)
         folder.write_jsonl(self.out / f"iteration-{t}" / "pairs.jsonl", (
             {**texts, "margin": margin, "source": source}
@@ -80,11 +81,12 @@ class Run:
         ))  # fmt: skip
         if samples is None:
             return
-        rows = zip(self.offline, samples.responses, *(column.tolist() for column in samples[1:4]))
+        columns = (samples.ended, samples.usable, samples.rewards)  # (P, n) each
+        rows = zip(self.offline, samples.responses, *(column.tolist() for column in columns))
         folder.write_jsonl(self.out / f"iteration-{t}" / "samples.jsonl", (
             {"prompt": self.text(x), "response": self.text(y, after=x), "finish_reason": "stop" if ended else "length",
              "usable": usable, "reward": reward if usable else None}
-            for (x, _, _), *columns in rows for y, ended, usable, reward in zip(*columns)
+            for (x, _, _), *of_prompt in rows for y, ended, usable, reward in zip(*of_prompt)
         ))  # fmt: skip
 
     def count_pairs(self, t: int) -> dict[str, Any]:
@@ -177,7 +179,7 @@ def playground_pairs(config: Resolved, tokenizer: Any, limits: dict) -> tuple[li
 
 
 def user_pairs(config: Resolved, tokenizer: Any, limits: dict) -> tuple[list[Pair], list[Pair], list[Ids]]:
-    """D, evaluation pairs, none of whose prompts is in D, and up to five of their prompts, to be answered."""
+    """D; evaluation pairs, none of whose prompts is in D; up to five of their prompts (or of D's) to be answered."""
     name = str(config.dataset_name)
     rows = data.read_rows(name, config.dataset_train_split, config.max_train_pairs)
     if tokenizer.chat_template is None:
@@ -201,7 +203,7 @@ def user_pairs(config: Resolved, tokenizer: Any, limits: dict) -> tuple[list[Pai
 
 
 def amp(device: str) -> torch.autocast:
-    """Weights stay float32; on a GPU products are bfloat16. A context for each forward pass: it caches cast weights."""
+    """Weights stay float32; on a GPU products are bfloat16. Leave it before weights change: it caches their copies."""
     return torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda")
 
 
@@ -278,6 +280,15 @@ def backward_of_mean(policy: Any, pairs: list[Pair], losses_of: Callable, max_to
     return logps
 
 
+def take_step(optimizer: torch.optim.Optimizer) -> None:
+    """The optimizer's step, after which gradients go. Where memory runs out, an InputError: it is not repeated."""
+    try:
+        optimizer.step()
+    except torch.OutOfMemoryError:
+        raise InputError("AdamW's two moments of every weight do not fit the GPU beside the model") from None
+    optimizer.zero_grad()  # gradients need not wait in memory for the next step
+
+
 def check_before_training(policy: Any, pair: Pair, config: Resolved) -> None:
     """Before training π_θ = π_ref: log-probs must be the logits', and alike when scored and when trained."""
     x, y = rows_of([pair])
@@ -295,6 +306,7 @@ def check_before_training(policy: Any, pair: Pair, config: Resolved) -> None:
     }.items():
         if not error.abs().max() <= allowed:
             raise InputError(f"{what}, by {error.abs().max():.3g} nats: this model cannot be trained here")
+    policy.eval()
     print("check: log π(y|x) is the logits', and π_θ scores as π_ref")
 
 

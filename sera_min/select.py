@@ -32,7 +32,8 @@ def length_free(rewards: Tensor, lengths: Tensor) -> Tensor:
 
     rewards: float (P, n) in nats, n responses to each of P prompts, NaN where there is none; lengths: int (P, n).
     b, in nats a token, is the slope of the least-squares line within prompts: Σ δr·δ|y| / Σ δ|y|², where δ is the
-    difference from the prompt's mean. Why: a taste for length that labels and samples share shows in no margin.
+    difference from the prompt's mean. Why: if labels and samples both favour length, the margin
+    rewards length and cannot show it.
     """
     known = lengths.where(~rewards.isnan(), torch.nan)  # (P, n)
     dr = rewards - rewards.nanmean(1, keepdim=True)

@@ -29,17 +29,39 @@ WRITTEN = (ROOT / "experiments/results/claims.md").read_text()
 def test_every_block_is_what_the_runs_say():
     """Tables and sentences with numbers stand in blocks of the READMEs, which claims.py writes."""
     shown = claims.blocks(RUNS)
-    assert claims.tables(RUNS).keys() == claims.TITLES.keys()  # every study has been run
-    assert all(f"## {claims.TITLES[name]}\n\n{shown[name]}\n" in WRITTEN for name in claims.TITLES)
+    assert {*claims.TITLES, "sentence:noise40", "sentence:clean"} < shown.keys()  # every study has been run
+    assert WRITTEN == "\n\n".join(f"## {title}\n\n{shown[name]}" for name, title in claims.TITLES.items()) + "\n"
     for file in claims.READMES:
         text = file.read_text()
         assert claims.filled(text, shown) == text
+        assert len(claims.BLOCK.findall(text)) == text.count("<!-- claims:")  # each has its end
     names = {name for file in claims.READMES for name in re.findall("<!-- claims: (.+?) -->", file.read_text())}
     assert {"main", "tuning", "noise", "length", "over", "near", "tried", "asked", "three", "losses", "sentence:headline"} <= names
     with pytest.raises(KeyError, match="unheard of"):
         claims.filled("<!-- claims: unheard of --> <!-- end -->", shown)
-    changed = README.replace("0.818 ± 0.020", "0.819 ± 0.020")
-    assert changed != README and claims.filled(changed, shown) == README  # what is copied wrongly is seen
+    for name in ("main", "sentence:headline"):  # what is copied wrongly is seen, and mended
+        begins = re.compile(rf"(<!-- claims: {name} -->.*?\d\.\d\d)(\d)", re.DOTALL)
+        changed = begins.sub(lambda match: match[1] + str(9 - int(match[2])), README)
+        assert changed != README and claims.filled(changed, shown) == README
+    within = "- <!-- claims: sentence:clean -->0.5<!-- end --> So much for that."
+    assert claims.filled(within, shown) == within.replace("0.5", shown["sentence:clean"])
+    assert claims.filled("<!-- claims: main --><!-- end -->", shown) == f"<!-- claims: main -->\n{shown['main']}\n<!-- end -->"
+
+
+def test_write_fills_the_blocks_and_runs_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
+    monkeypatch.setattr(claims, "READMES", (tmp_path / "a.md", tmp_path / "not there.md"))
+    monkeypatch.setattr(claims, "make", lambda *_: pytest.fail("a run is made"))
+    monkeypatch.setattr(claims, "figures", lambda *_: None)
+    (tmp_path / "claims.json").write_text((ROOT / "experiments/results/claims.json").read_text())
+    (tmp_path / "a.md").write_text("# A\n<!-- claims: near -->\nold\n<!-- end -->\nB\n")
+    claims.main(["--write"])
+    assert (tmp_path / "claims.md").read_text() == WRITTEN
+    near = claims.tables(RUNS)["near"]
+    assert (tmp_path / "a.md").read_text() == f"# A\n<!-- claims: near -->\n{near}\n<!-- end -->\nB\n"
+    (tmp_path / "a.md").write_text("<!-- claims: far -->\nold\n<!-- end -->")
+    with pytest.raises(SystemExit, match="nothing to put into its block 'far'"):
+        claims.main(["--write"])
 
 
 def test_no_result_stands_outside_a_block():
@@ -49,28 +71,34 @@ def test_no_result_stands_outside_a_block():
                 experiments[experiments.index("## 1 Results") : experiments.index("## 2 Speed")]]  # fmt: skip
     for section in sections:
         prose = re.sub("`[^`]*`", "", claims.BLOCK.sub("", section))
-        numbers = {n for line in prose.splitlines() if not line.startswith("|") for n in re.findall(r"\d+\.\d+", line)}
+        numbers = set(re.findall(r"\d+\.\d+", prose))  # of tables too
         assert numbers <= {"0.7", "0.3", "0.5", "2.13", "0.015", "2410.09362"}, numbers
     for figure in re.findall(r"!\[.*?\]\((.*?)\)", sections[1]):
         assert (ROOT / "experiments" / figure).stat().st_size > 5000
 
 
-def test_what_the_main_table_is_to_show():
-    """SFT near its data's true reward (0.25). Each at its best: SeRA as good as plain training, with remedies better.
-
-    At a β as large as 1, where a policy stays near the reference, SeRA is ahead by far: what the README says of it.
-    """
+def test_what_the_runs_start_from():
+    """SFT is near its data's true reward (0.25); at a β as large as 1 SeRA is ahead by far, as the README says."""
     rows = claims.specs(RUNS, "main")
     assert len(rows["SeRA"]) >= 5
     sft = claims.column(RUNS, rows["SeRA"], "gold/reward", 0)
     assert abs(statistics.mean(sft) - 0.25) < 0.05  # one seed's has a standard error of nearly 0.02
-    win = {method: claims.column(RUNS, row, "gold/win_rate") for method, row in rows.items()}
-    low, _, high = claims.interval(win["SeRA"], win["plain training"])
-    assert -0.03 < low < 0 < high < 0.03
-    low, _, _ = claims.interval(win["SeRA + both remedies"], win["plain training"])
-    assert low > 0
-    tuned = dict(line.strip("| ").split(" | ", 1) for line in claims.tuning_table(RUNS, "dpo").splitlines()[2:])
-    assert float(tuned["SeRA"].split(" | ")[-1]) - float(tuned["plain training"].split(" | ")[-1]) > 0.1
+    ours, plain = (claims.at_beta(RUNS, "dpo", method, 1.0) for method in ("SeRA", "plain training"))
+    assert ours - plain > 0.1
+
+
+def test_a_sentence_says_a_difference_where_the_interval_has_no_zero():
+    def said(*differences):
+        rows, runs = claims.specs(RUNS, "main"), claims.Measured(RUNS)
+        for ours, plain, difference in zip(rows["SeRA"], rows["plain training"], differences):
+            ours, plain = claims.name_of(ours), claims.name_of(plain)
+            both = zip(RUNS[ours]["iterations"], RUNS[plain]["iterations"])
+            runs[ours] = {"iterations": [row | {"gold/win_rate": other["gold/win_rate"] + difference} for row, other in both]}
+        return claims.sentences(runs)["headline"]
+
+    assert "SeRA wins more often than plain DPO (+0.120 [" in said(0.1, 0.12, 0.11, 0.13, 0.14)
+    assert "SeRA wins less often than plain DPO (-0.120 [" in said(-0.1, -0.12, -0.11, -0.13, -0.14)
+    assert "SeRA wins as often as plain DPO, as far as 5 seeds tell (-0.020 [" in said(-0.2, 0.1, 0.1, -0.2, 0.1)
 
 
 def test_every_method_takes_as_many_steps_at_a_point_of_one_grid():
@@ -165,8 +193,6 @@ def test_quick_and_smaller(tmp_path, monkeypatch, capsys):
         claims.check(others, {"another machine"}, 2, tmp_path)
     said = re.findall(r"(\d) of 1 runs end as in claims.json", capsys.readouterr().out)
     assert said == ["1", "0", "1", "0"]
-    with pytest.raises(SystemExit):
-        claims.main(["--check", "0"])
     shared = runs[claims.name_of(spec)]["iterations"]
     out = tmp_path / "own"
     train.main(train.Config(**spec, **claims.EVERY, output_dir=str(out)))
@@ -176,6 +202,29 @@ def test_quick_and_smaller(tmp_path, monkeypatch, capsys):
     trained = sum(len((p["prompt"] + p["chosen"]).split()) + len((p["prompt"] + p["rejected"]).split()) + 2
                   for p in map(json.loads, (out / "iteration-1/pairs.jsonl").read_text().splitlines()))  # fmt: skip
     assert shared[1]["tokens/trained"] == trained  # 64 pairs, 2 steps of 32: all of them once
+
+
+@pytest.mark.parametrize("count", ["0", "-1", "some"])
+def test_a_check_of_no_run_is_refused(count, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        claims.main(["--check", count])
+    assert stopped.value.code == 2 and "argument --check: " in capsys.readouterr().err
+
+
+def test_a_check_draws_every_run_but_those_of_tuning(tmp_path, monkeypatch, capsys):
+    def same(wanted, runs, machines, file, *_):
+        made = {claims.name_of(spec): RUNS[claims.name_of(spec)] for spec in wanted}
+        file.write_text(json.dumps({"runs": made}))
+
+    monkeypatch.setattr(claims, "make", same)
+    studies = [name for name in RUNS if "validation" not in name]
+    for count in (5, len(RUNS)):
+        claims.check(RUNS, {claims.machine()}, count, tmp_path)
+        drawn = json.loads((tmp_path / "again.json").read_text())["runs"]
+        assert len(drawn) == min(count, len(studies)) and drawn.keys() <= {*studies}
+    monkeypatch.setattr(claims, "RESULTS", tmp_path / "empty")
+    with pytest.raises(SystemExit, match="holds no run"):
+        claims.main(["--check", "3"])
 
 
 def test_the_readme_names_only_what_is_there():

@@ -31,8 +31,7 @@ PLAIN = {  # every flag that the method depends on, as the README has them
 REST = {"max_length": 24, "max_prompt_length": 8, "max_new_tokens": 12, "device": "cpu"}  # of no influence here
 SCENARIOS = {  # name: what it changes of PLAIN, and of what must change nothing
     "dpo": ({}, {}),
-    "dpo, label smoothing, two epochs of seven steps": (
-        {"label_smoothing": 0.1, "epochs_per_iteration": 2, "per_device_train_batch_size": 2}, {}),
+    "dpo, label smoothing, four epochs of three steps": ({"label_smoothing": 0.1, "epochs_per_iteration": 4}, {}),
     "ipo, unequal micro-batches": ({"loss_type": "ipo", "beta": 0.2}, {"max_tokens": 40}),
     "slic, token floor": ({"loss_type": "slic", "token_floor": 0.6}, {}),
     "simpo, token floor, length free": (
