@@ -954,8 +954,8 @@ def test_help_names_every_flag_and_the_five_that_matter_first(capsys):
 
 def test_killed_at_random_moments_it_ends_alike():
     """experiments/kills.py in short: SIGKILL, resume, and the same bytes; the whole script takes 50 runs."""
-    done = subprocess.run([sys.executable, ROOT / "experiments/kills.py", "--runs", "3"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and re.match(r"3 runs, \d+ kills, 3 identical ends", done.stdout), done.stderr[-3000:]
+    done = subprocess.run([sys.executable, ROOT / "experiments/kills.py", "--runs", "1"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and re.match(r"1 runs, \d+ kills, 1 identical ends", done.stdout), done.stderr[-3000:]
 
 
 def test_a_file_that_grows_too_large_is_one_line(world, tmp_path):
