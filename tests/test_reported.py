@@ -84,7 +84,6 @@ def test_what_the_playground_reports(world, tmp_path):
                 assert sum(a["answer"] == b for a, b in zip(answers, other)) < 0.2 * len(answers)
     assert ties > 10  # else ½ is not seen
     assert len(given) == 200 and 0.6 < share_right(given) < 0.8  # 30 % of the labels are flipped
-    assert final["gold/reward"] > evaluations[0]["gold/reward"] and final["gold/win_rate"] > 0.5
 
 
 def test_the_table_is_what_the_metrics_say(world, tmp_path):
