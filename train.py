@@ -210,11 +210,13 @@ def evaluate(run: Run, t: int) -> dict[str, Any]:
         metrics = report.preference_metrics(pair_losses(r, config), r, config.beta)
         line |= {f"eval_{name}": value for name, value in metrics.items()}
     before = run.answer(0, run.eval_prompts, "reference answers")  # drawn at t = 0, read later
-    if config.in_playground or t == config.iterations:
-        answers = run.answer(t, run.eval_prompts, "answers")
-        prompts = run.write_answers(t, before, answers)
-        if config.in_playground:
-            line |= playground.judge(prompts, answers, before)
+    answers = run.answer(t, run.eval_prompts, "answers")
+    # KL(π_θ ‖ π_ref) is the mean of log π_θ(y|x) − log π_ref(y|x) over samples y of π_θ; these are its estimate
+    logps, reference = (run.log_prob(i, run.eval_prompts, answers, f"answers-{t}")[:, 0] for i in (t, 0))  # (N,)
+    line["kl"] = (logps - reference).mean().item()
+    texts = run.write_answers(t, before, answers)
+    if config.in_playground:
+        line |= playground.judge(*texts)
     return line | run.count_pairs(t)
 
 

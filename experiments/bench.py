@@ -572,7 +572,7 @@ def ablation_part(shape: str, repeats: int) -> list[tuple]:
         "ours": sample,
         "a prompt read for each of its samples": lambda: sample_ours(model, [x for x in prompts for _ in range(N)], 1),
         "what has ended stays in the batch": partial(sample, STRIDE=2 * RESPONSE),
-        "drawn by torch.multinomial": partial(sample, draw=partial(torch.multinomial, num_samples=1)),
+        "drawn by torch.multinomial": partial(sample, draw_tokens=partial(torch.multinomial, num_samples=1)),
         "a quarter of the batch": lambda: sample_ours(model, prompts, max_tokens=bootstrap.CACHE_TOKENS[DEVICE] // 4),
     }, max(1, repeats // 2), "sampling without each trick")  # fmt: skip
     return rows + ratios("sampling", seconds, {})

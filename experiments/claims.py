@@ -93,13 +93,13 @@ KINDS = "trained", "scored", "sampled"  # of tokens
 T975 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's t
 
 
-def every_pair(rewards, ended, responses, likely):
+def every_pair(rewards, ended, responses, usable):
     """In the place of `best_worst_pairs`: all pairs of a prompt's different samples, of which the K̃ widest are kept."""
     pairs, margins = [], []
     for i, (values, texts) in enumerate(zip(rewards, responses)):
-        usable = {tuple(text): j for j, text in enumerate(texts) if ended[i][j] and likely[i][j]}.values()
-        for a in usable:
-            for b in usable:
+        different = {tuple(text): j for j, text in enumerate(texts) if ended[i][j] and usable[i][j]}.values()
+        for a in different:
+            for b in different:
                 if values[a] > values[b]:
                     pairs.append((i, a, b))
                     margins.append(values[a] - values[b])
@@ -212,7 +212,7 @@ def _runs_of_one_base(work: Path, runs: dict[str, dict]) -> dict[str, dict]:
 
     with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
         base, saved = Path(place) / "base", work / f"sft-{shared['seed']}"
-        stack.enter_context(mock.patch.multiple(report, draw=lambda *_: [], events=lambda *_: None))
+        stack.enter_context(mock.patch.multiple(report, draw_figures=lambda *_: [], events=lambda *_: None))
         stack.enter_context(mock.patch.object(playground, "make_sft_policy", lambda seed, on: folder.load(saved, on)))
         with mock.patch.object(folder.Policies, "put", put), counting(first), contextlib.suppress(Done):
             train.main(train.Config(**shared, output_dir=str(base)))

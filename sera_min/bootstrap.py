@@ -36,12 +36,12 @@ def sample_responses(
     """
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
 
-    def pick(_, logits: torch.Tensor) -> torch.Tensor:  # (B, V): we draw; `generate` must take it
+    def draw_next(_, logits: torch.Tensor) -> torch.Tensor:  # (B, V): we draw; `generate` must take it
         p, tokens = (logits.float() / temperature).softmax(-1), None
         if top_p < 1:  # the fewest tokens that together have probability top_p
             p, tokens = p.sort(-1, descending=True)
             p = p * (p.cumsum(-1) - p < top_p)
-        drawn = draw(p) if tokens is None else tokens.gather(1, draw(p))  # (B, 1)
+        drawn = draw_tokens(p) if tokens is None else tokens.gather(1, draw_tokens(p))  # (B, 1)
         return torch.full_like(logits, -torch.inf).scatter_(1, drawn, 0.0)
 
     samples: list[list[tuple[TokenIds, bool]]] = [[] for _ in prompts]
@@ -53,7 +53,7 @@ def sample_responses(
     with only_our_settings(model, ends, pad_token_id), torch.random.fork_rng(gpus), bar:
         torch.manual_seed(seed)
         for batch in (order[start : start + size] for start in range(0, len(order), size)):
-            written = continue_all(model, [prompts[i] for i in batch], n, max_new_tokens, ends, pad_token_id, pick)
+            written = continue_all(model, [prompts[i] for i in batch], n, max_new_tokens, ends, pad_token_id, draw_next)
             for row, tokens in enumerate(written):
                 samples[batch[row // n]].append((tokens, tokens[-1] in ends))
             bar.update(len(batch))
@@ -74,7 +74,7 @@ def only_our_settings(model, ends: list[int], pad: int) -> Iterator[None]:
         model.train(was_training)
 
 
-def draw(p: torch.Tensor) -> torch.Tensor:
+def draw_tokens(p: torch.Tensor) -> torch.Tensor:
     """For speed: one token a row, as likely as p (B, V) says, (B, 1), by the inverse of the distribution function.
 
     `torch.multinomial` draws a random number for every token of the vocabulary, this draws one a row. In float64: the
@@ -88,7 +88,9 @@ def draw(p: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def continue_all(model, prompts: list[TokenIds], n: int, max_new_tokens: int, ends, pad: int, pick) -> list[TokenIds]:
+def continue_all(
+    model, prompts: list[TokenIds], n: int, max_new_tokens: int, ends: list[int], pad: int, draw_next: Callable
+) -> list[TokenIds]:
     """For speed: n continuations of each of b prompts side by side, as (b·n) lists, each up to its end of sequence.
 
     A prompt is read once for its n continuations; every STRIDE tokens those that have ended leave the batch.
@@ -109,7 +111,7 @@ def continue_all(model, prompts: list[TokenIds], n: int, max_new_tokens: int, en
     for start in range(0, max_new_tokens, STRIDE):
         stride = min(STRIDE, max_new_tokens - start)
         read = {"input_ids": ids, "attention_mask": mask, **cache}
-        output = model.generate(**read, max_new_tokens=stride, logits_processor=[pick])
+        output = model.generate(**read, max_new_tokens=stride, logits_processor=[draw_next])
         ids, cache = output.sequences, cache_of(output)  # (B, P) -> (B, P + stride)
         for row, tokens in zip(rows, ids[:, mask.shape[1] :].tolist()):
             end = next((j + 1 for j, token in enumerate(tokens) if token in ends), None)
@@ -132,12 +134,12 @@ def cache_of(output) -> dict:
 
 def best_worst_pairs(
     rewards: list[list[float]], ended: list[list[bool]], responses: list[list[TokenIds]],
-    likely: list[list[bool]] | None = None,
+    usable: list[list[bool]] | None = None,
 ) -> tuple[list[tuple[int, int, int]], torch.Tensor, Counter]:  # fmt: skip
     """(prompt, best, worst) index triples, their float32 (P,) margins r̄(best) − r̄(worst) > 0 in nats, and the drops.
 
-    rewards, ended, responses: one list a prompt, one entry a sample; `likely`, where given, bars samples too. Never
-    paired, and counted: samples that were cut off, that are not likely, that repeat an earlier one; prompts left with
+    rewards, ended, responses: one list a prompt, one entry a sample; `usable`, where given, bars samples too. Never
+    paired, and counted: samples that were cut off, that are not usable, that repeat an earlier one; prompts left with
     fewer than two different rewards. Raises ValueError where the reward of a sample to be paired is not finite.
     """
     pairs: list[tuple[int, int, int]] = []
@@ -147,7 +149,7 @@ def best_worst_pairs(
         for j, tokens in enumerate(map(tuple, responses[i])):
             if not ended[i][j]:
                 dropped["cut-off samples"] += 1
-            elif likely is not None and not likely[i][j]:
+            elif usable is not None and not usable[i][j]:
                 dropped["samples below --token_floor"] += 1
             elif tokens in seen:
                 dropped["identical samples"] += 1

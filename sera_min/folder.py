@@ -162,7 +162,7 @@ class Policies:
                 shutil.rmtree(old, ignore_errors=True)
 
 
-def finish(out: Path, last: int) -> None:
+def keep_policy(out: Path, last: int) -> None:
     """The last policy becomes policy/, and state/ goes: there is nothing left to resume."""
     (out / "state" / f"policy-{last}").rename(out / "policy")
     shutil.rmtree(out / "state")

@@ -10,6 +10,7 @@ The SFT policy is a real `transformers` model, made from a config and trained he
 who are on topic five times in eight and kind as often: a mean true reward of 0.25, of which it learns most.
 """
 
+import itertools
 import random
 from typing import Any
 
@@ -90,13 +91,12 @@ def judge(asked: list[str], answers: list[str], sft_answers: list[str]) -> dict[
 
 
 def prompts(part: str) -> list[str]:
-    """Two nouns each, 1,560 in all: 512 for "test", 256 for "validation", the others for "train"; no prompt in two.
-
-    But the same nouns in the other order may be: half of the test prompts have such a mirror in "train".
-    """
-    every = [f"tell me about the {a} and the {b}" for a in NOUNS for b in NOUNS if a != b]
-    random.Random(0).shuffle(every)
-    return {"test": every[:512], "validation": every[512:768], "train": every[768:]}[part]
+    """Two nouns each: 512 prompts for "test", 256 for "validation", 792 for "train"; no two nouns are in two parts."""
+    couples = list(itertools.combinations(NOUNS, 2))  # 780
+    random.Random(0).shuffle(couples)
+    of_part = {"test": couples[:256], "validation": couples[256:384], "train": couples[384:]}[part]
+    in_both_orders = of_part + [(b, a) for a, b in of_part]
+    return [f"tell me about the {a} and the {b}" for a, b in in_both_orders]
 
 
 def preferences(n: int, part: str, *, label_noise: float, length_bias: float, seed: int) -> list[dict[str, str]]:

@@ -21,6 +21,7 @@ COLUMNS = {  # of the table: heading -> the name in metrics.jsonl, and what it i
     "their precision": ("bootstrap/precision", "the same share of those, ties ½"),
     "true reward": ("gold/reward", "mean over fresh answers to evaluation prompts"),
     "win rate": ("gold/win_rate", "share of them with a larger true reward than the SFT policy's answer, ties ½"),
+    "KL": ("kl", "mean over these answers of log π_θ(y|x) − log π_ref(y|x), nats: how far the policy has gone"),
     "words": ("gold/length", "mean length of these answers"),
     "accuracy": ("eval_rewards/accuracies", "share of evaluation pairs with a positive implicit reward margin, ties ½"),
     "β·margin": ("eval_rewards/margins", "β times their mean implicit reward margin"),
@@ -116,7 +117,7 @@ def format_cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def draw(out: Path, t: int) -> list[str]:
+def draw_figures(out: Path, t: int) -> list[str]:
     """curves.png and, of iteration t > 1, margins.png, where matplotlib is installed; the names of those drawn."""
     try:
         from matplotlib.figure import Figure
@@ -145,7 +146,7 @@ def draw(out: Path, t: int) -> list[str]:
     return list(figures)
 
 
-def finish(out: Path, last: int) -> None:
+def write_report(out: Path, last: int) -> None:
     """Write report.md, and print what is in it: the table, and five prompts answered before and after."""
     evaluations = [line for line in read_jsonl(out / "metrics.jsonl") if line["phase"] != "train"]
     shown = table([{**line, "seconds": round(SECONDS.pop(f"iteration {t}"))} for t, line in enumerate(evaluations)])
@@ -156,7 +157,7 @@ def finish(out: Path, last: int) -> None:
         for name, text in {"prompt": "prompt", "reference": "before", "answer": "after"}.items():
             report += [f"    {text:>6}: {line}" for line in answer[name].strip().split("\n")]  # as code: no Markdown
     print("\n" + "\n".join(report[2:]))
-    report += ["", *(f"![{name}]({name})" for name in draw(out, last))]
+    report += ["", *(f"![{name}]({name})" for name in draw_figures(out, last))]
     write(out / "report.md", "\n".join(report) + "\n")
     print("Seconds:", ", ".join(f"{spent:.0f} {phase}" for phase, spent in SECONDS.most_common()))
     start()

@@ -46,14 +46,10 @@ class Run:
         n, t = self.config.samples_per_prompt, i + 1
         return folder.phase(self.out, f"samples-{t}", lambda: self.draw(i, prompts, n, t, "samples"))
 
-    def answer(self, i: int, prompts: list[Ids], phase: str) -> list[str]:
-        """One response a prompt from π_θi, as text: a phase."""
-
-        def compute() -> list[str]:
-            written = self.draw(i, prompts, 1, i, phase)
-            return [self.text(y, after=x) for x, [(y, _)] in zip(prompts, written)]
-
-        return folder.phase(self.out, f"{phase.replace(' ', '-')}-{i}", compute)
+    def answer(self, i: int, prompts: list[Ids], phase: str) -> list[Ids]:
+        """One response a prompt from π_θi: a phase."""
+        name = f"{phase.replace(' ', '-')}-{i}"
+        return folder.phase(self.out, name, lambda: [y for [(y, _)] in self.draw(i, prompts, 1, i, phase)])
 
     @report.timed("sampling")
     def draw(self, i: int, prompts: list[Ids], n: int, t: int, phase: str) -> list[list[tuple[Ids, bool]]]:
@@ -103,23 +99,29 @@ class Run:
                 counts[f"{name}/precision"] = playground.precision(some) if some else None
         return counts
 
-    def write_answers(self, t: int, before: list[str], answers: list[str]) -> list[str]:
-        """iteration-<t>/answers.jsonl: to every evaluation prompt the SFT policy's and π_θt's. Returns the prompts."""
-        prompts = [self.text(x) for x in self.eval_prompts]
-        folder.write_jsonl(self.out / f"iteration-{t}" / "answers.jsonl", (
-            {"prompt": x, "reference": old, "answer": new} for x, old, new in zip(prompts, before, answers)
-        ))  # fmt: skip
-        return prompts
+    def write_answers(self, t: int, before: list[Ids], answers: list[Ids]) -> tuple[list[str], list[str], list[str]]:
+        """iteration-<t>/answers.jsonl: every evaluation prompt, π_θt's answer, the SFT policy's. Returns the three."""
+        x = self.eval_prompts
+        texts = ([self.text(one) for one in x], self.answer_texts(x, answers), self.answer_texts(x, before))
+        ends = ["stop" if y[-1] in self.eos_ids else "length" for y in answers]
+        names = ("prompt", "answer", "reference", "finish_reason")  # the last is the answer's
+        rows = [dict(zip(names, row)) for row in zip(*texts, ends)]
+        folder.write_jsonl(self.out / f"iteration-{t}" / "answers.jsonl", rows)
+        return texts
+
+    def answer_texts(self, prompts: list[Ids], answers: list[Ids]) -> list[str]:
+        return [self.text(y, after=x) for x, y in zip(prompts, answers)]
 
     def finish(self) -> None:
         """samples.json in AlpacaEval's format, where --prompt_file asks for it; the report; the policy in its place."""
         last = self.config.iterations
         if self.file_prompts:
-            answers = zip(self.file_texts, self.answer(last, self.file_prompts, "prompt file"))
-            rows = [{"instruction": x, "output": y, "generator": str(self.out)} for x, y in answers]
+            answers = self.answer_texts(self.file_prompts, self.answer(last, self.file_prompts, "prompt file"))
+            rows = [{"instruction": x, "output": y, "generator": str(self.out)}
+                    for x, y in zip(self.file_texts, answers)]  # fmt: skip
             folder.write(self.out / "samples.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-        report.finish(self.out, last)
-        folder.finish(self.out, last)
+        report.write_report(self.out, last)
+        folder.keep_policy(self.out, last)
 
 
 @contextmanager
@@ -179,7 +181,7 @@ def playground_pairs(config: Resolved, tokenizer: Any, limits: dict) -> tuple[li
 
 
 def user_pairs(config: Resolved, tokenizer: Any, limits: dict) -> tuple[list[Pair], list[Pair], list[Ids]]:
-    """D; evaluation pairs, none of whose prompts is in D; up to five of their prompts (or of D's) to be answered."""
+    """D; evaluation pairs, none of whose prompts is in D; up to 64 of their prompts (or of D's) to be answered."""
     name = str(config.dataset_name)
     rows = data.read_rows(name, config.dataset_train_split, config.max_train_pairs)
     if tokenizer.chat_template is None:
@@ -199,7 +201,7 @@ def user_pairs(config: Resolved, tokenizer: Any, limits: dict) -> tuple[list[Pai
         if not held_out:
             raise InputError(f"{other}, split '{config.eval_split}': no pair is left to evaluate on")
     prompts = dict.fromkeys(tuple(pair.prompt) for pair in held_out or offline)
-    return offline, held_out, [list(x) for x in prompts][:5]
+    return offline, held_out, [list(x) for x in prompts][:64]
 
 
 def amp(device: str) -> torch.autocast:

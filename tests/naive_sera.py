@@ -9,6 +9,7 @@ outside: the order of the pairs in every epoch, the samples, and the numbers by 
     drawn       permutations: a list of index lists, one an epoch, of all iterations in their order
                 numbers: a list of lists of floats, one a random choice, in their order
                 samples: iteration -> prompt's number in D -> a list of (text, whether it ended)
+                answers: iteration -> a list of (prompt, text, whether it ended), of every evaluation
 """
 
 import copy
@@ -157,7 +158,15 @@ class NaiveSera:
     def evaluate(self, t):
         with torch.no_grad():
             measured = self.measure(t, self.held_out)
-        return {f"eval_{name}": measured[name] for name in ("loss", "rewards/accuracies", "rewards/margins")}
+            kl = [sum(token_logps(self.policies[t], x, y)) - sum(token_logps(self.policies[0], x, y))
+                  for x, y in self.answers(t)]  # fmt: skip
+        shown = {f"eval_{name}": measured[name] for name in ("loss", "rewards/accuracies", "rewards/margins")}
+        return {**shown, "kl": sum(kl).item() / len(kl)}
+
+    def answers(self, t):
+        end = [self.tokenizer.eos_token_id]
+        return [(self.tokenizer(x).input_ids, self.tokenizer(y).input_ids + end * ended)
+                for x, y, ended in self.drawn["answers"][t]]  # fmt: skip
 
     def measure(self, t, pairs, backward=False):
         """The mean loss of the pairs and TRL's other figures under θ_t; with `backward`, the mean's gradient."""

@@ -71,7 +71,7 @@ def test_a_draw_is_as_likely_as_it_says_and_only_of_numbers():
     """Words of probability 0 never, at either end of the row; and no NaN becomes a word."""
     torch.manual_seed(0)
     p = torch.tensor([0.0, 0.1, 0.0, 0.6, 0.3, 0.0])
-    share = torch.bincount(bootstrap.draw(p.expand(20_000, 6))[:, 0], minlength=6) / 20_000
+    share = torch.bincount(bootstrap.draw_tokens(p.expand(20_000, 6))[:, 0], minlength=6) / 20_000
     assert not share[p == 0].any() and (share - p).abs().max() < 0.02
     model = tiny_model()
     with torch.no_grad():
@@ -107,13 +107,13 @@ def test_pairs_are_best_against_worst_and_every_drop_is_counted():
     assert dropped == {"cut-off samples": 3, "identical samples": 2, "prompts without a pair": 2}
 
 
-def test_samples_that_are_not_likely_are_never_paired():
+def test_samples_that_are_not_usable_are_never_paired():
     """Nor may they hide an identical one, or need a reward; and a cut-off one is counted as that alone."""
     rewards = [[9.0, 1.0, 2.0, -9.0], [float("nan"), 1.0, 3.0], [5.0, 1.0], [7.0, 8.0]]
     ended = [[True] * 4, [True] * 3, [True, True], [False, True]]
     responses = [[[3, 1], [4, 1], [5, 1], [6, 1]], [[3, 1], [3, 1], [4, 1]], [[3, 1], [4, 1]], [[3], [4, 1]]]
-    likely = [[False, True, True, False], [False, True, True], [False, True], [False, False]]
-    pairs, margins, dropped = best_worst_pairs(rewards, ended, responses, likely)
+    usable = [[False, True, True, False], [False, True, True], [False, True], [False, False]]
+    pairs, margins, dropped = best_worst_pairs(rewards, ended, responses, usable)
     assert pairs == [(0, 2, 1), (1, 2, 1)] and margins.tolist() == [1.0, 2.0]
     assert dropped == {"samples below --token_floor": 5, "cut-off samples": 1, "prompts without a pair": 2}
     every = [[True] * len(row) for row in ended]

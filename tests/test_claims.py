@@ -118,9 +118,9 @@ def test_interval_is_student_s():
 
 
 def test_what_stands_in_the_place_of_the_method():
-    ended, likely = [[True] * 3 + [False, True, True]], [[True] * 5 + [False]]
+    ended, usable = [[True] * 3 + [False, True, True]], [[True] * 5 + [False]]
     texts = [[[1], [2], [3], [4], [1], [5]]]
-    pairs, margins, _ = claims.every_pair([[3.0, 1.0, 2.0, 9.0, 3.0, 8.0]], ended, texts, likely)
+    pairs, margins, _ = claims.every_pair([[3.0, 1.0, 2.0, 9.0, 3.0, 8.0]], ended, texts, usable)
     assert sorted(zip(pairs, margins.tolist())) == [((0, 2, 1), 1.0), ((0, 4, 1), 2.0), ((0, 4, 2), 1.0)]
     mean, of_pairs = claims.last_three(), [torch.full((6,), float(2**t)) for t in range(4)]
     for r, want in zip(of_pairs, [1, 3 / 2, 7 / 3, 14 / 3]):

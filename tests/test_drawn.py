@@ -124,7 +124,7 @@ def test_draws_are_fine_enough_for_what_is_improbable(monkeypatch):
     for word in (7, 40_000, 99_998):
         u = p[0, : word + 1].sum() - 1e-8  # the middle of what is the word's
         monkeypatch.setattr(torch, "rand", lambda *size, dtype=torch.float32, u=u, **_: (1 - u).to(dtype).expand(*size))
-        assert bootstrap.draw(p).item() == word
+        assert bootstrap.draw_tokens(p).item() == word
 
 
 def test_the_order_of_pairs_is_of_the_epoch_the_iteration_and_the_seed(standing, tmp_path, monkeypatch):

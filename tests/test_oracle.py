@@ -112,6 +112,12 @@ def samples_of(out, settings):
     return found
 
 
+def answers_of(out, settings):
+    """iteration -> [(prompt, text, whether it ended)], as the run wrote them: one to every prompt of the held-out pairs."""
+    found = {t: read(out / f"iteration-{t}" / "answers.jsonl") for t in range(settings["iterations"] + 1)}
+    return {t: [(a["prompt"], a["answer"], a["finish_reason"] == "stop") for a in rows] for t, rows in found.items()}
+
+
 def alike(one, other):
     return one is not None and all(torch.equal(one[name], other[name]) for name in other)
 
@@ -120,7 +126,7 @@ def assert_the_same(out, world, settings, permutations, numbers, policies=None):
     """Everything that the run in `out` wrote is what the naive run comes to."""
     here, rows = world
     drawn = {"permutations": [p.tolist() for p in permutations], "numbers": [n.tolist() for n in numbers],
-             "samples": samples_of(out, settings)}  # fmt: skip
+             "samples": samples_of(out, settings), "answers": answers_of(out, settings)}  # fmt: skip
     naive = NaiveSera(here / "model", rows["D"], rows["held_out"], settings, drawn)
     assert not drawn["permutations"] and not drawn["numbers"]
     close = lambda value: pytest.approx(value, abs=1e-4, rel=1e-4)  # noqa: E731
