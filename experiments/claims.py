@@ -472,7 +472,7 @@ def methods_table(runs: Runs, study: str) -> str:
     rows, loss = specs(runs, study), loss_of(study)
     alone = column(runs, rows["plain training"], "gold/win_rate")
     lines = [["SFT", "–", *(spread(column(runs, rows["SeRA"], key, 0)) for key in ("gold/reward", "gold/win_rate")),
-              "–", "–", "–", spread(column(runs, rows["SeRA"], "gold/length", 0), 1)]]  # fmt: skip
+              "–", "–", "–", spread(column(runs, rows["SeRA"], "gold/length", 0), 1), "0"]]  # fmt: skip
     for method, row in rows.items():
         point, win = best(runs, loss, method), column(runs, row, "gold/win_rate")
         lines.append([
@@ -480,9 +480,10 @@ def methods_table(runs: Runs, study: str) -> str:
             spread(column(runs, row, "gold/reward")), spread(win),
             "–" if method == "plain training" else gain(win, alone), spread(column(runs, row, "select/precision")),
             spread(column(runs, row, "bootstrap/precision")), spread(column(runs, row, "gold/length"), 1),
+            spread(column(runs, row, "kl"), 1),
         ])  # fmt: skip
     return markdown(["method", "β, learning rate", "true reward", "win rate over SFT", "against plain training",
-                     "precision", "precision of the bootstrapped pairs", "words"], lines)  # fmt: skip
+                     "precision", "precision of the bootstrapped pairs", "words", "KL, nats"], lines)  # fmt: skip
 
 
 def tuning_table(runs: Runs, loss: str) -> str:

@@ -979,6 +979,11 @@ def test_every_field_is_read():
         assert re.search(rf"\b(config|c|flags)\.{f.name}\b", source), f"nothing reads {f.name}"
 
 
+def test_a_share_that_is_less_than_one_pair_is_told(world, tmp_path, capsys):
+    main(small(tmp_path / "out", max_train_pairs=1, iterations=2))
+    assert "--bootstrap is 0.3: of 1 pairs that is less than one, so none" in capsys.readouterr().out
+
+
 ALONE = {
     "logprobs": "m.implicit_reward(torch.ones(2), torch.zeros(2)).sum() == 2 and m.token_batches([1], 1) == [[0]]",
     "losses": "m.dpo_loss(torch.zeros(1)).item() > 0.69",
