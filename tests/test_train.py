@@ -853,7 +853,7 @@ WRONG = [
     (["--model_name_or_path", "HEADLESS", "--dataset_name", "DATA"], "HEADLESS: its weights lack lm_head.weight"),
     (["--beta", "many"], "invalid float value: 'many'"),
     (["--spelled_wrong", "1"], "unrecognized arguments: --spelled_wrong"),
-    (["--loss_type", "ipo", "--label_smoothing", "0.1"], "--label_smoothing is dpo's"),
+    (["--loss_type", "ipo", "--label_smoothing", "0.1"], "--label_smoothing is of dpo and robust"),
     (["--dataset_name", "d.jsonl"], "--model_name_or_path and --dataset_name go together"),
     (["--max_length", "16"], "--max_length is not above --max_prompt_length"),
     (["--model_name_or_path", "MODEL", "--dataset_name", "DATA"], "is 1024: the model has 128 positions"),
