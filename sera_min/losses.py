@@ -1,4 +1,4 @@
-"""DPO, robust DPO, IPO, SLiC-HF and SimPO as functions of one number, the implicit reward margin. Copy this file alone: torch only.
+"""DPO, robust DPO, IPO, SLiC-HF and SimPO as functions of one number, the implicit reward margin. Needs torch only.
 
     m = r(x, y_w) − r(x, y_l)        chosen less rejected, (B,), see `implicit_reward` in logprobs.py
 
