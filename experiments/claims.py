@@ -69,7 +69,7 @@ from sera_min.select import ensemble_margin
 
 SEEDS, TUNING_SEEDS = [0, 1, 2, 3, 4], {"dpo": [10, 11], "ipo": [10], "slic": [10], "simpo": [10]}
 GRID = {  # β × learning rate, the same for every method
-    "dpo": ([0.01, 0.03, 0.1, 0.3, 1.0], [3e-4, 1e-3, 3e-3]), "ipo": ([0.03, 0.1, 0.3, 1.0], [3e-4, 1e-3]),
+    "dpo": ([0.01, 0.03, 0.1, 0.3, 1.0], [3e-4, 1e-3]), "ipo": ([0.03, 0.1, 0.3, 1.0], [3e-4, 1e-3]),
     "slic": ([0.03, 0.1, 0.3, 1.0], [3e-4, 1e-3]), "simpo": ([0.25, 0.5, 1.0, 2.0], [3e-4, 1e-3]),
 }  # fmt: skip
 LOSSES = {"ipo": "IPO", "slic": "SLiC-HF", "simpo": "SimPO"}  # beside DPO

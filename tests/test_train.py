@@ -229,7 +229,7 @@ def test_a_model_and_data_of_one_s_own(model_dir, preferences, tmp_path, capsys)
     assert "21 read, 20 kept" in printed and "1 dropped: chosen equals rejected" in printed
     assert final["eval_rewards/accuracies"] > 0.5 and not any(key.startswith("gold") for key in final)
     assert lines(out)[0] == {"phase": "eval", "iteration": 0, "eval_loss": pytest.approx(0.693147, abs=1e-4),
-                             "eval_rewards/accuracies": 0.5, "eval_rewards/margins": 0.0}  # fmt: skip
+                             "eval_rewards/accuracies": 0.5, "eval_rewards/margins": 0.0, "kl": 0.0}  # fmt: skip
     assert (out / "policy/model.safetensors").exists() and "after: " in (out / "report.md").read_text()
 
 
@@ -839,7 +839,7 @@ def test_weights_that_are_nan_after_the_last_step_are_not_saved(world, tmp_path,
 
 SHORT = ["--max_length", "99", "--max_prompt_length", "50"]
 WRONG = [
-    (["--loss_type", "foo"], "--loss_type is 'foo': expected one of dpo, ipo, slic, simpo"),
+    (["--loss_type", "foo"], "--loss_type is 'foo': expected one of dpo, robust, ipo, slic, simpo"),
     (["--keep", "1.5"], "--keep is 1.5: expected between 0 and 1"),
     (["--bootstrap", "-0.1"], "--bootstrap is -0.1: expected between 0 and 1"),
     (["--ensemble_gamma", "nan"], "--ensemble_gamma is nan: expected between 0 and 1"),

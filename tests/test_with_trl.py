@@ -145,9 +145,9 @@ def test_samples_of_another_engine_and_an_end_at_the_pairs(runs, tmp_path):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (["--loss_type", "apo_zero"], "--loss_type is apo_zero: expected one of sigmoid, hinge, ipo"),
-        (["--loss_type", "simpo"], "--loss_type is simpo: expected one of sigmoid, hinge, ipo"),
-        (["--loss_type", "sigmoid", "hinge"], "--loss_type is sigmoid hinge: expected one of sigmoid, hinge, ipo"),
+        (["--loss_type", "apo_zero"], "--loss_type is apo_zero: expected one of sigmoid, robust, hinge, ipo"),
+        (["--loss_type", "simpo"], "--loss_type is simpo: expected one of sigmoid, robust, hinge, ipo"),
+        (["--loss_type", "sigmoid", "hinge"], "--loss_type is sigmoid hinge: expected one of sigmoid, robust, hinge, ipo"),
         (["--ld_alpha", "0.5"], "--ld_alpha and --f_divergence_type"),
         (["--max_prompt_length", "64"], "--max_length is not above --max_prompt_length"),
         (["--max_new_tokens", "60"], "--max_new_tokens is 60: a sample must fit"),
