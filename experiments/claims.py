@@ -519,16 +519,6 @@ def tuning_table(runs: Runs, loss: str) -> str:
     return markdown(["win rate over SFT, validation", *(f"β = {beta:g}" for beta in betas)], lines)
 
 
-def reached(runs: Runs, method: str) -> list[tuple[float, float]]:
-    """KL and true reward after T = 3 at every point of DPO's grid, means over the tuning seeds; smallest KL first."""
-    points = []
-    for point in grid("dpo"):
-        row = [at("dpo", method, seed, eval_split="validation", **point) for seed in TUNING_SEEDS["dpo"]]
-        kl, reward = (statistics.mean(column(runs, row, key)) for key in ("kl", "gold/reward"))
-        points.append((kl, reward))
-    return sorted(points)
-
-
 def at_beta(runs: Runs, loss: str, method: str, beta: float) -> float:
     return max(validation(runs, loss, method, {"beta": beta, "learning_rate": rate}) for rate in GRID[loss][1])
 
@@ -722,22 +712,6 @@ def blocks(runs: Runs) -> dict[str, str]:
     return tables(runs) | {f"sentence:{key}": text for key, text in sentences(runs).items()}
 
 
-def draw_frontier(runs: Runs, plt) -> None:
-    """True reward against KL: every point of the grid, and as a line those that no nearer point reaches."""
-    for method in METHODS:
-        points, highest, line = reached(runs, method), -math.inf, []
-        for kl, reward in points:
-            if reward > highest:
-                highest = reward
-                line.append((kl, reward))
-        [drawn] = plt.plot(*zip(*line), marker="o", markersize=4, label=method)
-        plt.plot(*zip(*points), linestyle="", marker="o", markersize=4, alpha=0.3, color=drawn.get_color())
-    plt.xscale("log")
-    plt.xlabel("KL from the reference, nats a response")
-    plt.ylabel("true reward, validation prompts")
-    plt.legend(frameon=False, fontsize="small")
-
-
 def figures(runs: Runs, place: Path) -> None:
     import matplotlib
 
@@ -778,10 +752,6 @@ def figures(runs: Runs, place: Path) -> None:
     plt.ylabel("true reward")
     plt.legend(frameon=False, fontsize="small")
     save("reward")
-
-    if len(grid("dpo")) > 1:
-        draw_frontier(runs, plt)
-        save("frontier")
 
     for name, row in over.items():
         if name != "plain training":
