@@ -268,7 +268,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_jsonl(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    with writing(file) as beside, open(beside, "w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sera_min import data, playground
-from sera_min.data import InputError, Pair, decode, encode, read_rows, split_by_prompt
+from sera_min.data import InputError, decode, encode, read_rows
+from sera_min.pairs import Pair, split_by_prompt
 
 U, A, S = ({"role": role} for role in ("user", "assistant", "system"))
 
@@ -257,7 +258,6 @@ BAD = {
     "surrogate": ({"prompt": "a\ud800", "chosen": "b", "rejected": "c"}, "row 1: 'prompt' holds half a surrogate"),
     "role": ({"prompt": [{"role": "bot", "content": "x"}], "chosen": "b", "rejected": "c"}, "'prompt', message 0: expected a role"),
     "content": ({"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}, "message 0: 'content' is missing"),
-    "user last": ({"chosen": ASKED, "rejected": ASKED}, "'chosen': expected a dialogue that ends with the assistant"),
     "empty dialogue": ({"chosen": [], "rejected": []}, "'chosen' is empty: expected messages"),
     "no message": ({"prompt": [], "chosen": "b", "rejected": "c"}, "'prompt' is empty: expected messages"),
     "one message": ({"chosen": [turn(A, "a")], "rejected": [turn(A, "b")]}, "'chosen': expected a dialogue that ends"),
@@ -285,6 +285,7 @@ HH = "\n\nHuman: a\n\nAssistant:"
     ({"chosen": HH + " b", "rejected": HH + " "}, "a text is empty"),
     ({"chosen": HH + HH + " b", "rejected": HH + HH + " c"}, "a text is empty"),  # an empty turn in the middle
     ({"chosen": HH + " b", "rejected": HH + " c\n\nHuman: d"}, "a transcript ends without an answer"),
+    ({"chosen": ASKED, "rejected": ASKED}, "a dialogue ends without an answer"),
 ])  # fmt: skip
 def test_what_is_empty_drops_its_pair_and_is_counted(row, why):
     """Cleaned copies of HH-RLHF filter such rows out: one of them should not stop a run on all the others."""
@@ -336,7 +337,7 @@ def test_local_files_and_folders(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("gone.jsonl", None, "no such file"), ("d.csv", "a,b", "expected a .json, .jsonl or .parquet"),
+    ("gone.jsonl", None, "no such file"), ("d.txt", "a,b", "expected a file that ends with one of .json, .jsonl"),
     ("d.json", '[{"prompt": "a", ', "cannot be read"), ("d.jsonl", json.dumps(FORMATS["strings"]) + "\n\n{oops", "cannot be read: .* line 3 column 2"),
     ("d.parquet", "no parquet", "cannot be read"), ("d.jsonl", "", "cannot be read"),
 ])  # fmt: skip

@@ -31,9 +31,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import train
 from sera_min import bootstrap, config, folder, playground, report, run
 from sera_min.config import resolve
-from sera_min.data import InputError, Pair, TrainingSet
+from sera_min.data import InputError
 from sera_min.logprobs import sequence_logprobs
 from sera_min.losses import LOSSES
+from sera_min.pairs import Pair, TrainingSet
 from train import Config, main
 
 ROOT = Path(__file__).parent.parent
@@ -395,7 +396,7 @@ def trained(out, model, pairs, reference, t=1, **changed):
     policies = folder.Policies(out, "m", "cpu")
     policies.hold(t - 1, model, bpe_tokenizer())
     (out / "state").mkdir(parents=True)
-    here = run.Run(flags, out, policies, bpe_tokenizer(), [1], pairs, [], [], [], [])
+    here = run.Run(flags, out, policies, bpe_tokenizer(), [1], pairs, [], [], [], [], [])
     train.train(here, t, training_set_of(pairs, reference))
     return lines(out)
 
