@@ -55,9 +55,9 @@ from train import all_pairs, review
 
 CHUNK = 64  # a task of one process is about so many rows or prompts; the samples depend on it
 LOSSES = {"sigmoid": "dpo", "hinge": "slic", "ipo": "ipo"}  # TRL's loss_type -> the loss whose reward reviews
-SHARED = """model_name_or_path dataset_name dataset_config dataset_train_split max_train_pairs max_prompt_length iterations keep
-    bootstrap samples_per_prompt ensemble_gamma select length_free token_floor temperature top_p max_new_tokens
-    max_tokens beta max_length output_dir seed""".split()  # flags of train.py that are flags here, some of them TRL's
+SHARED = """model_name_or_path dataset_name dataset_config dataset_train_split max_train_pairs max_prompt_length
+    iterations keep bootstrap samples_per_prompt ensemble_gamma select length_free token_floor temperature top_p
+    max_new_tokens max_tokens beta max_length output_dir seed""".split()  # flags of train.py, some of them also TRL's
 Flags = make_dataclass("Flags", [
     *((f.name, f.type, field(default=f.default, metadata=f.metadata)) for f in fields(Config)
       if f.name in SHARED and not hasattr(DPOConfig, f.name)),

@@ -631,6 +631,31 @@ def test_a_resume_asks_for_the_same_data_and_flags_but_those_of_memory(model_dir
     assert (out / "policy").exists()
 
 
+def test_a_resume_trains_on_what_the_run_read_whatever_the_template_writes_today(model_dir, preferences, tmp_path, monkeypatch, capsys):
+    """As a template that writes the date does, after midnight."""
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    template = "Today is {}. {% for m in messages %}{{ m.content }}{% endfor %}"
+
+    def write_date(day):
+        (model / "chat_template.jinja").write_text(template.replace("{}", day, 1))
+
+    write_date("Monday")
+    asked = tmp_path / "ask.json"
+    asked.write_text('[{"instruction": "Say 3"}]')
+    flags = real(model, preferences, tmp_path / "whole", iterations=1, prompt_file=str(asked))
+    main(flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            main(replace(flags, output_dir=str(tmp_path / "out")))
+    write_date("Tuesday")
+    main(replace(flags, output_dir=str(tmp_path / "out"), resume_from_checkpoint=str(tmp_path / "out")))
+    assert "data: as read when the run began, 16 pairs, 4 held out" in capsys.readouterr().out
+    for name in ("iteration-1/pairs.jsonl", "iteration-1/answers.jsonl", "metrics.jsonl"):
+        assert (tmp_path / "out" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    assert "Today is Monday." in (tmp_path / "out/iteration-1/pairs.jsonl").read_text()
+
+
 A_PICKLE = pickle.dumps(Path("a pickle"), protocol=2)
 
 
