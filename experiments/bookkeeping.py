@@ -105,13 +105,12 @@ def iterate(file: Path, out: Path, tokenizer: Any) -> None:
         compute = lambda: torch.randn(len(prompts), 2, generator=generator)  # noqa: E731
         return folder.phase(out, f"logps-{what}-under-{i}", compute)
 
-    def draw(i: int, prompts: list, n: int, *_: Any) -> list:
-        answers = [y for pair in offline for y in pair[1:]]
-        order = [rng.randrange(len(answers)) for _ in range(n * len(prompts))]
-        drawn = [(torch.tensor(answers[i]).tolist(), rng.random() < 0.95) for i in order]  # new lists, as a model's are
-        return [drawn[n * k : n * k + n] for k in range(len(prompts))]
-
-    object.__setattr__(it, "draw", draw)
+    answers = [y for pair in offline for y in pair[1:]]
+    order = [rng.randrange(len(answers)) for _ in range(4 * len(offline))]
+    drawn = [(torch.tensor(answers[i]).tolist(), rng.random() < 0.95) for i in order]  # new lists, as a model's are
+    waiting = [[drawn[4 * k : 4 * k + 4] for k in range(len(offline))]]
+    del drawn
+    object.__setattr__(it, "draw", lambda *_: waiting.pop())
     training_set, samples = timed("review", lambda: review(2, offline, log_prob, it.sample, config))
     timed("write pairs.jsonl and samples.jsonl", lambda: it.write_review(2, training_set, samples))
     timed("count the pairs", lambda: it.count_pairs(2))

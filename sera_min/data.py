@@ -270,11 +270,16 @@ def decode(tokenizer: Any, ids: Ids, ends: Ids, after: Ids | None = None) -> str
     ends: what is taken off a response's end; for TRL only the tokenizer's EOS, the one that it adds.
     after: the prompt, where `ids` is a response. Alone it would lose the space that SentencePiece begins a word with.
     """
-    if after is None:
-        first = added_before(tokenizer)
-        return text_of(tokenizer, ids[len(first) :] if ids[: len(first)] == first else ids)
-    before = after[-8:]  # enough for what a tokenizer makes of its neighbours, as the bytes of one character
-    return text_of(tokenizer, before + ids[: len(ids) - (ids[-1] in ends)])[len(text_of(tokenizer, before)) :]
+    if after is not None:
+        return decode_responses(tokenizer, after, [ids], ends)[0]
+    first = added_before(tokenizer)
+    return text_of(tokenizer, ids[len(first) :] if ids[: len(first)] == first else ids)
+
+
+def decode_responses(tokenizer: Any, prompt: Ids, responses: list[Ids], ends: Ids) -> list[str]:
+    before = prompt[-8:]  # enough for what a tokenizer makes of neighbours: a space, the bytes of one character
+    n = len(text_of(tokenizer, before))
+    return [text_of(tokenizer, before + y[: len(y) - (y[-1] in ends)])[n:] for y in responses]
 
 
 def text_of(tokenizer: Any, ids: Ids) -> str:

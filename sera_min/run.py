@@ -70,8 +70,8 @@ class Run:
     def texts(self, pairs: list[Pair]) -> Iterator[dict[str, str]]:
         """Pairs as TRL reads them to the same token ids: rendered by the template, and without the EOS that it adds."""
         ends = [self.tokenizer.eos_token_id]
-        for x, *both in tqdm(pairs, "decode pairs", leave=False, disable=len(pairs) < 10_000):
-            chosen, rejected = (data.decode(self.tokenizer, y, ends, after=x) for y in both)
+        for x, *both in tqdm(pairs, "decode pairs", disable=len(pairs) < 10_000):
+            chosen, rejected = data.decode_responses(self.tokenizer, x, both, ends)
             yield {"prompt": self.text(x), "chosen": chosen, "rejected": rejected}
 
     def write_review(self, t: int, training_set: TrainingSet, samples: Samples | None) -> None:
@@ -93,12 +93,11 @@ class Run:
         columns = (samples.ended, samples.usable, samples.rewards)  # (P, n) each
         rows = zip(self.offline, samples.responses, *(column.tolist() for column in columns))
         several = len(self.offline) > 10_000
-        for (x, _, _), *of_prompt in tqdm(rows, "decode samples", len(self.offline), leave=False, disable=not several):
-            prompt = self.text(x)
-            for y, ended, usable, reward in zip(*of_prompt):
-                yield {"prompt": prompt, "response": self.text(y, after=x),
-                       "finish_reason": "stop" if ended else "length", "usable": usable,
-                       "reward": reward if usable else None}  # fmt: skip
+        for (x, _, _), written, *of_prompt in tqdm(rows, "decode samples", len(self.offline), disable=not several):
+            prompt, texts = self.text(x), data.decode_responses(self.tokenizer, x, written, self.eos_ids)
+            for text, ended, usable, reward in zip(texts, *of_prompt):
+                yield {"prompt": prompt, "response": text, "finish_reason": "stop" if ended else "length",
+                       "usable": usable, "reward": reward if usable else None}  # fmt: skip
 
     def count_pairs(self, t: int) -> dict[str, Any]:
         """Of iteration t's pairs.jsonl: how many were given and bootstrapped; in the playground, how many are right."""
