@@ -18,7 +18,7 @@ import datasets
 from tqdm import tqdm
 
 from sera_min import forms
-from sera_min.files import Rows, decoded, in_one_line
+from sera_min.files import KNOWN, Rows, decoded, in_one_line
 from sera_min.files import read_rows as read_rows
 from sera_min.forms import InputError, Messages, Reading, Unusable, as_text, squeezed, texts_in
 from sera_min.forms import one_line as one_line
@@ -73,14 +73,14 @@ class Encoder:
             opened = "continue_final_message"
             dialogues = [[*x[:-1], {**y, "content": x[-1]["content"] + y["content"]}] for y in answers]
         prompt, *wholes = (
-            self.render(messages, where, **options, **more)
+            self.render(messages, where, {**options, **more})
             for messages, more in [(x, {opened: True}), *((dialogue, {}) for dialogue in dialogues)]
         )
         if not all(whole.startswith(prompt) for whole in wholes):
             shared = common_start([prompt, *wholes])  # as in TRL: what is opened only in a prompt is left out
             end = prompt[len(shared) :]
             parted = f"the chat template does not begin an answered dialogue with its own prompt's {end!r}"
-            if begun or not shared.startswith(self.render(x, where, **options)):
+            if begun or not shared.startswith(self.render(x, where, options)):
                 raise InputError(f"{where}: {parted}")
             self.counts[f"prompts without their end, as {parted}"] += 1
             prompt = shared
@@ -91,7 +91,7 @@ class Encoder:
         self.check_written(x, answers, options, prompt, where)
         return [prompt, *wholes]
 
-    def render(self, messages: Messages, where: str, **options: Any) -> str:
+    def render(self, messages: Messages, where: str, options: dict[str, Any]) -> str:
         with in_one_line(f"{where}: the chat template does not take this dialogue"):
             return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
@@ -101,7 +101,7 @@ class Encoder:
         def unwritten(before: Messages, messages: Messages) -> list[str]:  # fields without which all stays the same
             fields = sorted({field for message in messages for field in message} - {"role", "content"})
             without = [[{k: v for k, v in m.items() if k != field} for m in messages] for field in fields]
-            texts = [self.render(before + some, where, **options) for some in [messages, *without]] if fields else []
+            texts = [self.render(before + some, where, options) for some in [messages, *without]] if fields else []
             return [field for field, text in zip(fields, texts[1:]) if text == texts[0]]
 
         lost = [unwritten(x, [y]) for y in answers]
@@ -109,7 +109,7 @@ class Encoder:
             raise Unusable(f"the chat template does not write an answer's '{spoken[0]}'")
         unused = {*unwritten([], x), *(field for fields in lost for field in fields)}
         without = {**options, "tools": None}
-        if "tools" in options and self.render(x, where, **options) == self.render(x, where, **without):
+        if "tools" in options and self.render(x, where, options) == self.render(x, where, without):
             unused.add("tools")
         for field in unused:
             self.counts[f"dialogues whose '{field}' the chat template does not write"] += 1
@@ -141,7 +141,7 @@ class Encoder:
 
     def read(self, rows: Rows, name: str, read: Callable[[Any, str], Reading]) -> list[tuple[Any, list[Ids]]]:
         """Of each row that is not dropped the prompt as it is read, and token ids. Raises InputError."""
-        there: set[str] = set(rows.column_names if isinstance(rows, datasets.Dataset) else ())
+        there = set(rows.column_names) - KNOWN if isinstance(rows, datasets.Dataset) else set()
         used: set[str] = set()
         each = enumerate(tqdm(decoded(rows, name), f"reading {name}", len(rows), unit="row", leave=False))
         result: list[tuple[Any, list[Ids]]] = []
@@ -151,7 +151,7 @@ class Encoder:
                 self.counts["read"] += 1
                 with self.dropping(where := f"{name}, row {i}"):
                     reading = read(row, where)
-                    there.update(row)
+                    there.update(column for column, value in row.items() if value is not None)
                     used.update(forms.columns_of(row, where).values())
                     kept.append((where, reading.prompt, self.texts(reading, where)))
             all_texts = [text for _, _, texts in kept for text in texts]

@@ -299,13 +299,21 @@ json_values = st.recursive(
     max_leaves=6,
 )
 texts = st.text(max_size=8) | st.sampled_from(["a", "b", "</s>", "<|im_end|>", "\n\nHuman: a", "\ud800"])
-message = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": texts})
-json_values |= texts | st.lists(message, max_size=4)  # and what is nearly right
+parts = st.lists(st.fixed_dictionaries({"type": st.sampled_from(["text", "image"]), "text": texts}), max_size=2)
+roles = st.sampled_from(["system", "user", "assistant", "developer", "tool", "human"])
+more = dict.fromkeys(("tool_calls", "reasoning_content", "name"), json_values)
+message = st.fixed_dictionaries({"role": roles, "content": texts}) | st.fixed_dictionaries({"role": roles, "content": parts | texts}, optional=more)
+message |= st.fixed_dictionaries({"from": roles, "value": texts})
+json_values |= texts | message | st.lists(message, max_size=4) | st.lists(message, max_size=3).map(json.dumps)  # and what is nearly right
+columns = st.sampled_from([  # as often those of pairs that are read
+    *["prompt", "chosen", "rejected", "instruction", "input"] * 3, "messages", "conversations", "question", "system", "history", "tools",
+    "chat_template_kwargs", "rejected_response", "chosen_conversations", "rejected_conversations", "score",
+])  # fmt: skip
 FAST, CHAT = bpe_tokenizer(), bpe_tokenizer(CHATML)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "instruction", "input"]), json_values))
+@given(st.dictionaries(columns, json_values))
 def test_any_row_is_a_pair_a_counted_drop_or_our_error(row):
     try:
         (pairs, counts), _ = encoded([row], CHAT)
@@ -350,7 +358,7 @@ def test_files_that_are_none(tmp_path, name, content, message):
 
 
 rows_of_a_file = st.lists(
-    st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "instruction", "input"]), json_values) | json_values,
+    st.dictionaries(columns, json_values) | json_values,
     max_size=3,
 )
 jsonl = rows_of_a_file.map(lambda rows: "\n".join(map(json.dumps, rows)).encode())
