@@ -128,9 +128,11 @@ class Encoder:
             end = next((j for j, token in enumerate(y) if token in self.eos_ids), None)
             default = self.eos_ids[:1] if plain else self.turn_end
             responses.append(y[: end + 1] if end is not None else y + default if y else [])
-        if plain and prompt[:1] != (bos := added_before(self.tokenizer)):
-            prompt = bos + prompt
-        rows = cut(prompt, responses, self.tokenizer.bos_token_id, self.max_length, self.max_prompt_length)
+        added = added_before(self.tokenizer)
+        if plain and prompt[: len(added)] != added:
+            prompt = added + prompt
+        first = next((some for some in (added, [self.tokenizer.bos_token_id]) if some == prompt[: len(some)] != []), [])
+        rows = cut(prompt, responses, first, self.max_length, self.max_prompt_length)
         if not all(rows):
             raise Unusable("no token of the prompt or a response")
         if rows[1:] and rows[1] == rows[2]:
@@ -187,10 +189,9 @@ def continued(tokenizer: Any, text: str) -> Ids:
     return ids[len(before) :] if ids[: len(before)] == before else tokenizer(text, add_special_tokens=False).input_ids
 
 
-def cut(prompt: Ids, responses: list[Ids], bos: int | None, max_length: int, max_prompt_length: int) -> list[Ids]:
-    """The prompt's last `max_prompt_length` tokens (and its BOS), of each response the first max_length − |prompt|."""
+def cut(prompt: Ids, responses: list[Ids], first: Ids, max_length: int, max_prompt_length: int) -> list[Ids]:
+    """The prompt's last `max_prompt_length` tokens, with `first`, its BOS; of each response max_length − |prompt|."""
     if len(prompt) > max_prompt_length:
-        first = prompt[:1] if prompt[0] == bos else []
         prompt = first + prompt[len(prompt) - max_prompt_length + len(first) :]
     return [prompt, *(y[: max_length - len(prompt)] for y in responses)]
 

@@ -220,7 +220,8 @@ def prepare(config: Resolved, out: Path, parts: list[tuple[str, Rows]]) -> Run:
     else:
         read = encode_parts(config, tokenizer, ends, parts)
     if newest < 1:
-        check_before_training(policy, read.offline[0], config)
+        with in_one_line("the check before training: the model fails"):
+            check_before_training(policy, read.offline[0], config)
     return Run(config, out, policies, tokenizer, ends, *read)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import CHATML, bpe_tokenizer, unigram_tokenizer
 from datasets import Dataset, DatasetDict
+from tokenizers import processors
 
 from sera_min import config, data, folder, run
 from sera_min.data import InputError, decode, encode, read_rows
@@ -239,7 +240,21 @@ def gemma(adds_bos):
     return tokenizer
 
 
-ROUND_TRIPS = {"a BOS that only the template writes": smollm(), "a BOS that both write": gemma(True), "SentencePiece": unigram_tokenizer(CHATML)}
+def glm():
+    """It puts two tokens before every text, as its template does."""
+    tokenizer = bpe_tokenizer(CHATML)
+    before = processors.TemplateProcessing(single="<pad> <s> $A", special_tokens=[("<pad>", 0), ("<s>", 2)])
+    tokenizer.backend_tokenizer.post_processor, tokenizer.chat_template = before, "<pad><s>" + CHATML
+    return tokenizer
+
+
+ROUND_TRIPS = {"a BOS that only the template writes": smollm(), "a BOS that both write": gemma(True), "two tokens before a text": glm(),
+               "SentencePiece": unigram_tokenizer(CHATML)}  # fmt: skip
+
+
+def test_a_prompt_that_is_cut_keeps_what_its_tokenizer_puts_first():
+    [(x, *_)], _ = encoded([{"prompt": "red " * 50, **SAME}], glm(), max_prompt_length=9)
+    assert len(x) == 9 and x[:2] == [0, 2] and x.count(2) == 1
 
 
 @pytest.mark.parametrize("kind", ROUND_TRIPS)
