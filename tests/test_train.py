@@ -31,9 +31,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import train
 from sera_min import bootstrap, config, folder, playground, report, run
 from sera_min.config import resolve
-from sera_min.data import InputError, Pair, TrainingSet
+from sera_min.data import InputError
 from sera_min.logprobs import sequence_logprobs
 from sera_min.losses import LOSSES
+from sera_min.pairs import Pair, TrainingSet
 from train import Config, main
 
 ROOT = Path(__file__).parent.parent
@@ -395,7 +396,7 @@ def trained(out, model, pairs, reference, t=1, **changed):
     policies = folder.Policies(out, "m", "cpu")
     policies.hold(t - 1, model, bpe_tokenizer())
     (out / "state").mkdir(parents=True)
-    here = run.Run(flags, out, policies, bpe_tokenizer(), [1], pairs, [], [], [], [])
+    here = run.Run(flags, out, policies, bpe_tokenizer(), [1], pairs, [], [], [], [], [])
     train.train(here, t, training_set_of(pairs, reference))
     return lines(out)
 
@@ -628,6 +629,31 @@ def test_a_resume_asks_for_the_same_data_and_flags_but_those_of_memory(model_dir
         main(real(model_dir, preferences, out, seed=1, **again))
     main(real(model_dir, preferences, f"{out}/", max_tokens=512, gradient_checkpointing=True, save_steps=1, **again))
     assert (out / "policy").exists()
+
+
+def test_a_resume_trains_on_what_the_run_read_whatever_the_template_writes_today(model_dir, preferences, tmp_path, monkeypatch, capsys):
+    """As a template that writes the date does, after midnight."""
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    template = "Today is {}. {% for m in messages %}{{ m.content }}{% endfor %}"
+
+    def write_date(day):
+        (model / "chat_template.jinja").write_text(template.replace("{}", day, 1))
+
+    write_date("Monday")
+    asked = tmp_path / "ask.json"
+    asked.write_text('[{"instruction": "Say 3"}]')
+    flags = real(model, preferences, tmp_path / "whole", iterations=1, prompt_file=str(asked))
+    main(flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            main(replace(flags, output_dir=str(tmp_path / "out")))
+    write_date("Tuesday")
+    main(replace(flags, output_dir=str(tmp_path / "out"), resume_from_checkpoint=str(tmp_path / "out")))
+    assert "data: as read when the run began, 16 pairs, 4 held out" in capsys.readouterr().out
+    for name in ("iteration-1/pairs.jsonl", "iteration-1/answers.jsonl", "metrics.jsonl"):
+        assert (tmp_path / "out" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    assert "Today is Monday." in (tmp_path / "out/iteration-1/pairs.jsonl").read_text()
 
 
 A_PICKLE = pickle.dumps(Path("a pickle"), protocol=2)

@@ -21,7 +21,7 @@ from datasets import load_dataset  # noqa: E402
 import train  # noqa: E402
 from sera_min import data, folder, logprobs, playground, select  # noqa: E402
 from sera_min.config import resolve, seed_of  # noqa: E402
-from sera_min.data import Pair  # noqa: E402
+from sera_min.pairs import Pair  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -188,7 +188,7 @@ def test_nothing_is_left_to_do(model_dir, tmp_path, monkeypatch, capsys):
 def make_run(tokenizer, offline: list[Pair], model=None, **flags) -> with_trl.SharedRun:
     end, config = tokenizer.eos_token_id, train.Config(model_name_or_path="model", dataset_name="pairs", device="cpu", **flags)
     policies = SimpleNamespace(get=lambda i: model, folder=str)
-    return with_trl.SharedRun(resolve(config), Path(), policies, tokenizer, [end], offline, [], [], [], [], args=SimpleNamespace(bf16=False))
+    return with_trl.SharedRun(resolve(config), Path(), policies, tokenizer, [end], offline, [], [], [], [], [], args=SimpleNamespace(bf16=False))
 
 
 @pytest.mark.parametrize("extra", [{"select": "random"}, {"length_free": True, "token_floor": 0.05, "loss_type": "ipo"}], ids=str)
