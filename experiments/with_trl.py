@@ -49,7 +49,8 @@ from sera_min.bootstrap import read_responses
 from sera_min.config import Config, Resolved, flag, resolve, seed_of
 from sera_min.data import Ids, InputError, TrainingSet
 from sera_min.logprobs import score, sum_and_least
-from sera_min.run import Run, check_positions, draw_samples, eos_ids_of, retry_on_oom
+from sera_min.models import check_positions, eos_ids_of
+from sera_min.run import Run, draw_samples, retry_on_oom
 from train import all_pairs, review
 
 CHUNK = 64  # a task of one process is about so many rows or prompts; the samples depend on it
