@@ -69,8 +69,9 @@ SMALL: dict[str, Any] = {name: value for value, names in {
 }.items() for name in names.split()}  # fmt: skip
 # What else a family needs, to be made, to be small, or to be what it is
 MORE: dict[str, dict[str, Any]] = {
-    "bailing_hybrid": {"layer_group_size": 2, "partial_rotary_factor": 1.0},
-    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2}, "xlstm": {"qk_dim_factor": 1.0},
+    "bailing_hybrid": {"layer_group_size": 2, "partial_rotary_factor": 1.0, "num_key_value_heads": 4},
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2, "num_key_value_heads": 4},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 1, "clip_qkv": 8.0},
              "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2}},
     "bamba": {"attn_layer_indices": [1]},
@@ -172,8 +173,8 @@ def wrong_samples(policy: Any) -> str:
     """Two greedy samples of each of four prompts side by side, against `generate` of a prompt alone."""
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in (12, 5, 9, 1)]
-    settings = {"max_new_tokens": NEW_TOKENS, "eos_token_id": END, "pad_token_id": PAD}
-    samples = sample_responses(policy, prompts, 2, temperature=1e-6, top_p=1.0, seed=0, **settings)  # type: ignore[arg-type]
+    settings: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "eos_token_id": END, "pad_token_id": PAD}
+    samples = sample_responses(policy, prompts, 2, temperature=1e-6, top_p=1.0, seed=0, **settings)
     for x, row in zip(prompts, samples):
         mask = torch.ones(1, len(x), dtype=torch.int64)
         alone = policy.generate(input_ids=torch.tensor([x]), attention_mask=mask, do_sample=False, **settings)
