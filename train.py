@@ -48,7 +48,8 @@ def reward_of(logps: Tensor, reference: Tensor, lengths: Tensor, config: Resolve
 
 
 def pair_losses(r: Tensor, config: Resolved) -> Tensor:  # (N, 2) -> (N,)
-    more = {"dpo": {"label_smoothing": config.label_smoothing}, "simpo": {"gamma": 0.5 * config.beta}}
+    smoothing = {"label_smoothing": config.label_smoothing}
+    more = {"dpo": smoothing, "robust": smoothing, "simpo": {"gamma": 0.5 * config.beta}}
     return LOSSES[config.loss_type].function(r[:, 0] - r[:, 1], config.beta, **more.get(config.loss_type, {}))
 
 
@@ -58,11 +59,8 @@ def all_pairs(run: Run) -> TrainingSet:
     return TrainingSet(run.offline, reference, torch.zeros(len(run.offline)), ["offline"] * len(run.offline))
 
 
-# The review: steps 3 to 6
-
-
 def review(t: int, offline: list[Pair], log_prob: Callable, sample: Callable, config: Resolved):
-    """The TrainingSet of π_θt, and the Samples that some of its pairs are made of (None where no pair is).
+    """Steps 3 to 6: the TrainingSet of π_θt, and the Samples that some of its pairs are made of (None where none is).
 
     log_prob(i, prompts, responses, what): log π_θi(y|x) and the log-prob of its least likely token, (R, 2); i = 0 is
     the reference. sample(i, prompts): a list of n (token ids, ended) a prompt, from π_θi. Whoever calls decides where

@@ -9,6 +9,8 @@
     main    SFT, plain DPO, random K, bootstrapping only, selection only, SeRA, SeRA with our two remedies; each at its
             own best β and learning rate of one grid, chosen on validation prompts with seeds of their own, reported on
             test prompts
+    baselines  DPO's other answers to wrong labels: cDPO and robust DPO, told the share of flipped labels or another;
+            selection of the smallest and of the middle margins
     losses  the same under IPO, SLiC and SimPO
     noise   0 to 40 % flipped labels; precision of what is selected against K
     length  labels of which half favour the longer response: the kept pairs' length and the policy's
@@ -79,14 +81,21 @@ METHODS: dict[str, dict] = {
     "SeRA": {},
     "SeRA + both remedies": {"token_floor": 0.01, "length_free": True},
 }
+BASELINES: dict[str, dict] = {  # DPO's other answers to wrong labels, at the share that is flipped (0.3) and at others
+    **{f"cDPO, ε = {eps}": {"keep": 1.0, "bootstrap": 0.0, "label_smoothing": eps} for eps in (0.1, 0.3, 0.4)},
+    **{f"robust DPO, ε = {eps}": {"keep": 1.0, "bootstrap": 0.0, "label_smoothing": eps, "loss_type": "robust"}
+       for eps in (0.1, 0.3, 0.4)},
+    "the smallest margins": {"bootstrap": 0.0, "patch": "smallest"},
+    "the middle margins": {"bootstrap": 0.0, "patch": "middle"},
+}  # fmt: skip
 EVERY: dict = {"device": "cpu", "steps_per_iteration": 63}  # of all runs: 2,000 pairs by 32, whatever K and K̃ are
 REMEDIES: dict[str, dict] = {
     "SeRA + floor": {"token_floor": 0.01}, "SeRA + length-free": {"length_free": True},
     "SeRA + both": METHODS["SeRA + both remedies"],
 }  # fmt: skip
 SHARED = (
-    "device", "seed", "loss_type", "beta", "learning_rate", "label_noise", "length_bias", "eval_split",
-    "max_train_pairs", "steps_per_iteration",
+    "device", "seed", "loss_type", "beta", "learning_rate", "label_smoothing", "label_noise", "length_bias",
+    "eval_split", "max_train_pairs", "steps_per_iteration",
 )  # fmt: skip
 TOLERANCE = 0.01  # of --check on another processor, see `check`
 KINDS = "trained", "scored", "sampled"  # of tokens
@@ -134,7 +143,20 @@ def undecided(margins: torch.Tensor, k: int, plain=train.select_top) -> torch.Te
     return plain(margins.where(margins <= 10, -torch.inf), min(k, int((margins <= 10).sum())))
 
 
+def smallest(margins: torch.Tensor, k: int, plain=train.select_top) -> torch.Tensor:
+    """In the place of `select_top`: the k smallest, as arXiv:2508.04149 keeps them."""
+    return plain(-margins, k)
+
+
+def middle(margins: torch.Tensor, k: int, plain=train.select_top) -> torch.Tensor:
+    """In the place of `select_top`: the k in the middle."""
+    first = (len(margins) - k) // 2
+    return plain(margins, len(margins))[first : first + k]
+
+
 PATCHES = {
+    "smallest": lambda: (train, "select_top", smallest),
+    "middle": lambda: (train, "select_top", middle),
     "every pair": lambda: (train, "best_worst_pairs", every_pair),
     "last three": lambda: (train, "ensemble_margin", last_three()),
     "likelihood": lambda: (train, "pair_losses", likelihood),
@@ -278,7 +300,7 @@ def name_of(spec: dict) -> str:
 
 
 def at(loss: str, method: str, seed: int, **changed) -> dict:
-    return {"loss_type": loss, "seed": seed, **METHODS[method], **changed}
+    return {"loss_type": loss, "seed": seed, **(METHODS | BASELINES)[method], **changed}
 
 
 def grid(loss: str) -> list[dict]:
@@ -298,9 +320,11 @@ def best(runs: Runs, loss: str, method: str) -> dict:
     return tried[0] if len(tried) == 1 else max(tried, key=lambda point: validation(runs, loss, method, point))
 
 
-def tuning(loss: str) -> list[dict]:
+def tuning(part: str) -> list[dict]:
+    """The grid's runs of a study's methods; the studies of changed labels and settings take those of `main`."""
+    loss, methods = loss_of(part), BASELINES if part == "baselines" else METHODS
     return [at(loss, method, seed, eval_split="validation", **point) for seed in TUNING_SEEDS[loss]
-            for point in grid(loss) for method in METHODS if len(grid(loss)) > 1]  # fmt: skip
+            for point in grid(loss) for method in methods if len(grid(loss)) > 1]  # fmt: skip
 
 
 def settings(runs: Runs, study: str) -> dict[str, tuple[str, dict]]:
@@ -309,6 +333,7 @@ def settings(runs: Runs, study: str) -> dict[str, tuple[str, dict]]:
     sera = lambda **changed: ("SeRA", {**changed})  # noqa: E731
     return {
         "main": {method: (method, long) for method in METHODS},
+        "baselines": {method: (method, {}) for method in BASELINES},
         **{loss: {method: (method, {}) for method in METHODS} for loss in LOSSES},
         **{f"noise {noise}": {m: (m, {"label_noise": noise}) for m in METHODS if m != "random K"} for noise in NOISE},
         "length": {
@@ -356,7 +381,7 @@ def specs(runs: Runs, study: str) -> dict[str, list[dict]]:
 LONG, NOISE, BIASED = 6, (0.0, 0.1, 0.2, 0.4), {"length_bias": 0.5, "label_noise": 0.15}
 NEAR = {"beta": playground.BETA["dpo"], "learning_rate": playground.LEARNING_RATE}  # as `python train.py` has them
 STUDIES = {
-    "main": ["main"], "over": ["over"], "tried": ["tried"], "near": ["near"],
+    "main": ["main"], "baselines": ["main", "baselines"], "over": ["over"], "tried": ["tried"], "near": ["near"],
     "noise": [f"noise {noise}" for noise in NOISE], "length": ["length"],
     "asked": ["asked", "three"], "losses": list(LOSSES),
 }  # fmt: skip
@@ -470,9 +495,10 @@ def cost(runs: Runs, row: list[dict]) -> list[str]:
 def methods_table(runs: Runs, study: str) -> str:
     """SFT and every method, after T = 3 iterations."""
     rows, loss = specs(runs, study), loss_of(study)
-    alone = column(runs, rows["plain training"], "gold/win_rate")
-    lines = [["SFT", "–", *(spread(column(runs, rows["SeRA"], key, 0)) for key in ("gold/reward", "gold/win_rate")),
-              "–", "–", "–", spread(column(runs, rows["SeRA"], "gold/length", 0), 1)]]  # fmt: skip
+    plain = (specs(runs, "main") if study == "baselines" else rows)["plain training"]
+    alone = column(runs, plain, "gold/win_rate")
+    lines = [["SFT", "–", *(spread(column(runs, plain, key, 0)) for key in ("gold/reward", "gold/win_rate")),
+              "–", "–", "–", spread(column(runs, plain, "gold/length", 0), 1), "0"]]  # fmt: skip
     for method, row in rows.items():
         point, win = best(runs, loss, method), column(runs, row, "gold/win_rate")
         lines.append([
@@ -480,9 +506,10 @@ def methods_table(runs: Runs, study: str) -> str:
             spread(column(runs, row, "gold/reward")), spread(win),
             "–" if method == "plain training" else gain(win, alone), spread(column(runs, row, "select/precision")),
             spread(column(runs, row, "bootstrap/precision")), spread(column(runs, row, "gold/length"), 1),
+            spread(column(runs, row, "kl"), 1),
         ])  # fmt: skip
     return markdown(["method", "β, learning rate", "true reward", "win rate over SFT", "against plain training",
-                     "precision", "precision of the bootstrapped pairs", "words"], lines)  # fmt: skip
+                     "precision", "precision of the bootstrapped pairs", "words", "KL, nats"], lines)  # fmt: skip
 
 
 def tuning_table(runs: Runs, loss: str) -> str:
@@ -575,6 +602,7 @@ def losses_table(runs: Runs) -> str:
 TITLES = {
     "main": "DPO, each method at its best β and learning rate: 30 % flipped labels, after three iterations",
     "tuning": "DPO, by β: validation prompts, each β with its best learning rate",
+    "baselines": "Other answers to wrong labels, each at its best β and learning rate",
     "noise": "DPO, by the share of flipped labels; and the share of right labels among the K widest pairs",
     "over": "Over-optimisation: six iterations at the best β and learning rate; and the difference from plain DPO",
     "tried": "Three other remedies, which are not kept: six iterations",
@@ -592,7 +620,7 @@ def tables(runs: Runs) -> dict[str, str]:
     """Of every study all of whose runs have been made."""
     makers = {
         "main": partial(methods_table, runs, "main"), "tuning": partial(tuning_table, runs, "dpo"),
-        "noise": partial(noise_tables, runs),
+        "baselines": partial(methods_table, runs, "baselines"), "noise": partial(noise_tables, runs),
         "length": partial(length_table, runs), "over": partial(over_table, runs), "asked": partial(asked_table, runs),
         "near": partial(over_table, runs, "near", ("gold/reward", "gold/win_rate", *list(OVER)[2:5])),
         "tried": partial(over_table, runs, "tried", tuple(OVER)[:5]),
@@ -775,8 +803,7 @@ def main(arguments: list[str] | None = None) -> None:
             return check(runs, machines, options.check, work)
         if not options.write:
             parts = [part for study in options.studies for part in STUDIES[study]]
-            losses = dict.fromkeys(map(loss_of, parts))
-            make([spec for loss in losses for spec in tuning(loss)], runs, machines, file, work, "tuning")
+            make([spec for part in parts for spec in tuning(part)], runs, machines, file, work, "tuning")
             wanted = [spec for part in parts for row in specs(runs, part).values() for spec in row]
             make(wanted, runs, machines, file, work, "studies")
     shown = tables(runs)

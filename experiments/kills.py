@@ -1,7 +1,7 @@
 """Kill a run at random moments, resume it, and see that it ends as one that was left alone, bit for bit.
 
     python experiments/kills.py                50 runs, each killed at least once; some minutes
-    python experiments/kills.py --runs 3       what the tests do
+    python experiments/kills.py --runs 1       what the tests do
 
 A run of three iterations with a checkpoint every second step is killed (SIGKILL) at a random moment, and what is
 resumed up to twice more. After each kill every file is read: only one being written (.name) may be in pieces.

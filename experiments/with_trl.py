@@ -54,7 +54,7 @@ from sera_min.run import Run, draw_samples, retry_on_oom
 from train import all_pairs, review
 
 CHUNK = 64  # a task of one process is about so many rows or prompts; the samples depend on it
-LOSSES = {"sigmoid": "dpo", "hinge": "slic", "ipo": "ipo"}  # TRL's loss_type -> the loss whose reward reviews
+LOSSES = {"sigmoid": "dpo", "robust": "robust", "hinge": "slic", "ipo": "ipo"}  # TRL's name -> ours
 SHARED = """model_name_or_path dataset_name dataset_train_split max_train_pairs max_prompt_length iterations keep
     bootstrap samples_per_prompt ensemble_gamma select length_free token_floor temperature top_p max_new_tokens
     max_tokens beta max_length output_dir seed""".split()  # flags of train.py that are flags here, some of them TRL's

@@ -40,7 +40,7 @@ class Config:
 
     keep: float = flag(0.7, "K: share of the given pairs that selection keeps")
     bootstrap: float = flag(0.3, "K̃: pairs of the policy's own samples, as a share of the given pairs")
-    loss_type: str = flag("dpo", "dpo, ipo, slic or simpo")
+    loss_type: str = flag("dpo", "dpo, robust (DPO for flipped labels), ipo, slic or simpo")
     beta: float | None = flag(None, "β: a larger one stays closer to the reference (0.1, simpo 2; playground: 1 and 2)")
     learning_rate: float | None = flag(None, f"at its peak (1e-6; playground: {playground.LEARNING_RATE:g})")
 
@@ -73,7 +73,7 @@ class Config:
         0.0, "ours: a sample is never paired if its least likely token under π_ref is below this quantile of the same "
         "over D's responses; 0.01 keeps out broken text")  # fmt: skip
 
-    label_smoothing: float = flag(0.0, "ε, dpo only: the share of labels that the loss expects to be flipped")
+    label_smoothing: float = flag(0.0, "ε, dpo and robust: the share of labels that the loss expects to be flipped")
     epochs_per_iteration: int = flag(1, "epochs over an iteration's pairs")
     steps_per_iteration: int | None = flag(None, "this many optimizer steps an iteration, whatever K and K̃")
     per_device_train_batch_size: int = flag(32, "pairs per optimizer step")
@@ -154,7 +154,8 @@ def refuse_contradictions(flags: Config, c: Resolved) -> None:
     for wrong, message in [
         (c.keep + c.bootstrap == 0, "--keep and --bootstrap are both 0: nothing would be left to train on"),
         (c.max_length <= c.max_prompt_length, "--max_length is not above --max_prompt_length: no room for a response"),
-        (c.label_smoothing > 0 and c.loss_type != "dpo", f"--label_smoothing is dpo's: {c.loss_type} has none"),
+        (c.label_smoothing > 0 and c.loss_type not in ("dpo", "robust"),
+         f"--label_smoothing is of dpo and robust: {c.loss_type} has none"),
         ((c.dataset_name is None) != playing, "--model_name_or_path and --dataset_name go together"),
         (playing and c.eval_split not in ("test", "validation"),
          f"--eval_split is {c.eval_split!r}: the playground has test and validation prompts"),

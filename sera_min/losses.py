@@ -1,4 +1,4 @@
-"""DPO, IPO, SLiC-HF and SimPO as functions of one number, the implicit reward margin. Copy this file alone: torch only.
+"""DPO, robust DPO, IPO, SLiC-HF and SimPO as functions of one number, the implicit reward margin. Needs torch only.
 
     m = r(x, y_w) − r(x, y_l)        chosen less rejected, (B,), see `implicit_reward` in logprobs.py
 
@@ -20,6 +20,17 @@ def dpo_loss(margin: Tensor, beta: float = 0.1, label_smoothing: float = 0.0) ->
     Source: DPO, arXiv:2305.18290, eq. 7; TRL's `sigmoid`. At m = 0 it is ln 2 for every β and ε.
     """
     return -(1 - label_smoothing) * F.logsigmoid(beta * margin) - label_smoothing * F.logsigmoid(-beta * margin)
+
+
+def robust_loss(margin: Tensor, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
+    """[(1−ε) L(m) − ε L(−m)] / (1−2ε), L being DPO's loss: where a share ε of labels is flipped, its mean over noisy
+    labels is L's over the right ones.
+
+    margin: (B,) in nats, summed rewards. ε = label_smoothing < ½. Its minimum is −∞ where ε > 0.
+    Source: robust DPO, arXiv:2403.00409; TRL's `robust`.
+    """
+    as_labelled, if_flipped = -F.logsigmoid(beta * margin), -F.logsigmoid(-beta * margin)
+    return ((1 - label_smoothing) * as_labelled - label_smoothing * if_flipped) / (1 - 2 * label_smoothing)
 
 
 def ipo_loss(margin: Tensor, beta: float = 0.1) -> Tensor:
@@ -59,6 +70,7 @@ class Loss(NamedTuple):
 
 LOSSES = {
     "dpo": Loss(dpo_loss, beta=0.1, per_token=False, against_reference=True),
+    "robust": Loss(robust_loss, beta=0.1, per_token=False, against_reference=True),
     "ipo": Loss(ipo_loss, beta=0.1, per_token=True, against_reference=True),
     "slic": Loss(slic_loss, beta=0.1, per_token=False, against_reference=True),
     "simpo": Loss(simpo_loss, beta=2.0, per_token=True, against_reference=False),

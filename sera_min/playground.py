@@ -30,7 +30,7 @@ UNKIND = "ugly stupid boring nasty rude useless".split()
 VERBS = "is looks seems".split()
 
 SHARE_ON_TOPIC = SHARE_KIND = 0.625  # mean true reward: (2·0.625 − 1 + 2·0.625 − 1) / 2 = 0.25
-BETA = {"dpo": 1.0, "ipo": 1.0, "slic": 1.0, "simpo": 2.0}  # what this world's small model is trained with
+BETA = {"dpo": 1.0, "robust": 1.0, "ipo": 1.0, "slic": 1.0, "simpo": 2.0}  # of this world's small model
 LEARNING_RATE = 3e-4
 DEFAULTS = {  # of flags, in this world; 32 new tokens are five sentences of five words, the end, and room to ramble
     "max_train_pairs": 2000, "max_length": 64, "max_prompt_length": 16, "max_new_tokens": 32,

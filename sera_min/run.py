@@ -153,6 +153,9 @@ def prepare(config: Resolved, out: Path) -> Run:
     offline, held_out, eval_prompts = read(config, tokenizer, limits)
     if not offline:
         raise InputError(f"--dataset_name {config.dataset_name}: no pair is left to train on")
+    for name, share in {"keep": config.keep, "bootstrap": config.bootstrap}.items():
+        if share > 0 and round(share * len(offline)) == 0:
+            print(f"--{name} is {share:g}: of {len(offline)} pairs that is less than one, so none")
     texts, prompts, counts = data.encode_prompts(rows, tokenizer, name=config.prompt_file or "", **limits)
     if config.prompt_file:
         print(f"prompts to answer: {data.format_counts(counts)}")

@@ -58,9 +58,12 @@ class NaiveSera:
 
     def loss(self, margin):
         name, beta, eps = (self.settings[key] for key in ("loss_type", "beta", "label_smoothing"))
-        if name == "dpo":
+        if name in ("dpo", "robust"):
             likely = 1 / (1 + torch.exp(-beta * margin))
-            return -(1 - eps) * torch.log(likely) - eps * torch.log(1 - likely)
+            right, flipped = -torch.log(likely), -torch.log(1 - likely)
+            if name == "robust":
+                return ((1 - eps) * right - eps * flipped) / (1 - 2 * eps)
+            return (1 - eps) * right + eps * flipped
         if name == "ipo":
             return (margin - 1 / (2 * beta)) ** 2
         if name == "slic":

@@ -161,8 +161,9 @@ class InThisProcess:
 
 def test_quick_and_smaller(tmp_path, monkeypatch, capsys):
     """Two studies from end to end: shared runs go on from one iteration 1, and end as runs of their own would."""
-    every, made = playground.prompts, playground.make_sft_policy
+    every, made, pairs = playground.prompts, playground.make_sft_policy, playground.preferences
     monkeypatch.setattr(playground, "prompts", lambda part: every(part)[:30])
+    monkeypatch.setattr(playground, "preferences", lambda n, *rest, **settings: pairs(min(n, 64), *rest, **settings))
     monkeypatch.setattr(playground, "make_sft_policy", functools.partial(made, steps=40))
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
     monkeypatch.setattr(claims, "ProcessPoolExecutor", InThisProcess)

@@ -1,4 +1,4 @@
-"""The four losses: TRL's on the same numbers, float64 by hand, and gradients."""
+"""The losses: TRL's on the same numbers, float64 by hand, and gradients."""
 
 import inspect
 import math
@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_model
 
 from sera_min.logprobs import implicit_reward, sequence_logprobs
-from sera_min.losses import LOSSES, dpo_loss, ipo_loss, simpo_loss, slic_loss
+from sera_min.losses import LOSSES, dpo_loss, ipo_loss, robust_loss, simpo_loss, slic_loss
 from sera_min.select import ensemble_margin
 
 MARGINS = torch.tensor([-30.0, -2.0, -0.1, 0.0, 0.3, 4.0, 50.0])
@@ -56,14 +56,14 @@ def trl_case(tmp_path_factory):
         for i, w in enumerate(["fox", "forest", "owl", "lake"])
     ]
 
-    def losses(loss_type, beta):
+    def losses(loss_type, beta, label_smoothing=0.0):
         policy, reference = tiny_model(vocab_size=len(tokenizer)), tiny_model(vocab_size=len(tokenizer))
         torch.manual_seed(1)
         with torch.no_grad():
             for p in policy.parameters():
                 p.add_(0.02 * torch.randn_like(p))
         config = trl.DPOConfig(
-            output_dir=str(tmp_path_factory.mktemp("trl")), loss_type=[loss_type], beta=beta,
+            output_dir=str(tmp_path_factory.mktemp("trl")), loss_type=[loss_type], beta=beta, label_smoothing=label_smoothing,
             report_to="none", use_cpu=True, bf16=False,
             gradient_checkpointing=False, per_device_train_batch_size=4, disable_tqdm=True,
         )  # fmt: skip
@@ -106,6 +106,20 @@ def test_trl_has_the_same_loss_on_the_same_model(trl_case, ours, theirs, beta):
     assert loss(m, beta).mean().item() == pytest.approx(want, rel=1e-6, abs=1e-6)
 
 
+def test_trl_has_the_same_robust_dpo(trl_case):
+    policy, reference, prompts, responses, want = trl_case("robust", 0.1, label_smoothing=0.3)
+    with torch.no_grad():
+        r = sequence_logprobs(policy, prompts, responses)[0] - sequence_logprobs(reference, prompts, responses)[0]
+    assert robust_loss(r[:4] - r[4:], 0.1, 0.3).mean().item() == pytest.approx(want, rel=1e-6, abs=1e-6)
+
+
+def test_robust_dpo_over_flipped_labels_is_dpo_over_right_ones():
+    """In the mean: a share ε of labels is flipped, and a flipped label turns the sign of the margin."""
+    for eps in (0.1, 0.3):
+        noisy = (1 - eps) * robust_loss(MARGINS, 0.5, eps) + eps * robust_loss(-MARGINS, 0.5, eps)
+        torch.testing.assert_close(noisy, dpo_loss(MARGINS, 0.5))
+
+
 @pytest.mark.parametrize("theirs", ["simpo", "sigmoid"])
 def test_trl_has_the_same_simpo_and_label_smoothing(theirs):
     """TRL's CPOTrainer has both, as functions of the two log-probs."""
@@ -124,14 +138,14 @@ def test_trl_has_the_same_simpo_and_label_smoothing(theirs):
 def test_each_loss_has_its_reward():
     """IPO and SimPO are per token, SimPO is without reference: longer alone must not change their margin."""
     assert {name: (loss.per_token, loss.against_reference) for name, loss in LOSSES.items()} == {
-        "dpo": (False, True), "ipo": (True, True), "slic": (False, True), "simpo": (True, False),
+        "dpo": (False, True), "robust": (False, True), "ipo": (True, True), "slic": (False, True), "simpo": (True, False),
     }  # fmt: skip
 
 
 def test_defaults_are_those_of_the_papers_and_of_trl():
-    functions = (dpo_loss, ipo_loss, slic_loss, simpo_loss, ensemble_margin)
+    functions = (dpo_loss, robust_loss, ipo_loss, slic_loss, simpo_loss, ensemble_margin)
     defaults = [{name: p.default for name, p in inspect.signature(f).parameters.items() if p.default is not p.empty}
                 for f in functions]  # fmt: skip
-    assert defaults == [{"beta": 0.1, "label_smoothing": 0.0}, {"beta": 0.1}, {"beta": 0.1, "delta": 1.0},
+    assert defaults == [{"beta": 0.1, "label_smoothing": 0.0}, {"beta": 0.1, "label_smoothing": 0.0}, {"beta": 0.1}, {"beta": 0.1, "delta": 1.0},
                         {"beta": 2.0, "gamma": 1.0}, {"previous": None, "gamma": 0.5}]  # fmt: skip
-    assert {name: loss.beta for name, loss in LOSSES.items()} == {"dpo": 0.1, "ipo": 0.1, "slic": 0.1, "simpo": 2.0}
+    assert {name: loss.beta for name, loss in LOSSES.items()} == {"dpo": 0.1, "robust": 0.1, "ipo": 0.1, "slic": 0.1, "simpo": 2.0}

@@ -38,6 +38,7 @@ SCENARIOS = {  # name: what it changes of PLAIN, and of what must change nothing
         {"loss_type": "simpo", "beta": 2.0, "token_floor": 0.6, "length_free": True}, {"max_tokens": 60}),
     "dpo, length free, wide": ({"length_free": True, "samples_per_prompt": 6, "beta": 0.1, "keep": 0.5}, {}),
     "random control": ({"select": "random"}, {}),
+    "plain robust dpo": ({"loss_type": "robust", "label_smoothing": 0.2, "keep": 1.0, "bootstrap": 0.0}, {}),
     "plain dpo": ({"keep": 1.0, "bootstrap": 0.0}, {}),
 }  # fmt: skip
 

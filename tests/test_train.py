@@ -853,7 +853,7 @@ WRONG = [
     (["--model_name_or_path", "HEADLESS", "--dataset_name", "DATA"], "HEADLESS: its weights lack lm_head.weight"),
     (["--beta", "many"], "invalid float value: 'many'"),
     (["--spelled_wrong", "1"], "unrecognized arguments: --spelled_wrong"),
-    (["--loss_type", "ipo", "--label_smoothing", "0.1"], "--label_smoothing is dpo's"),
+    (["--loss_type", "ipo", "--label_smoothing", "0.1"], "--label_smoothing is of dpo and robust"),
     (["--dataset_name", "d.jsonl"], "--model_name_or_path and --dataset_name go together"),
     (["--max_length", "16"], "--max_length is not above --max_prompt_length"),
     (["--model_name_or_path", "MODEL", "--dataset_name", "DATA"], "is 1024: the model has 128 positions"),
@@ -977,6 +977,11 @@ def test_every_field_is_read():
     source = "".join(path.read_text() for path in [ROOT / "train.py", *(ROOT / "sera_min").glob("*.py")])
     for f in fields(Config):
         assert re.search(rf"\b(config|c|flags)\.{f.name}\b", source), f"nothing reads {f.name}"
+
+
+def test_a_share_that_is_less_than_one_pair_is_told(world, tmp_path, capsys):
+    main(small(tmp_path / "out", max_train_pairs=1, iterations=2))
+    assert "--bootstrap is 0.3: of 1 pairs that is less than one, so none" in capsys.readouterr().out
 
 
 ALONE = {
