@@ -22,7 +22,7 @@ from sera_min.logprobs import rope_limit, score, sequence_logprobs
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names of the types that weights may be stored in
 MERGE = "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(MERGED)"
-STEPS = 8  # tokens that the check samples
+STEPS = 8  # tokens that the check samples, at most bootstrap.STRIDE: all four rows stay in the batch
 
 
 def load(path: str | Path, device: str) -> tuple[Any, Any]:
@@ -203,8 +203,10 @@ def sampling_difference(policy: Any, prompt: Ids, ends: list[int]) -> float:
     prompts = [(prompt * STEPS)[: STEPS + 3], (prompt * 2)[:2]]
     ordinary = max(set(range(max(prompt))) - set(prompt), default=0)  # a token that the prompts lack
     try:
-        samples = sample_responses(policy, prompts, 2, max_new_tokens=STEPS, temperature=1.0, top_p=1.0,
-                                   eos_token_id=ends, pad_token_id=ordinary, seed=0)  # fmt: skip
+        samples = sample_responses(
+            policy, prompts, 2, max_new_tokens=STEPS, temperature=1.0, top_p=1.0, eos_token_id=ends,
+            pad_token_id=ordinary, seed=0, max_tokens=4 * (len(prompts[0]) + STEPS),  # in one batch
+        )  # fmt: skip
     finally:
         watch.remove()
     rows = [(x, y) for x, of_prompt in zip(prompts, samples) for y, _ in of_prompt]

@@ -22,7 +22,7 @@ REFUSED = {
 
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch):
-    monkeypatch.setattr(bootstrap, "STRIDE", 4)
+    monkeypatch.setattr(bootstrap, "STRIDE", 8)
     monkeypatch.setattr(families, "NEW_TOKENS", 10)
 
 
