@@ -34,9 +34,9 @@ from tqdm import tqdm
 from sera_min import folder, playground, report
 from sera_min.bootstrap import best_worst_pairs
 from sera_min.config import Config, Resolved, command_line, seed_of
-from sera_min.data import Ids, Pair, Samples, TrainingSet, format_counts, lengths_of, rows_of, tokens_of, union
 from sera_min.logprobs import implicit_reward
 from sera_min.losses import LOSSES
+from sera_min.pairs import Ids, Pair, Samples, TrainingSet, format_counts, lengths_of, rows_of, tokens_of, union
 from sera_min.run import Run, backward_of_mean, opened, retry_on_oom, take_step
 from sera_min.select import ensemble_margin, length_free, select_top
 

@@ -45,7 +45,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 import train
 from sera_min import bootstrap, folder, logprobs, report, run
 from sera_min.config import Resolved, resolve
-from sera_min.data import Pair, TrainingSet, rows_of
+from sera_min.pairs import Pair, TrainingSet, rows_of
 
 SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, vocabulary
     "small": (256, 688, 4, 4, 4, 32_000), "135M": (576, 1536, 30, 9, 3, 49_152),
@@ -480,7 +480,7 @@ def saving(shape: str, save_steps: int) -> dict:
             stack.enter_context(mock.patch.object(where, name, new))
         policies = folder.Policies(Path(place), None, DEVICE)
         policies.hold(0, model, made_tokenizer(2))
-        of_ours = train.Run(config, Path(place), policies, policies.tokenizer, [1], pairs, [], [], [], [])
+        of_ours = train.Run(config, Path(place), policies, policies.tokenizer, [1], pairs, [], [], [], [], [])
         began = clock()
         train.train(of_ours, 1, training_set(pairs, torch.zeros(404, 2)))
     return {"seconds": clock() - began, "saving": seconds[0], "bytes": peak() - before}

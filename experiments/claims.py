@@ -25,7 +25,9 @@ policy and iteration 1, is computed once: a run goes on from a copy of it (a "ba
 difference over the seeds, 95 %, by Student's t. Needs matplotlib. Writes experiments/results/claims.json (every run,
 each iteration of it, and the machines they ran on), claims.md (the tables), PNG figures, and the blocks of README.md
 and experiments/README.md, see `filled`. What is in claims.json is not run again: delete it to have everything anew, as
-after a change of the code that `--check` finds to matter.
+after a change of the code that `--check` finds to matter. claims-earlier.json has the runs of an earlier version
+(commit 079f315: the same method, other draws): its tuning is taken as it is, and its tables are shown for the studies
+that have not been made anew.
 """
 
 import argparse
@@ -763,6 +765,16 @@ def figures(runs: Runs, place: Path) -> None:
     save("bootstrapped-precision")
 
 
+def read_earlier(results: Path) -> Measured:
+    """The runs of an earlier version, where there are some."""
+    file = results / "claims-earlier.json"
+    return Measured(json.loads(file.read_text())["runs"] if file.exists() else {})
+
+
+def tuning_of(runs: Runs) -> Runs:
+    return {name: run for name, run in runs.items() if "eval_split" in json.loads(name)}
+
+
 def make_quick() -> None:
     """One seed, one point of the grid, fewer pairs: every study in minutes, its figures worth nothing."""
     global SEEDS, LONG
@@ -797,24 +809,28 @@ def main(arguments: list[str] | None = None) -> None:
     file = results / "claims.json"
     saved = json.loads(file.read_text()) if file.exists() else {"machines": [], "runs": {}}
     runs, machines = Measured(saved["runs"]), set(saved["machines"])
+    earlier = read_earlier(results)
+    tuned = tuning_of(earlier)
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
         if options.check:
             return check(runs, machines, options.check, work)
         if not options.write:
             parts = [part for study in options.studies for part in STUDIES[study]]
-            make([spec for part in parts for spec in tuning(part)], runs, machines, file, work, "tuning")
-            wanted = [spec for part in parts for row in specs(runs, part).values() for spec in row]
+            wanted = [spec for part in parts for spec in tuning(part) if name_of(spec) not in tuned]
+            make(wanted, runs, machines, file, work, "tuning")
+            wanted = [spec for part in parts for row in specs(Measured(tuned | runs), part).values() for spec in row]
             make(wanted, runs, machines, file, work, "studies")
-    shown = tables(runs)
-    written = "\n\n".join(f"## {TITLES[name]}\n\n{text}" for name, text in shown.items())
+    runs = Measured(tuned | runs)
+    shown = blocks(earlier) | blocks(runs)
+    written = "\n\n".join(f"## {title}\n\n{shown[name]}" for name, title in TITLES.items() if name in shown)
     (results / "claims.md").write_text(written + "\n")
-    if {"main", "over"} <= shown.keys():
+    if {"main", "over"} <= tables(runs).keys():
         figures(runs, results)
     print(written)
     for readme in [] if options.quick else filter(Path.exists, READMES):
         try:
-            readme.write_text(filled(readme.read_text(), blocks(runs)))
+            readme.write_text(filled(readme.read_text(), shown))
         except KeyError as error:
             sys.exit(f"{readme}: of claims.json there is nothing to put into its block {error}")
 

@@ -47,17 +47,18 @@ from trl import DPOConfig, DPOTrainer
 from sera_min import data, folder, report
 from sera_min.bootstrap import read_responses
 from sera_min.config import Config, Resolved, flag, resolve, seed_of
-from sera_min.data import Ids, InputError, TrainingSet
+from sera_min.data import InputError
 from sera_min.logprobs import score, sum_and_least
 from sera_min.models import check_before_training, check_positions, eos_ids_of
+from sera_min.pairs import Ids, TrainingSet, format_counts
 from sera_min.run import Run, draw_samples, retry_on_oom
 from train import all_pairs, review
 
 CHUNK = 64  # a task of one process is about so many rows or prompts; the samples depend on it
 LOSSES = {"sigmoid": "dpo", "robust": "robust", "hinge": "slic", "ipo": "ipo"}  # TRL's name -> ours
-SHARED = """model_name_or_path dataset_name dataset_train_split max_train_pairs max_prompt_length iterations keep
-    bootstrap samples_per_prompt ensemble_gamma select length_free token_floor temperature top_p max_new_tokens
-    max_tokens beta max_length output_dir seed""".split()  # flags of train.py that are flags here, some of them TRL's
+SHARED = """model_name_or_path dataset_name dataset_config dataset_train_split max_train_pairs max_prompt_length
+    iterations keep bootstrap samples_per_prompt ensemble_gamma select length_free token_floor temperature top_p
+    max_new_tokens max_tokens beta max_length output_dir seed""".split()  # flags of train.py, some of them also TRL's
 Flags = make_dataclass("Flags", [
     *((f.name, f.type, field(default=f.default, metadata=f.metadata)) for f in fields(Config)
       if f.name in SHARED and not hasattr(DPOConfig, f.name)),
@@ -202,7 +203,7 @@ def resolved(flags: Any, args: DPOConfig) -> Resolved:
 def main(flags: Any, args: DPOConfig) -> None:
     config = resolved(flags, args)
     out, name, last = Path(config.output_dir), str(config.dataset_name), config.iterations
-    rows = data.read_rows(name, config.dataset_train_split, config.max_train_pairs)
+    rows = data.read_rows(name, config.dataset_train_split, config.max_train_pairs, config.dataset_config)
     policies = Policies(out, config.model_name_or_path, str(PartialState().device))
     check_positions(policies.get(0), config.max_length, "--max_length")
     tokenizer, ends = policies.tokenizer, eos_ids_of(policies.get(0), policies.tokenizer)
@@ -210,10 +211,10 @@ def main(flags: Any, args: DPOConfig) -> None:
     offline, counts = data.encode(rows, tokenizer, name=name, eos_ids=ends, **limits)
     refuse(not offline, f"--dataset_name {name}: no pair is left to train on")
     first = next((t for t in range(1, last + 1) if not Path(policies.folder(t)).is_dir()), last + 1)
-    print(f"data: {data.format_counts(counts)}\n{PartialState().num_processes} processes; iterations {first} to {last}")
+    print(f"data: {format_counts(counts)}\n{PartialState().num_processes} processes; iterations {first} to {last}")
     if first == 1:
         check_before_training(policies.get(0), offline[0], ends)
-    run = SharedRun(config, out, policies, tokenizer, ends, offline, [], [], [], [], args=args)
+    run = SharedRun(config, out, policies, tokenizer, ends, offline, [], [], [], [], [], args=args)
     if flags.samples:
         refuse(first == 1, f"--samples: nothing is reviewed before iteration 2; {policies.folder(1)} is missing")
         refuse(first > last, f"--samples: no iteration is left to review, for {policies.folder(last)} is there")

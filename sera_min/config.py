@@ -45,7 +45,8 @@ class Config:
     learning_rate: float | None = flag(None, f"at its peak (1e-6; playground: {playground.LEARNING_RATE:g})")
 
     model_name_or_path: str | None = flag(None, "SFT model π_ref, a hub name or a folder (without: the playground)")
-    dataset_name: str | None = flag(None, "preferences D: a hub name, a .json, .jsonl or .parquet file, or a folder")
+    dataset_name: str | None = flag(None, "preferences D: a hub name, a .json(l), .csv or .parquet file, or a folder")
+    dataset_config: str | None = flag(None, "the configuration of dataset_name, where the hub has several")
     output_dir: str = flag("runs/sera", "a new folder for all that the run writes")
     resume_from_checkpoint: str | None = flag(None, "output_dir of a run to go on with, under the same flags")
     dataset_train_split: str = flag("train", "the split of dataset_name to train on")
@@ -162,6 +163,9 @@ def refuse_contradictions(flags: Config, c: Resolved) -> None:
         (playing and changed("eval_dataset_name", "prompt_file"),
          "--eval_dataset_name and --prompt_file are for a model of your own: the playground has its own prompts"),
         (playing and changed("dataset_train_split"), "--dataset_train_split is of --dataset_name"),
+        (playing and changed("dataset_config"), "--dataset_config is of --dataset_name"),
+        (changed("dataset_config") and Path(c.dataset_name or "").exists(),
+         f"--dataset_config is for data sets of the hub: {c.dataset_name} is here"),
         (not playing and changed("label_noise", "length_bias"),
          "--label_noise and --length_bias are the playground's: data of your own has what it has"),
         (Path(c.dataset_name or "").is_file() and (changed("dataset_train_split")

@@ -1,202 +1,186 @@
-"""Preference pairs, in the formats people publish them in, to token ids. Every row cut or dropped is counted.
+"""Preference pairs from rows to token ids, and back to texts. Every row cut or dropped is counted.
 
-| format | columns |
-|---|---|
-| strings, explicit prompt | `prompt`, `chosen`, `rejected` (taken as they are: no template, no separator)
-| messages, explicit prompt | `prompt`: messages, or a string (one user turn); `chosen`, `rejected`: the answer's
-| messages, implicit prompt | `chosen`, `rejected`: whole dialogues, the last turn the assistant's
-| HH-RLHF, implicit prompt | `chosen`, `rejected`: "\\n\\nHuman: … \\n\\nAssistant: …"
-| Alpaca | `instruction`, `input` (may be absent or empty), `chosen`, `rejected`
-
-The last assistant turn is the response, everything before it the prompt, and both responses share one prompt's ids.
-Dialogues go through the tokenizer's chat template. A prompt's ids never depend on the response: where tokens merge
-across the border, the response is tokenised apart. A response ends with exactly one end of sequence, unless cut.
-A field that is missing or of another type is an error; a text that is there but blank drops its pair.
+What a row says is read by forms.py, rows come by files.py. Dialogues go through the tokenizer's chat template, as TRL's
+do. A prompt's ids never depend on the response: where tokens merge across the border, the response is tokenised apart.
+A response ends with exactly one end of sequence, unless cut.
 """
 
-import json
-import random
 import re
-import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice, takewhile
+from typing import Any
 
 import datasets
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
+from sera_min import forms
+from sera_min.files import KNOWN, Rows, decoded, in_one_line
+from sera_min.files import read_rows as read_rows
+from sera_min.forms import InputError, Messages, Reading, Unusable, as_text, squeezed, texts_in
+from sera_min.forms import one_line as one_line
+from sera_min.pairs import Ids, Pair
+
+BATCH = 256  # rows that are tokenised together
 # For tokenizers without a chat template: HH-RLHF's plain form, which a dialogue in that form survives unchanged.
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{{ {'user': '\n\nHuman: ', 'assistant': '\n\nAssistant: ', 'system': ''}[m['role']] "
     "+ m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
-COLUMNS = ("prompt", "instruction", "input", "chosen", "rejected")  # all that is read
-
-Ids = list[int]  # token ids
-Messages = list[dict[str, str]]  # of a role and a content
-Rows: TypeAlias = Sequence[Any] | datasets.Dataset
+SPOKEN = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # are a part of an answer
 
 
-class Pair(NamedTuple):
-    """A preference (x, y_w, y_l) as token ids; a response that was not cut ends with its end of sequence."""
+@dataclass
+class Encoder:
+    """Token ids of what rows say. eos_ids: the tokens that end a response, the tokenizer's first."""
 
-    prompt: Ids
-    chosen: Ids
-    rejected: Ids
+    tokenizer: Any
+    eos_ids: Ids
+    max_length: int
+    max_prompt_length: int
 
+    def __post_init__(self) -> None:
+        set_template(self.tokenizer)
+        self.forged = forgery_pattern(self.tokenizer, self.eos_ids)
+        self.turn_end = turn_end(self.tokenizer, self.eos_ids)
+        self.counts: Counter = Counter({"read": 0})
+        self.all_needed = False  # a row that is Unusable is an InputError
+        self.same_id: dict[int, int] = {}  # equal ids are one object: 8 bytes a token, where they come with 40
 
-class InputError(ValueError):
-    """What the user gave is not as expected. The message is one line: where, and what was expected."""
+    def texts(self, reading: Reading, where: str) -> list[str]:
+        """The prompt, and the prompt with each of its answers, as they are tokenised. Raises Unusable, InputError."""
+        x, answers, options = reading
+        eos = self.tokenizer.eos_token
+        if isinstance(x, str):
+            answers = [y.removesuffix(eos) for y in answers]
+            said: list[Any] = answers  # the prompt may spell a BOS
+        else:
+            answers = [{**y, "content": y["content"].removesuffix(eos)} for y in answers]
+            said = [*x, *answers, options]
+        if any(self.forged.search(text) for text in texts_in(said)):
+            raise Unusable("a text spells a special token")
+        if not all(y["content"] or y.get("tool_calls") if isinstance(y, dict) else y for y in answers):
+            raise Unusable("no token of the prompt or a response")
+        return [x, *(x + y for y in answers)] if isinstance(x, str) else self.rendered(x, answers, options, where)
 
+    def rendered(self, x: Messages, answers: Messages, options: dict[str, Any], where: str) -> list[str]:
+        """The same of a dialogue. An answer goes on with the prompt's last turn where that is the assistant's too."""
+        begun, opened, dialogues = x[-1]["role"] == "assistant", "add_generation_prompt", [[*x, y] for y in answers]
+        if begun:
+            opened = "continue_final_message"
+            dialogues = [[*x[:-1], {**y, "content": x[-1]["content"] + y["content"]}] for y in answers]
+        prompt, *wholes = (
+            self.render(messages, where, {**options, **more})
+            for messages, more in [(x, {opened: True}), *((dialogue, {}) for dialogue in dialogues)]
+        )
+        if not all(whole.startswith(prompt) for whole in wholes):
+            shared = common_start([prompt, *wholes])  # as in TRL: what is opened only in a prompt is left out
+            end = prompt[len(shared) :]
+            parted = f"the chat template does not begin an answered dialogue with its own prompt's {end!r}"
+            if begun or not shared.startswith(self.render(x, where, options)):
+                raise InputError(f"{where}: {parted}")
+            self.counts[f"prompts without their end, as {parted}"] += 1
+            prompt = shared
+        for y, whole in zip(answers, wholes):
+            if squeezed(y["content"]) not in squeezed(whole[len(prompt) :]):
+                raise InputError(f"{where}: the chat template leaves out or changes a part of the answer "
+                                 f"{y['content'][:40]!r}: give the tokenizer another")  # fmt: skip
+        self.check_written(x, answers, options, prompt, where)
+        return [prompt, *wholes]
 
-class Unusable(Exception):
-    """A row of a right form that is no pair to train on: it is dropped, and counted under this message."""
+    def render(self, messages: Messages, where: str, options: dict[str, Any]) -> str:
+        with in_one_line(f"{where}: the chat template does not take this dialogue"):
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
+    def check_written(self, x: Messages, answers: Messages, options: dict, prompt: str, where: str) -> None:
+        """What a dialogue says beside its answers is in what the template writes: otherwise dropped or counted."""
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+        def unwritten(before: Messages, messages: Messages) -> list[str]:  # fields without which all stays the same
+            fields = sorted({field for message in messages for field in message} - {"role", "content"})
+            without = [[{k: v for k, v in m.items() if k != field} for m in messages] for field in fields]
+            texts = [self.render(before + some, where, options) for some in [messages, *without]] if fields else []
+            return [field for field, text in zip(fields, texts[1:]) if text == texts[0]]
 
+        lost = [unwritten(x, [y]) for y in answers]
+        if spoken := [field for fields in lost for field in fields if field in SPOKEN]:
+            raise Unusable(f"the chat template does not write an answer's '{spoken[0]}'")
+        unused = {*unwritten([], x), *(field for fields in lost for field in fields)}
+        without = {**options, "tools": None}
+        if "tools" in options and self.render(x, where, options) == self.render(x, where, without):
+            unused.add("tools")
+        for field in unused:
+            self.counts[f"dialogues whose '{field}' the chat template does not write"] += 1
+        if not all(squeezed(message["content"]) in squeezed(prompt) for message in x):
+            self.counts["prompts of which the chat template leaves out or changes a part"] += 1
 
-def read_rows(name: str, split: str, limit: int | None = None) -> Rows:
-    """Rows, the first `limit`, of a hub data set, a .json, .jsonl or .parquet file, or a folder. Raises InputError."""
-    path, suffixes = Path(name), (".json", ".jsonl", ".parquet")
-    if path.is_file() and path.suffix not in suffixes:
-        raise InputError(f"{name}: expected a .json, .jsonl or .parquet file")
-    if not path.exists() and (path.suffix in suffixes or name.count("/") > 1 or name.startswith((".", "~", "/"))):
-        raise InputError(f"{name}: no such file")
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors come back in ours, on one line
-    try:
-        if path.is_file() and path.suffix != ".parquet":
-            return read_json(path)[:limit]
-        source: dict = {"path": "parquet", "data_files": {split: name}} if path.is_file() else {"path": name}
-        rows = datasets.load_dataset(**source, split=split, trust_remote_code=False)
-        rows = rows.select_columns([column for column in COLUMNS if column in rows.column_names])
-        return rows if limit is None else rows.select(range(min(len(rows), limit)))
-    except Exception as error:  # pyarrow, pandas, huggingface_hub and datasets each raise their own, and wrap others'
-        causes: list[str] = []
-        cause: BaseException | None = error
-        while cause is not None:
-            causes += [one_line(cause)]
-            cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
-        raise InputError(f"{name}, split '{split}': cannot be read: {'; '.join(dict.fromkeys(causes))}") from None
+    def ids(self, texts: list[str], ids: list[Ids], plain: bool) -> list[Ids]:
+        """Of [prompt, wholes …] and the token ids of each: those of the prompt and of the responses, cut to the limits.
 
+        plain: they went through no template, which would have written a BOS itself. Raises Unusable.
+        """
+        (prompt, *whole_ids), n = ids, len(ids[0])
+        responses = []
+        for whole, tokens in zip(texts[1:], whole_ids):  # where tokens merge across the border, it is tokenised apart
+            y = tokens[n:] if tokens[:n] == prompt else continued(self.tokenizer, whole[len(texts[0]) :])
+            end = next((j for j, token in enumerate(y) if token in self.eos_ids), None)
+            default = self.eos_ids[:1] if plain else self.turn_end
+            responses.append(y[: end + 1] if end is not None else y + default if y else [])
+        added = added_before(self.tokenizer)
+        if plain and prompt[: len(added)] != added:
+            prompt = added + prompt
+        first = next((some for some in (added, [self.tokenizer.bos_token_id]) if some == prompt[: len(some)] != []), [])
+        rows = cut(prompt, responses, first, self.max_length, self.max_prompt_length)
+        if not all(rows):
+            raise Unusable("no token of the prompt or a response")
+        if rows[1:] and rows[1] == rows[2]:
+            raise Unusable("chosen equals rejected")
+        self.counts["prompts cut"] += len(prompt) > self.max_prompt_length
+        self.counts["responses cut"] += sum(kept != y for kept, y in zip(rows[1:], responses))
+        return [[self.same_id.setdefault(i, i) for i in row] for row in rows]
 
-def read_json(path: Path) -> list[Any]:
-    """The values of a JSON list, or all values one after the other. Raises ValueError naming line and column.
+    def read(self, rows: Rows, name: str, read: Callable[[Any, str], Reading]) -> list[tuple[Any, list[Ids]]]:
+        """Of each row that is not dropped the prompt as it is read, and token ids. Raises InputError."""
+        there = set(rows.column_names) - KNOWN if isinstance(rows, datasets.Dataset) else set()
+        used: set[str] = set()
+        each = enumerate(tqdm(decoded(rows, name), f"reading {name}", len(rows), unit="row", leave=False))
+        result: list[tuple[Any, list[Ids]]] = []
+        while batch := list(islice(each, BATCH)):
+            kept = []
+            for i, row in batch:
+                self.counts["read"] += 1
+                with self.dropping(where := f"{name}, row {i}"):
+                    reading = read(row, where)
+                    there.update(column for column, value in row.items() if value is not None)
+                    used.update(forms.columns_of(row, where).values())
+                    kept.append((where, reading.prompt, self.texts(reading, where)))
+            all_texts = [text for _, _, texts in kept for text in texts]
+            ids = iter(self.tokenised(all_texts, f"{name}, rows {batch[0][0]} to {batch[-1][0]}"))
+            for where, x, texts in kept:
+                with self.dropping(where):
+                    result.append((x, self.ids(texts, list(islice(ids, len(texts))), plain=isinstance(x, str))))
+        if there - used:
+            tqdm.write(f"{name}: columns that are not read: {', '.join(sorted(map(str, there - used)))}")
+        return result
 
-    Not by `datasets`, whose reader has crashed the process on deep nesting, and wants a field of one type in all rows.
-    """
-    text = path.read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        return json.loads(text)
-    rows, parser, text = [], json.JSONDecoder(), text.rstrip()
-    at = len(text) - len(text.lstrip())
-    while at < len(text):
-        row, at = parser.raw_decode(text, at)
-        rows.append(row)
-        while at < len(text) and text[at].isspace():
-            at += 1
-    if not rows:
-        raise ValueError("it is empty")
-    return rows
-
-
-def decoded(rows: Rows, name: str) -> Iterator[Any]:
-    """The rows one by one; what `datasets` cannot decode, and reads ahead, is an InputError."""
-    each = iter(rows)
-    for i in range(len(rows)):
+    @contextmanager
+    def dropping(self, where: str) -> Iterator[None]:
         try:
-            yield next(each)
-        except Exception as error:
-            raise InputError(f"{name}, row {i} or one after it: cannot be decoded: {one_line(error)}") from None
+            yield
+        except Unusable as why:
+            if self.all_needed:
+                raise InputError(f"{where} is no prompt to answer: {why}") from None
+            self.counts[f"dropped: {why}"] += 1
+
+    def tokenised(self, texts: list[str], where: str) -> list[Ids]:
+        with in_one_line(f"{where}: the tokenizer fails"):
+            return self.tokenizer(texts, add_special_tokens=False).input_ids if texts else []
 
 
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        kind = "missing" if value is None else f"a {type(value).__name__}"
-        raise InputError(f"{where} is {kind}: expected a text")
-    if re.search("[\ud800-\udfff]", value):
-        raise InputError(f"{where} holds half a surrogate pair, which no encoding has: expected Unicode text")
-    if not value.strip():
-        raise Unusable("a text is empty")
-    return value
-
-
-def _messages(value: Any, where: str) -> Messages:
-    if not value:
-        raise InputError(f"{where} is empty: expected messages")
-    for j, message in enumerate(value):
-        if not isinstance(message, dict) or message.get("role") not in ("system", "user", "assistant"):
-            raise InputError(f"{where}, message {j}: expected a role (system, user or assistant) and a content")
-        _text(message.get("content"), f"{where}, message {j}: 'content'")
-    return [{"role": m["role"], "content": m["content"]} for m in value]
-
-
-def _human_assistant(text: str, where: str) -> Messages:
-    """HH-RLHF's plain dialogue as messages, split at its turns."""
-    before, *turns = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip("\n"))
-    if before.strip() or not turns:
-        raise InputError(f"{where}: expected 'prompt' or 'instruction' beside it, or a dialogue '\\n\\nHuman: …'")
-    if turns[-2] == "Human":
-        raise Unusable("a transcript ends without an answer")
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[r], "content": _text(c, where).strip()} for r, c in zip(turns[::2], turns[1::2])]
-
-
-def _row_prompt(row: Any, where: str) -> str | Messages | None:
-    """The prompt that a row names: a text, or the messages so far; None where it is in the responses."""
-    if not isinstance(row, dict):
-        raise InputError(f"{where} is a {type(row).__name__}: expected fields and their values")
-    if (prompt := row.get("prompt")) is not None:
-        return (_messages if isinstance(prompt, list) else _text)(prompt, f"{where}: 'prompt'")
-    if row.get("instruction") is None:
-        return None
-    question = _text(row["instruction"], f"{where}: 'instruction'")
-    if row.get("input") not in (None, ""):
-        question += "\n\n" + _text(row["input"], f"{where}: 'input'")
-    return [{"role": "user", "content": question}]
-
-
-def preference(row: Any, where: str) -> tuple[str | Messages, list[str]]:
-    """A row of any of the formats as its prompt, a text or the messages so far, and [chosen, rejected].
-
-    Raises InputError naming the row and the field, and Unusable.
-    """
-    prompt = _row_prompt(row, where)
-    (x, chosen), (other_x, rejected) = (
-        _split_dialogue(prompt, row.get(field), f"{where}: '{field}'") for field in ("chosen", "rejected")
-    )
-    if x != other_x:
-        raise Unusable("the responses answer different prompts")
-    return x, [chosen, rejected]
-
-
-def question(row: Any, where: str) -> str | Messages:
-    """A row of `prompt` or `instruction` as a prompt to answer. Raises as `preference` does."""
-    if (prompt := _row_prompt(row, where)) is None:
-        raise InputError(f"{where}: expected 'prompt' or 'instruction'")
-    return prompt
-
-
-def _split_dialogue(prompt: str | Messages | None, value: Any, where: str) -> tuple[str | Messages, str]:
-    """What the row's prompt, if it has one, and its `chosen` or `rejected` together ask, and the answer."""
-    if not isinstance(value, list):
-        text = _text(value, where)
-        if prompt is not None:
-            return prompt, text
-        dialogue = _human_assistant(text, where)
-    else:
-        dialogue = _messages(value, where)
-        if isinstance(prompt, list) and dialogue[: len(prompt)] != prompt:
-            dialogue = prompt + dialogue
-        elif isinstance(prompt, str) and [m["role"] for m in dialogue] == ["assistant"]:
-            dialogue = [{"role": "user", "content": prompt}, *dialogue]
-    if len(dialogue) < 2 or dialogue[-1]["role"] != "assistant":
-        raise InputError(f"{where}: expected a dialogue that ends with the assistant's turn")
-    return dialogue[:-1], dialogue[-1]["content"]
+def common_start(texts: list[str]) -> str:
+    return "".join(letters[0] for letters in takewhile(lambda letters: len(set(letters)) == 1, zip(*texts)))
 
 
 def continued(tokenizer: Any, text: str) -> Ids:
@@ -205,39 +189,30 @@ def continued(tokenizer: Any, text: str) -> Ids:
     return ids[len(before) :] if ids[: len(before)] == before else tokenizer(text, add_special_tokens=False).input_ids
 
 
-def tokenise(tokenizer: Any, x: str | Messages, ys: list[str], eos_ids: Ids, where: str) -> list[Ids]:
-    """Token ids of the prompt and of each response, which gets exactly one end of sequence. Raises InputError."""
-    prompt, wholes = x, [str(x) + y for y in ys]
-    if isinstance(x, list):
-        try:
-            prompt = tokenizer.apply_chat_template(x, add_generation_prompt=True, tokenize=False)
-            answers = [[*x, {"role": "assistant", "content": y}] for y in ys]
-            wholes = [tokenizer.apply_chat_template(answer, tokenize=False) for answer in answers]
-        except Exception as error:  # of jinja, and whatever the template's own code comes to
-            raise InputError(f"{where}: the chat template does not take this dialogue: {one_line(error)}") from None
-        if not all(whole.startswith(prompt) for whole in wholes):
-            raise InputError(f"{where}: the chat template does not begin an answered dialogue with its own prompt")
-    prompt_ids, *whole_ids = tokenizer([prompt, *wholes], add_special_tokens=False).input_ids
-    responses = []
-    for whole, ids in zip(wholes, whole_ids):
-        n = len(prompt_ids)  # where tokens merge across the border, the response is tokenised apart
-        y = ids[n:] if ids[:n] == prompt_ids else continued(tokenizer, whole[len(prompt) :])
-        end = next((j for j, token in enumerate(y) if token in eos_ids), None)
-        responses.append(y[: end + 1] if end is not None else [*y, eos_ids[0]] if y else [])
-    return [prompt_ids, *responses]
-
-
-def cut(prompt: Ids, responses: list[Ids], bos: int | None, max_length: int, max_prompt_length: int) -> list[Ids]:
-    """The prompt's last `max_prompt_length` tokens (and its BOS), of each response the first max_length − |prompt|."""
+def cut(prompt: Ids, responses: list[Ids], first: Ids, max_length: int, max_prompt_length: int) -> list[Ids]:
+    """The prompt's last `max_prompt_length` tokens, with `first`, its BOS; of each response max_length − |prompt|."""
     if len(prompt) > max_prompt_length:
-        first = prompt[:1] if prompt[0] == bos else []
         prompt = first + prompt[len(prompt) - max_prompt_length + len(first) :]
     return [prompt, *(y[: max_length - len(prompt)] for y in responses)]
 
 
-def added_bos(tokenizer: Any) -> Ids:
-    """The BOS that the tokenizer puts before a text by itself, or nothing."""
-    return [i for i in tokenizer("a").input_ids[:1] if i == tokenizer.bos_token_id]
+@lru_cache(1)
+def added_before(tokenizer: Any) -> Ids:
+    """What the tokenizer puts before every text by itself: a BOS, or nothing. TRL puts it before a prompt's text."""
+    ids, [first] = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids[:1]
+    return ids[: ids.index(first)]
+
+
+def turn_end(tokenizer: Any, eos_ids: Ids) -> Ids:
+    """What follows an answer that the template does not end: what begins the next turn, to the first end in it."""
+    turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant", "user"), "abc")]
+    try:
+        answered, asked = (tokenizer.apply_chat_template(turns[:n], tokenize=False) for n in (2, 3))
+    except Exception:  # a template of one question
+        return eos_ids[:1]
+    after = tokenizer(asked[len(answered) :], add_special_tokens=False).input_ids if asked.startswith(answered) else []
+    end = next((j for j, token in enumerate(after) if token in eos_ids), None)
+    return eos_ids[:1] if end is None else after[: end + 1]
 
 
 def forgery_pattern(tokenizer: Any, eos_ids: Ids) -> re.Pattern[str]:
@@ -251,138 +226,62 @@ def forgery_pattern(tokenizer: Any, eos_ids: Ids) -> re.Pattern[str]:
     return re.compile("|".join([*specials, *turns]) or "(?!)")
 
 
-def encode_row(
-    x: str | Messages, ys: list[str], tokenizer: Any, where: str, forged: re.Pattern[str], counts: Counter,
-    *, eos_ids: Ids, max_length: int, max_prompt_length: int,
-) -> list[Ids]:  # fmt: skip
-    """Token ids of a prompt and of its responses, cut to the limits, which is counted. Raises Unusable, InputError."""
-    ys = [y.removesuffix(tokenizer.eos_token) for y in ys]
-    if any(forged.search(text) for text in [*ys, *(m["content"] for m in ([] if isinstance(x, str) else x))]):
-        raise Unusable("a text spells a special token")
-    prompt, *responses = tokenise(tokenizer, x, ys, eos_ids, where)
-    if isinstance(x, str) and prompt[:1] != (bos := added_bos(tokenizer)):  # a template writes its own
-        prompt = bos + prompt
-    ids = cut(prompt, responses, tokenizer.bos_token_id, max_length, max_prompt_length)
-    if not all(ys) or not all(ids):
-        raise Unusable("no token of the prompt or a response")
-    if ids[1:] and ids[1] == ids[2]:
-        raise Unusable("chosen equals rejected")
-    counts["prompts cut"] += len(prompt) > max_prompt_length
-    counts["responses cut"] += sum(kept != y for kept, y in zip(ids[1:], responses))
-    return ids
-
-
 def set_template(tokenizer: Any) -> None:
     """A tokenizer without a chat template is given PLAIN_TEMPLATE, and keeps it where it is saved."""
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = "{{ bos_token }}" * len(added_bos(tokenizer)) + PLAIN_TEMPLATE
+        tokenizer.chat_template = "{{ bos_token }}" * len(added_before(tokenizer)) + PLAIN_TEMPLATE
 
 
 def encode(rows: Rows, tokenizer: Any, *, name: str, eos_ids: Ids, **limits: int) -> tuple[list[Pair], Counter]:
-    """Rows of any of the formats as pairs of token ids, and the count of rows read, kept, cut and dropped, with why.
+    """Rows of any of the forms as pairs of token ids, and the count of rows read, kept, cut and dropped, with why.
 
-    eos_ids: the tokens that end a response, the one to append first. limits: max_length, max_prompt_length.
+    eos_ids: the tokens that end a response, the tokenizer's first. limits: max_length, max_prompt_length.
     A dialogue or response that spells a special token is dropped: it would forge a turn or an end.
     """
-    set_template(tokenizer)
-    forged, counts, pairs = forgery_pattern(tokenizer, eos_ids), Counter({"read": 0, "kept": 0}), []
-    for i, row in enumerate(tqdm(decoded(rows, name), f"reading {name}", len(rows), unit="row", leave=False)):
-        where = f"{name}, row {i}"
-        counts["read"] += 1
-        try:
-            x, ys = preference(row, where)
-            pairs.append(Pair(*encode_row(x, ys, tokenizer, where, forged, counts, eos_ids=eos_ids, **limits)))
-        except Unusable as why:
-            counts[f"dropped: {why}"] += 1
-    counts["kept"] = len(pairs)
-    return pairs, counts
+    both, counts = encode_with_texts(rows, tokenizer, name=name, eos_ids=eos_ids, **limits)
+    return [pair for pair, _ in both], counts
+
+
+def encode_with_texts(
+    rows: Rows, tokenizer: Any, *, name: str, eos_ids: Ids, **limits: int
+) -> tuple[list[tuple[Pair, str]], Counter]:
+    """The same, with the prompt of each pair as people read it: a dialogue without the marks of its template."""
+    encoder = Encoder(tokenizer, eos_ids, **limits)
+    both = [(Pair(*ids), as_text(x)) for x, ids in encoder.read(rows, name, forms.preference)]
+    return both, Counter({"read": encoder.counts.pop("read"), "kept": len(both), **encoder.counts})
 
 
 def encode_prompts(
     rows: Rows, tokenizer: Any, *, name: str, eos_ids: Ids, **limits: int
 ) -> tuple[list[str], list[Ids], Counter]:
-    """Prompts to answer, rows of `prompt` or `instruction` as above: their texts, their token ids, and the counts.
+    """Prompts to answer, rows of any of the forms but for the answers: their texts, their token ids, and the counts.
 
     Raises InputError where a row is none.
     """
-    set_template(tokenizer)
-    forged, counts = forgery_pattern(tokenizer, eos_ids), Counter({"read": len(rows)})
-    texts: list[str] = []
-    prompts: list[Ids] = []
-    for i, row in enumerate(decoded(rows, name)):
-        where = f"{name}, row {i}"
-        try:
-            x = question(row, where)
-            prompts += encode_row(x, [], tokenizer, where, forged, counts, eos_ids=eos_ids, **limits)
-        except Unusable as why:
-            raise InputError(f"{where} is no prompt to answer: {why}") from None
-        texts.append(x if isinstance(x, str) else "\n\n".join(message["content"] for message in x))
-    return texts, prompts, counts
+    encoder = Encoder(tokenizer, eos_ids, **limits)
+    encoder.all_needed = True
+    prompts = encoder.read(rows, name, forms.question)
+    texts = [x if isinstance(x, str) else "\n\n".join(message["content"] for message in x) for x, _ in prompts]
+    return texts, [ids for _, [ids] in prompts], encoder.counts
 
 
-def format_counts(counts: Counter) -> str:
-    return ", ".join(f"{count} {what}" for what, count in counts.items()) or "none"
+def decode(tokenizer: Any, ids: Ids, ends: Ids, after: Ids | None = None) -> str:
+    """A text without what its reader adds: of a prompt what the tokenizer puts before it, of a response the end.
 
-
-class TrainingSet(NamedTuple):
-    """What an iteration trains on: N pairs; log π_ref of their responses; their margins, and where they come from."""
-
-    pairs: list[Pair]
-    reference: Tensor  # (N, 2), nats
-    margins: Tensor  # (N,), nats; 0 at t = 1, where nothing is reviewed
-    sources: list[str]  # offline or bootstrap
-
-
-class Samples(NamedTuple):
-    """n samples of each of P prompts, and what the review makes of them."""
-
-    responses: list[list[Ids]]
-    ended: Tensor  # (P, n) bool
-    usable: Tensor  # (P, n) bool: ended, and not below --token_floor
-    rewards: Tensor  # (P, n), nats, those that rank; NaN where a sample is not usable
-    reference: Tensor  # (P, n), nats: log π_ref(y|x)
-
-
-def rows_of(pairs: Sequence[Pair]) -> tuple[list[Ids], list[Ids]]:
-    """Prompts and responses of N pairs as 2N rows: chosen, rejected, chosen, rejected, …"""
-    return [pair.prompt for pair in pairs for _ in "wl"], [y for pair in pairs for y in (pair.chosen, pair.rejected)]
-
-
-def tokens_of(pair: Pair) -> int:
-    return 2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
-
-
-def lengths_of(pairs: Sequence[Pair]) -> Tensor:
-    return torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs])  # (N, 2)
-
-
-def union(some: TrainingSet, others: TrainingSet) -> TrainingSet:
-    return TrainingSet(some.pairs + others.pairs, torch.cat([some.reference, others.reference]),
-                       torch.cat([some.margins, others.margins]), some.sources + others.sources)  # fmt: skip
-
-
-def split_by_prompt(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """The pairs to train on and those held out: a random `share` of the prompts, none of which is in both."""
-    prompts = list(dict.fromkeys(tuple(pair.prompt) for pair in pairs))
-    held = set(random.Random(seed).sample(prompts, round(share * len(prompts))))
-    in_held = [tuple(pair.prompt) in held for pair in pairs]
-    return [p for p, out in zip(pairs, in_held) if not out], [p for p, out in zip(pairs, in_held) if out]
-
-
-def fingerprint(*parts: Sequence[Any]) -> str:
-    """How many rows each part has, and a checksum of their token ids, by which a resumed run knows its data again."""
-    crc = 0
-    for row in (row for rows in parts for row in rows):
-        crc = zlib.crc32(repr(row).encode(), crc)
-    return f"{' + '.join(str(len(rows)) for rows in parts)} rows, CRC {crc:08x}"
-
-
-def decode(tokenizer: Any, ids: Ids, eos_ids: Ids, after: Ids | None = None) -> str:
-    """A prompt without its BOS, a response without its end: what `datasets` and TRL expect, for they add them.
-
+    ends: what is taken off a response's end; for TRL only the tokenizer's EOS, the one that it adds.
     after: the prompt, where `ids` is a response. Alone it would lose the space that SentencePiece begins a word with.
     """
-    if after:
-        return decode(tokenizer, after + ids, eos_ids)[len(decode(tokenizer, [*after, eos_ids[0]], eos_ids)) :]
-    ids = ids[ids[:1] == [tokenizer.bos_token_id] : len(ids) - (ids[-1] in eos_ids)]
+    if after is not None:
+        return decode_responses(tokenizer, after, [ids], ends)[0]
+    first = added_before(tokenizer)
+    return text_of(tokenizer, ids[len(first) :] if ids[: len(first)] == first else ids)
+
+
+def decode_responses(tokenizer: Any, prompt: Ids, responses: list[Ids], ends: Ids) -> list[str]:
+    before = prompt[-8:]  # enough for what a tokenizer makes of neighbours: a space, the bytes of one character
+    n = len(text_of(tokenizer, before))
+    return [text_of(tokenizer, before + y[: len(y) - (y[-1] in ends)])[n:] for y in responses]
+
+
+def text_of(tokenizer: Any, ids: Ids) -> str:
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False)  # the clean-up would write " ," as ","

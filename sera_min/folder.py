@@ -10,7 +10,7 @@
         policy-<t>/                  π_θt, of the last two iterations (and π_θ0, where the run made it)
         steps-<t>.jsonl              the lines of metrics.jsonl that its training wrote
         checkpoint-<t>-<step>/       within the training of π_θt: policy, optimizer, lines so far
-        <name>.pt                    what another phase returned: log-probs, samples, evaluations
+        <name>.pt                    what another phase returned: data, log-probs, samples, evaluations
 
 Everything is written beside and then renamed, so a run that dies leaves whole files. metrics.jsonl is written anew at a
 resume, from the phases that are done, so it has the lines that an uninterrupted run has.
@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from sera_min.data import InputError
+from sera_min.forms import InputError
 from sera_min.models import load
 
 MAY_CHANGE = {"output_dir", "max_tokens", "gradient_checkpointing", "save_steps"}  # at a resume: nothing but rounding
@@ -233,7 +233,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def write_jsonl(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    write(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    with writing(file) as beside, open(beside, "w", encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:

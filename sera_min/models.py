@@ -17,8 +17,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file, find_adapter_config_file
 
 from sera_min.bootstrap import sample_responses
-from sera_min.data import Ids, InputError, Pair, one_line, rows_of
+from sera_min.files import is_lfs_pointer
+from sera_min.forms import InputError, one_line
 from sera_min.logprobs import rope_limit, score, sequence_logprobs
+from sera_min.pairs import Ids, Pair, rows_of
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names of the types that weights may be stored in
 MERGE = "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(MERGED)"
@@ -50,12 +52,6 @@ def load(path: str | Path, device: str) -> tuple[Any, Any]:
     except ValueError:  # settings of sampling without do_sample, which transformers would not save
         policy.generation_config.do_sample = True
     return without_noise(policy.to(device)), tokenizer
-
-
-def is_lfs_pointer(file: Path) -> bool:
-    """Whether the file is Git LFS's three lines about a file that was never downloaded."""
-    with open(file, "rb") as start:
-        return start.read(24) == b"version https://git-lfs."
 
 
 def refuse_pointers(folder: Path) -> None:

@@ -5,17 +5,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from sera_min import bootstrap, data, folder, playground, report
+from sera_min import bootstrap, data, folder, pairs, playground, report
 from sera_min.config import Config, Resolved, resolve, seed_of
-from sera_min.data import Ids, InputError, Pair, Samples, TrainingSet, rows_of, tokens_of
+from sera_min.files import Rows, fingerprint, in_one_line, read_rows
+from sera_min.forms import InputError
 from sera_min.logprobs import score, sequence_logprobs, sum_and_least, token_batches
 from sera_min.models import check_before_training, check_positions, eos_ids_of, pad_id_of
+from sera_min.pairs import Ids, Pair, Samples, TrainingSet, format_counts, rows_of, split_by_prompt, tokens_of
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Run:
     offline: list[Pair]  # D
     held_out: list[Pair]  # to evaluate on: none of their prompts is in D
     eval_prompts: list[Ids]  # to be answered
+    eval_texts: list[str]  # as people read them
     file_prompts: list[Ids]  # those of --prompt_file, and their texts
     file_texts: list[str]
 
@@ -43,7 +46,11 @@ class Run:
     def sample(self, i: int, prompts: list[Ids]) -> list[list[tuple[Ids, bool]]]:
         """N responses a prompt from π_θi, for the review of iteration i + 1: a phase."""
         n, t = self.config.samples_per_prompt, i + 1
-        return folder.phase(self.out, f"samples-{t}", lambda: self.draw(i, prompts, n, t, "samples"))
+        *packed, ended = folder.phase(
+            self.out, f"samples-{t}", lambda: pack_samples(self.draw(i, prompts, n, t, "samples"))
+        )
+        samples = list(zip(pairs.unpack(*packed), ended.tolist()))  # P·n
+        return [samples[first : first + n] for first in range(0, len(samples), n)]
 
     def answer(self, i: int, prompts: list[Ids], phase: str) -> list[Ids]:
         """One response a prompt from π_θi: a phase."""
@@ -59,10 +66,12 @@ class Run:
     def text(self, ids: Ids, after: Ids | None = None) -> str:
         return data.decode(self.tokenizer, ids, self.eos_ids, after)
 
-    def texts(self, pairs: list[Pair]) -> list[dict[str, str]]:
-        """Pairs as people and TRL read them."""
-        return [{"prompt": self.text(x), "chosen": self.text(w, after=x), "rejected": self.text(l, after=x)}
-                for x, w, l in pairs]  # fmt: skip
+    def texts(self, pairs: list[Pair]) -> Iterator[dict[str, str]]:
+        """Pairs as TRL reads them to the same token ids: rendered by the template, and without the EOS that it adds."""
+        ends = [self.tokenizer.eos_token_id]
+        for x, *both in tqdm(pairs, "decode pairs", disable=len(pairs) < 10_000):
+            chosen, rejected = data.decode_responses(self.tokenizer, x, both, ends)
+            yield {"prompt": self.text(x), "chosen": chosen, "rejected": rejected}
 
     def write_review(self, t: int, training_set: TrainingSet, samples: Samples | None) -> None:
         """iteration-<t>/pairs.jsonl and samples.jsonl. Raises InputError where there is no pair."""
@@ -76,19 +85,24 @@ class Run:
         ))  # fmt: skip
         if samples is None:
             return
+        folder.write_jsonl(self.out / f"iteration-{t}" / "samples.jsonl", self.sample_lines(samples))
+
+    def sample_lines(self, samples: Samples) -> Iterator[dict[str, Any]]:
+        """The lines of samples.jsonl, with the prompts of pairs.jsonl."""
         columns = (samples.ended, samples.usable, samples.rewards)  # (P, n) each
         rows = zip(self.offline, samples.responses, *(column.tolist() for column in columns))
-        folder.write_jsonl(self.out / f"iteration-{t}" / "samples.jsonl", (
-            {"prompt": self.text(x), "response": self.text(y, after=x), "finish_reason": "stop" if ended else "length",
-             "usable": usable, "reward": reward if usable else None}
-            for (x, _, _), *of_prompt in rows for y, ended, usable, reward in zip(*of_prompt)
-        ))  # fmt: skip
+        several = len(self.offline) > 10_000
+        for (x, _, _), written, *of_prompt in tqdm(rows, "decode samples", len(self.offline), disable=not several):
+            prompt, texts = self.text(x), data.decode_responses(self.tokenizer, x, written, self.eos_ids)
+            for text, ended, usable, reward in zip(texts, *of_prompt):
+                yield {"prompt": prompt, "response": text, "finish_reason": "stop" if ended else "length",
+                       "usable": usable, "reward": reward if usable else None}  # fmt: skip
 
     def count_pairs(self, t: int) -> dict[str, Any]:
         """Of iteration t's pairs.jsonl: how many were given and bootstrapped; in the playground, how many are right."""
         counts: dict[str, Any] = {}
         if self.config.in_playground:
-            counts["data/label_accuracy"] = playground.precision(self.texts(self.offline))
+            counts["data/label_accuracy"] = playground.precision(list(self.texts(self.offline)))
         rows = folder.read_jsonl(self.out / f"iteration-{t}" / "pairs.jsonl") if t else []
         for name, source in {"select": "offline", "bootstrap": "bootstrap"}.items():
             some = [row for row in rows if row["source"] == source]
@@ -101,7 +115,7 @@ class Run:
     def write_answers(self, t: int, before: list[Ids], answers: list[Ids]) -> tuple[list[str], list[str], list[str]]:
         """iteration-<t>/answers.jsonl: every evaluation prompt, π_θt's answer, the SFT policy's. Returns the three."""
         x = self.eval_prompts
-        texts = ([self.text(one) for one in x], self.answer_texts(x, answers), self.answer_texts(x, before))
+        texts = (self.eval_texts, self.answer_texts(x, answers), self.answer_texts(x, before))
         ends = ["stop" if y[-1] in self.eos_ids else "length" for y in answers]
         names = ("prompt", "answer", "reference", "finish_reason")  # the last is the answer's
         rows = [dict(zip(names, row)) for row in zip(*texts, ends)]
@@ -130,17 +144,67 @@ def opened(flags: Config) -> Iterator[Run]:
     out, values = Path(config.output_dir), asdict(config)
     folder.check(out, values, resume=flags.resume_from_checkpoint is not None)
     report.start()
-    run = prepare(config, out)
+    parts = read_parts(config)
+    run = prepare(config, out, parts)
     needed = 10 * sum(p.nbytes for p in run.policies.policy.parameters())  # four policies, two checkpoints of three
-    with folder.claimed(out, values, data.fingerprint(run.offline, run.held_out, run.file_prompts), needed):
+    with folder.claimed(out, values, fingerprint(parts), needed):
         if run.policies.newest() < 0:
             run.policies.put(0, run.policies.policy, run.tokenizer)
+        folder.phase(out, "data", lambda: packed_data(run))
         yield run
 
 
-def prepare(config: Resolved, out: Path) -> Run:
+def read_parts(config: Resolved) -> list[tuple[str, Rows]]:
+    """The name and the rows of D, of the evaluation data and of --prompt_file; no rows where there are none."""
+    if config.in_playground:
+        part = config.eval_split or "test"
+        noise = {"label_noise": config.label_noise, "length_bias": config.length_bias}
+        made = playground.preferences(config.max_train_pairs or 0, "train", seed=config.seed, **noise)
+        clean = playground.preferences(512, part, seed=config.seed, label_noise=0, length_bias=0)
+        return [("playground", made), (f"playground {part}", clean), ("", [])]
+    name, other = str(config.dataset_name), config.eval_dataset_name or str(config.dataset_name)
+    prompts = read_rows(config.prompt_file, "train") if config.prompt_file else []
+    rows = read_rows(name, config.dataset_train_split, config.max_train_pairs, config.dataset_config)
+    of_other = config.dataset_config if other == name else None
+    test: Rows = read_rows(other, config.eval_split, config=of_other) if config.eval_split else []
+    return [(name, rows), (other, test), (config.prompt_file or "", prompts)]
+
+
+class Data(NamedTuple):
+    """What a run reads, as the fields of Run."""
+
+    offline: list[Pair]
+    held_out: list[Pair]
+    eval_prompts: list[Ids]
+    eval_texts: list[str]
+    file_prompts: list[Ids]
+    file_texts: list[str]
+
+
+def packed_data(run: Run) -> dict[str, Any]:
+    """What the run read, to be read again at a resume: a template may write today's date, and another tomorrow."""
+    rows = {name: [ids for pair in getattr(run, name) for ids in pair] for name in ("offline", "held_out")}
+    rows |= {"eval_prompts": run.eval_prompts, "file_prompts": run.file_prompts}
+    texts = {"eval_texts": run.eval_texts, "file_texts": run.file_texts}
+    return {name: pairs.pack(ids) for name, ids in rows.items()} | texts
+
+
+def unpacked_data(state: dict[str, Any]) -> Data:
+    fields: dict[str, Any] = {name: part if "texts" in name else pairs.unpack(*part) for name, part in state.items()}
+    for name in ("offline", "held_out"):
+        rows = fields[name]
+        fields[name] = [Pair(*rows[i : i + 3]) for i in range(0, len(rows), 3)]
+    return Data(**fields)
+
+
+def pack_samples(samples: list[list[tuple[Ids, bool]]]) -> tuple[Tensor, Tensor, Tensor]:
+    """The token ids of P·n samples, their lengths, and which of them ended."""
+    flat = [sample for of_prompt in samples for sample in of_prompt]
+    return *pairs.pack([y for y, _ in flat]), torch.tensor([ended for _, ended in flat])
+
+
+def prepare(config: Resolved, out: Path, parts: list[tuple[str, Rows]]) -> Run:
     """Everything is read and checked, nothing written. Raises InputError."""
-    rows = data.read_rows(config.prompt_file, "train") if config.prompt_file else []  # before what takes long
     policies = folder.Policies(out, config.model_name_or_path, config.device)
     if (newest := policies.newest()) < 0:
         policies.hold(0, *report.timed("SFT")(playground.make_sft_policy)(config.seed, config.device))
@@ -148,56 +212,69 @@ def prepare(config: Resolved, out: Path) -> Run:
     longest = max(config.max_length, config.max_prompt_length + config.max_new_tokens)
     check_positions(policy, longest, "--max_length or --max_prompt_length + --max_new_tokens")
     ends = eos_ids_of(policy, tokenizer)
+    if (out / "state" / "data.pt").exists():
+        data.set_template(tokenizer)
+        read = unpacked_data(folder.phase(out, "data", dict))
+        print(f"data: as read when the run began, {len(read.offline)} pairs, {len(read.held_out)} held out")
+    else:
+        read = encode_parts(config, tokenizer, ends, parts)
+    if newest < 1:
+        check_before_training(policy, read.offline[0], ends, config.gradient_checkpointing)
+    return Run(config, out, policies, tokenizer, ends, *read)
+
+
+def encode_parts(config: Resolved, tokenizer: Any, ends: Ids, parts: list[tuple[str, Rows]]) -> Data:
+    """The rows as token ids; what became of them is printed. Raises InputError, also where no pair is left."""
     limits: dict = {"eos_ids": ends, "max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
+    *pairs_of, (prompt_file, asked) = parts
     read = playground_pairs if config.in_playground else user_pairs
-    offline, held_out, eval_prompts = read(config, tokenizer, limits)
+    offline, held_out, eval_prompts, eval_texts = read(config, tokenizer, limits, *pairs_of)
     if not offline:
         raise InputError(f"--dataset_name {config.dataset_name}: no pair is left to train on")
     for name, share in {"keep": config.keep, "bootstrap": config.bootstrap}.items():
         if share > 0 and round(share * len(offline)) == 0:
             print(f"--{name} is {share:g}: of {len(offline)} pairs that is less than one, so none")
-    texts, prompts, counts = data.encode_prompts(rows, tokenizer, name=config.prompt_file or "", **limits)
-    if config.prompt_file:
-        print(f"prompts to answer: {data.format_counts(counts)}")
-    if newest < 1:
-        check_before_training(policy, offline[0], ends, config.gradient_checkpointing)
-    return Run(config, out, policies, tokenizer, ends, offline, held_out, eval_prompts, prompts, texts)
+    texts, prompts, counts = data.encode_prompts(asked, tokenizer, name=prompt_file, **limits)
+    if prompt_file:
+        print(f"prompts to answer: {format_counts(counts)}")
+    return Data(offline, held_out, eval_prompts, eval_texts, prompts, texts)
 
 
-def playground_pairs(config: Resolved, tokenizer: Any, limits: dict) -> tuple[list[Pair], list[Pair], list[Ids]]:
+Part = tuple[str, Rows]
+Read = tuple[list[Pair], list[Pair], list[Ids], list[str]]
+
+
+def playground_pairs(config: Resolved, tokenizer: Any, limits: dict, train: Part, test: Part) -> Read:
     """D, evaluation pairs without wrong labels, and the evaluation prompts, twice each, to be answered."""
-    noise = {"label_noise": config.label_noise, "length_bias": config.length_bias}
-    part = config.eval_split or "test"
-    rows = playground.preferences(config.max_train_pairs or 0, "train", seed=config.seed, **noise)
-    test = playground.preferences(512, part, seed=config.seed, label_noise=0, length_bias=0)
-    offline, counts = data.encode(rows, tokenizer, name="playground", **limits)
-    held_out, _ = data.encode(test, tokenizer, name=f"playground {part}", **limits)
-    print(f"data: {data.format_counts(counts)}; {len(held_out)} held out")
-    return offline, held_out, tokenizer(playground.prompts(part) * 2).input_ids
+    offline, counts = data.encode(train[1], tokenizer, name=train[0], **limits)
+    held_out, _ = data.encode(test[1], tokenizer, name=test[0], **limits)
+    print(f"data: {format_counts(counts)}; {len(held_out)} held out")
+    texts = playground.prompts(config.eval_split or "test") * 2
+    return offline, held_out, tokenizer(texts).input_ids, texts
 
 
-def user_pairs(config: Resolved, tokenizer: Any, limits: dict) -> tuple[list[Pair], list[Pair], list[Ids]]:
+def user_pairs(config: Resolved, tokenizer: Any, limits: dict, train: Part, test: Part) -> Read:
     """D; evaluation pairs, none of whose prompts is in D; up to 64 of their prompts (or of D's) to be answered."""
-    name = str(config.dataset_name)
-    rows = data.read_rows(name, config.dataset_train_split, config.max_train_pairs)
     if tokenizer.chat_template is None:
         print("template: the tokenizer has none, so dialogues read '\\n\\nHuman: … \\n\\nAssistant: …'")
-    offline, counts = data.encode(rows, tokenizer, name=name, **limits)
+    both, counts = data.encode_with_texts(train[1], tokenizer, name=train[0], **limits)
+    offline = [pair for pair, _ in both]
     if config.eval_split is None:
-        offline, held_out = data.split_by_prompt(offline, config.eval_fraction, config.seed)
+        offline, held_out = split_by_prompt(offline, config.eval_fraction, config.seed)
         few = " (--eval_fraction of the prompts is less than one)" if config.eval_fraction and not held_out else ""
-        print(f"data: {data.format_counts(counts)}; {len(held_out)} of them held out{few}")
+        print(f"data: {format_counts(counts)}; {len(held_out)} of them held out{few}")
     else:
-        other = config.eval_dataset_name or name
-        held_out, held_counts = data.encode(data.read_rows(other, config.eval_split), tokenizer, name=other, **limits)
+        more, held_counts = data.encode_with_texts(test[1], tokenizer, name=test[0], **limits)
+        held_out, both = [pair for pair, _ in more], both + more
         n, known = len(offline), {tuple(pair.prompt) for pair in held_out}
         offline = [pair for pair in offline if tuple(pair.prompt) not in known]
         counts["kept"], counts["dropped: the prompt is in the evaluation data"] = len(offline), n - len(offline)
-        print(f"data: {data.format_counts(counts)}\nevaluation data: {data.format_counts(held_counts)}")
+        print(f"data: {format_counts(counts)}\nevaluation data: {format_counts(held_counts)}")
         if not held_out:
-            raise InputError(f"{other}, split '{config.eval_split}': no pair is left to evaluate on")
-    prompts = dict.fromkeys(tuple(pair.prompt) for pair in held_out or offline)
-    return offline, held_out, [list(x) for x in prompts][:64]
+            raise InputError(f"{test[0]}, split '{config.eval_split}': no pair is left to evaluate on")
+    prompts = list(dict.fromkeys(tuple(pair.prompt) for pair in held_out or offline))[:64]
+    text_of = {tuple(pair.prompt): text for pair, text in both}
+    return offline, held_out, [list(x) for x in prompts], [text_of[x] for x in prompts]
 
 
 def amp(device: str) -> torch.autocast:
@@ -208,11 +285,12 @@ def amp(device: str) -> torch.autocast:
 def retry_on_oom(attempt: Callable[[int], Any], tokens: int, least: int, name: str = "") -> tuple[Any, int]:
     """attempt(tokens) and what was enough: where memory runs out, again with half the tokens, at least `least`.
 
-    `name` is put before the message of a FloatingPointError.
+    `name` is put before what is said of an error.
     """
     while True:
         try:
-            return attempt(tokens), tokens
+            with in_one_line(f"{name}the model fails"):
+                return attempt(tokens), tokens
         except torch.OutOfMemoryError:
             if tokens <= least:
                 raise
@@ -251,7 +329,7 @@ def draw_samples(
             )  # fmt: skip
 
     least = n * (config.max_prompt_length + config.max_new_tokens)  # longest prompts come first: it fails at once
-    return retry_on_oom(attempt, bootstrap.CACHE_TOKENS[config.device], least)[0]
+    return retry_on_oom(attempt, bootstrap.CACHE_TOKENS[config.device], least, f"{desc or 'sampling'}: ")[0]
 
 
 def backward_of_mean(policy: Any, pairs: list[Pair], losses_of: Callable, max_tokens: int, device: str) -> Tensor:

@@ -21,16 +21,20 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 import claims  # noqa: E402
 
-RUNS = claims.Measured(json.loads((ROOT / "experiments/results/claims.json").read_text())["runs"])
+RESULTS = ROOT / "experiments/results"
+EARLIER, NEW = claims.read_earlier(RESULTS), json.loads((RESULTS / "claims.json").read_text())["runs"]
+RUNS = claims.Measured(claims.tuning_of(EARLIER) | NEW)
 README = (ROOT / "README.md").read_text()
 WRITTEN = (ROOT / "experiments/results/claims.md").read_text()
 
 
 def test_every_block_is_what_the_runs_say():
     """Tables and sentences with numbers stand in blocks of the READMEs, which claims.py writes."""
-    shown = claims.blocks(RUNS)
-    assert {*claims.TITLES, "sentence:noise40", "sentence:clean"} < shown.keys()  # every study has been run
-    assert WRITTEN == "\n\n".join(f"## {title}\n\n{shown[name]}" for name, title in claims.TITLES.items()) + "\n"
+    shown = claims.blocks(EARLIER) | claims.blocks(RUNS)
+    titles = {name: title for name, title in claims.TITLES.items() if name != "baselines" or name in shown}
+    assert {*titles, "sentence:noise40", "sentence:clean"} < shown.keys()  # every study has been run
+    assert {"main", "over"} <= claims.tables(RUNS).keys()  # these by the code as it is
+    assert WRITTEN == "\n\n".join(f"## {title}\n\n{shown[name]}" for name, title in titles.items()) + "\n"
     for file in claims.READMES:
         text = file.read_text()
         assert claims.filled(text, shown) == text
@@ -53,11 +57,12 @@ def test_write_fills_the_blocks_and_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "READMES", (tmp_path / "a.md", tmp_path / "not there.md"))
     monkeypatch.setattr(claims, "make", lambda *_: pytest.fail("a run is made"))
     monkeypatch.setattr(claims, "figures", lambda *_: None)
-    (tmp_path / "claims.json").write_text((ROOT / "experiments/results/claims.json").read_text())
+    for name in ("claims.json", "claims-earlier.json"):
+        (tmp_path / name).write_text((RESULTS / name).read_text())
     (tmp_path / "a.md").write_text("# A\n<!-- claims: near -->\nold\n<!-- end -->\nB\n")
     claims.main(["--write"])
     assert (tmp_path / "claims.md").read_text() == WRITTEN
-    near = claims.tables(RUNS)["near"]
+    near = (claims.blocks(EARLIER) | claims.blocks(RUNS))["near"]
     assert (tmp_path / "a.md").read_text() == f"# A\n<!-- claims: near -->\n{near}\n<!-- end -->\nB\n"
     (tmp_path / "a.md").write_text("<!-- claims: far -->\nold\n<!-- end -->")
     with pytest.raises(SystemExit, match="nothing to put into its block 'far'"):
@@ -169,7 +174,9 @@ def test_quick_and_smaller(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(claims, "ProcessPoolExecutor", InThisProcess)
     for name in ("SEEDS", "LONG", "GRID", "EVERY"):
         monkeypatch.setattr(claims, name, getattr(claims, name).copy() if name in ("GRID", "EVERY") else getattr(claims, name))
-    make_quick = claims.make_quick
+    make_quick, rows, few = claims.make_quick, claims.settings, ("plain training", "SeRA", "SeRA + both remedies")
+    monkeypatch.setattr(claims, "settings", lambda runs, study: {
+        name: row for name, row in rows(runs, study).items() if study != "main" or name in few})  # fmt: skip
 
     def smaller():
         make_quick()
@@ -184,7 +191,8 @@ def test_quick_and_smaller(tmp_path, monkeypatch, capsys):
     [spec] = claims.specs(runs, "main")["SeRA"]
     others = json.loads(json.dumps({name: run for name, run in runs.items() if name == claims.name_of(spec)}))
     here = {f"2 CPU cores, {claims.machine()}"}
-    claims.check(others, here, 2, tmp_path)
+    claims.check(others, here, 2, tmp_path)  # this one makes the run again; the others read what it made
+    monkeypatch.setattr(claims, "make", lambda *_: None)
     others[claims.name_of(spec)]["iterations"][3]["gold/win_rate"] += 1e-9
     with pytest.raises(SystemExit, match="1 of 1 runs end otherwise"):  # on the same machine: exactly
         claims.check(others, here, 2, tmp_path)
@@ -219,6 +227,7 @@ def test_a_check_draws_every_run_but_those_of_tuning(tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(claims, "make", same)
     studies = [name for name in RUNS if "validation" not in name]
+    assert {*studies} == {*NEW}
     for count in (5, len(RUNS)):
         claims.check(RUNS, {claims.machine()}, count, tmp_path)
         drawn = json.loads((tmp_path / "again.json").read_text())["runs"]

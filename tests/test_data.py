@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sera_min import data, playground
-from sera_min.data import InputError, Pair, decode, encode, read_rows, split_by_prompt
+from sera_min.data import InputError, decode, encode, read_rows
+from sera_min.pairs import Pair, split_by_prompt
 
 U, A, S = ({"role": role} for role in ("user", "assistant", "system"))
 
@@ -257,7 +258,6 @@ BAD = {
     "surrogate": ({"prompt": "a\ud800", "chosen": "b", "rejected": "c"}, "row 1: 'prompt' holds half a surrogate"),
     "role": ({"prompt": [{"role": "bot", "content": "x"}], "chosen": "b", "rejected": "c"}, "'prompt', message 0: expected a role"),
     "content": ({"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}, "message 0: 'content' is missing"),
-    "user last": ({"chosen": ASKED, "rejected": ASKED}, "'chosen': expected a dialogue that ends with the assistant"),
     "empty dialogue": ({"chosen": [], "rejected": []}, "'chosen' is empty: expected messages"),
     "no message": ({"prompt": [], "chosen": "b", "rejected": "c"}, "'prompt' is empty: expected messages"),
     "one message": ({"chosen": [turn(A, "a")], "rejected": [turn(A, "b")]}, "'chosen': expected a dialogue that ends"),
@@ -285,6 +285,7 @@ HH = "\n\nHuman: a\n\nAssistant:"
     ({"chosen": HH + " b", "rejected": HH + " "}, "a text is empty"),
     ({"chosen": HH + HH + " b", "rejected": HH + HH + " c"}, "a text is empty"),  # an empty turn in the middle
     ({"chosen": HH + " b", "rejected": HH + " c\n\nHuman: d"}, "a transcript ends without an answer"),
+    ({"chosen": ASKED, "rejected": ASKED}, "a dialogue ends without an answer"),
 ])  # fmt: skip
 def test_what_is_empty_drops_its_pair_and_is_counted(row, why):
     """Cleaned copies of HH-RLHF filter such rows out: one of them should not stop a run on all the others."""
@@ -298,13 +299,21 @@ json_values = st.recursive(
     max_leaves=6,
 )
 texts = st.text(max_size=8) | st.sampled_from(["a", "b", "</s>", "<|im_end|>", "\n\nHuman: a", "\ud800"])
-message = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": texts})
-json_values |= texts | st.lists(message, max_size=4)  # and what is nearly right
+parts = st.lists(st.fixed_dictionaries({"type": st.sampled_from(["text", "image"]), "text": texts}), max_size=2)
+roles = st.sampled_from(["system", "user", "assistant", "developer", "tool", "human"])
+more = dict.fromkeys(("tool_calls", "reasoning_content", "name"), json_values)
+message = st.fixed_dictionaries({"role": roles, "content": texts}) | st.fixed_dictionaries({"role": roles, "content": parts | texts}, optional=more)
+message |= st.fixed_dictionaries({"from": roles, "value": texts})
+json_values |= texts | message | st.lists(message, max_size=4) | st.lists(message, max_size=3).map(json.dumps)  # and what is nearly right
+columns = st.sampled_from([  # as often those of pairs that are read
+    *["prompt", "chosen", "rejected", "instruction", "input"] * 3, "messages", "conversations", "question", "system", "history", "tools",
+    "chat_template_kwargs", "rejected_response", "chosen_conversations", "rejected_conversations", "score",
+])  # fmt: skip
 FAST, CHAT = bpe_tokenizer(), bpe_tokenizer(CHATML)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "instruction", "input"]), json_values))
+@given(st.dictionaries(columns, json_values))
 def test_any_row_is_a_pair_a_counted_drop_or_our_error(row):
     try:
         (pairs, counts), _ = encoded([row], CHAT)
@@ -336,7 +345,7 @@ def test_local_files_and_folders(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("gone.jsonl", None, "no such file"), ("d.csv", "a,b", "expected a .json, .jsonl or .parquet"),
+    ("gone.jsonl", None, "no such file"), ("d.txt", "a,b", "expected a file that ends with one of .json, .jsonl"),
     ("d.json", '[{"prompt": "a", ', "cannot be read"), ("d.jsonl", json.dumps(FORMATS["strings"]) + "\n\n{oops", "cannot be read: .* line 3 column 2"),
     ("d.parquet", "no parquet", "cannot be read"), ("d.jsonl", "", "cannot be read"),
 ])  # fmt: skip
@@ -349,7 +358,7 @@ def test_files_that_are_none(tmp_path, name, content, message):
 
 
 rows_of_a_file = st.lists(
-    st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "instruction", "input"]), json_values) | json_values,
+    st.dictionaries(columns, json_values) | json_values,
     max_size=3,
 )
 jsonl = rows_of_a_file.map(lambda rows: "\n".join(map(json.dumps, rows)).encode())

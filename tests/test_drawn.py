@@ -119,10 +119,11 @@ def test_samples_of_every_batch_are_drawn_anew(standing, tmp_path, monkeypatch):
 
 def test_draws_are_fine_enough_for_what_is_improbable(monkeypatch):
     """A vocabulary of 100,000 words of 2e-8 each beside a likely one: float32, which is good to 6e-8, mixes them up."""
-    p = torch.full((1, 100_001), 2e-8, dtype=torch.float64)
-    p[0, 0] = 1 - p[0, 1:].sum()
+    p = torch.full((1, 100_001), 2e-8)  # float32, as a softmax gives it
+    p[0, 0] = 0.998
+    cdf = p[0].double().cumsum(-1)
     for word in (7, 40_000, 99_998):
-        u = p[0, : word + 1].sum() - 1e-8  # the middle of what is the word's
+        u = (cdf[word] - 1e-8) / cdf[-1]  # the middle of what is the word's
         monkeypatch.setattr(torch, "rand", lambda *size, dtype=torch.float32, u=u, **_: (1 - u).to(dtype).expand(*size))
         assert bootstrap.draw_tokens(p).item() == word
 

@@ -10,9 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicLayer
 
-from sera_min.data import InputError, Pair
+from sera_min.files import is_lfs_pointer
+from sera_min.forms import InputError
 from sera_min.logprobs import score, sequence_logprobs
-from sera_min.models import check_before_training, check_positions, is_lfs_pointer, load
+from sera_min.models import check_before_training, check_positions, load
+from sera_min.pairs import Pair
 
 PAIR = Pair([5, 6, 7, 8], [9, 10, 11, 1], [12, 1])
 FEW = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -31,9 +31,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import train
 from sera_min import bootstrap, config, folder, playground, report, run
 from sera_min.config import resolve
-from sera_min.data import InputError, Pair, TrainingSet
+from sera_min.data import InputError
 from sera_min.logprobs import sequence_logprobs
 from sera_min.losses import LOSSES
+from sera_min.pairs import Pair, TrainingSet
 from train import Config, main
 
 ROOT = Path(__file__).parent.parent
@@ -229,7 +230,7 @@ def test_a_model_and_data_of_one_s_own(model_dir, preferences, tmp_path, capsys)
     assert "21 read, 20 kept" in printed and "1 dropped: chosen equals rejected" in printed
     assert final["eval_rewards/accuracies"] > 0.5 and not any(key.startswith("gold") for key in final)
     assert lines(out)[0] == {"phase": "eval", "iteration": 0, "eval_loss": pytest.approx(0.693147, abs=1e-4),
-                             "eval_rewards/accuracies": 0.5, "eval_rewards/margins": 0.0}  # fmt: skip
+                             "eval_rewards/accuracies": 0.5, "eval_rewards/margins": 0.0, "kl": 0.0}  # fmt: skip
     assert (out / "policy/model.safetensors").exists() and "after: " in (out / "report.md").read_text()
 
 
@@ -395,7 +396,7 @@ def trained(out, model, pairs, reference, t=1, **changed):
     policies = folder.Policies(out, "m", "cpu")
     policies.hold(t - 1, model, bpe_tokenizer())
     (out / "state").mkdir(parents=True)
-    here = run.Run(flags, out, policies, bpe_tokenizer(), [1], pairs, [], [], [], [])
+    here = run.Run(flags, out, policies, bpe_tokenizer(), [1], pairs, [], [], [], [], [])
     train.train(here, t, training_set_of(pairs, reference))
     return lines(out)
 
@@ -630,6 +631,31 @@ def test_a_resume_asks_for_the_same_data_and_flags_but_those_of_memory(model_dir
     assert (out / "policy").exists()
 
 
+def test_a_resume_trains_on_what_the_run_read_whatever_the_template_writes_today(model_dir, preferences, tmp_path, monkeypatch, capsys):
+    """As a template that writes the date does, after midnight."""
+    model = shutil.copytree(model_dir, tmp_path / "model")
+    template = "Today is {}. {% for m in messages %}{{ m.content }}{% endfor %}"
+
+    def write_date(day):
+        (model / "chat_template.jinja").write_text(template.replace("{}", day, 1))
+
+    write_date("Monday")
+    asked = tmp_path / "ask.json"
+    asked.write_text('[{"instruction": "Say 3"}]')
+    flags = real(model, preferences, tmp_path / "whole", iterations=1, prompt_file=str(asked))
+    main(flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            main(replace(flags, output_dir=str(tmp_path / "out")))
+    write_date("Tuesday")
+    main(replace(flags, output_dir=str(tmp_path / "out"), resume_from_checkpoint=str(tmp_path / "out")))
+    assert "data: as read when the run began, 16 pairs, 4 held out" in capsys.readouterr().out
+    for name in ("iteration-1/pairs.jsonl", "iteration-1/answers.jsonl", "metrics.jsonl"):
+        assert (tmp_path / "out" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    assert "Today is Monday." in (tmp_path / "out/iteration-1/pairs.jsonl").read_text()
+
+
 A_PICKLE = pickle.dumps(Path("a pickle"), protocol=2)
 
 
@@ -839,7 +865,7 @@ def test_weights_that_are_nan_after_the_last_step_are_not_saved(world, tmp_path,
 
 SHORT = ["--max_length", "99", "--max_prompt_length", "50"]
 WRONG = [
-    (["--loss_type", "foo"], "--loss_type is 'foo': expected one of dpo, ipo, slic, simpo"),
+    (["--loss_type", "foo"], "--loss_type is 'foo': expected one of dpo, robust, ipo, slic, simpo"),
     (["--keep", "1.5"], "--keep is 1.5: expected between 0 and 1"),
     (["--bootstrap", "-0.1"], "--bootstrap is -0.1: expected between 0 and 1"),
     (["--ensemble_gamma", "nan"], "--ensemble_gamma is nan: expected between 0 and 1"),

@@ -21,7 +21,7 @@ from datasets import load_dataset  # noqa: E402
 import train  # noqa: E402
 from sera_min import data, folder, logprobs, playground, select  # noqa: E402
 from sera_min.config import resolve, seed_of  # noqa: E402
-from sera_min.data import Pair  # noqa: E402
+from sera_min.pairs import Pair  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -145,9 +145,9 @@ def test_samples_of_another_engine_and_an_end_at_the_pairs(runs, tmp_path):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (["--loss_type", "apo_zero"], "--loss_type is apo_zero: expected one of sigmoid, hinge, ipo"),
-        (["--loss_type", "simpo"], "--loss_type is simpo: expected one of sigmoid, hinge, ipo"),
-        (["--loss_type", "sigmoid", "hinge"], "--loss_type is sigmoid hinge: expected one of sigmoid, hinge, ipo"),
+        (["--loss_type", "apo_zero"], "--loss_type is apo_zero: expected one of sigmoid, robust, hinge, ipo"),
+        (["--loss_type", "simpo"], "--loss_type is simpo: expected one of sigmoid, robust, hinge, ipo"),
+        (["--loss_type", "sigmoid", "hinge"], "--loss_type is sigmoid hinge: expected one of sigmoid, robust, hinge, ipo"),
         (["--ld_alpha", "0.5"], "--ld_alpha and --f_divergence_type"),
         (["--max_prompt_length", "64"], "--max_length is not above --max_prompt_length"),
         (["--max_new_tokens", "60"], "--max_new_tokens is 60: a sample must fit"),
@@ -188,7 +188,7 @@ def test_nothing_is_left_to_do(model_dir, tmp_path, monkeypatch, capsys):
 def make_run(tokenizer, offline: list[Pair], model=None, **flags) -> with_trl.SharedRun:
     end, config = tokenizer.eos_token_id, train.Config(model_name_or_path="model", dataset_name="pairs", device="cpu", **flags)
     policies = SimpleNamespace(get=lambda i: model, folder=str)
-    return with_trl.SharedRun(resolve(config), Path(), policies, tokenizer, [end], offline, [], [], [], [], args=SimpleNamespace(bf16=False))
+    return with_trl.SharedRun(resolve(config), Path(), policies, tokenizer, [end], offline, [], [], [], [], [], args=SimpleNamespace(bf16=False))
 
 
 @pytest.mark.parametrize("extra", [{"select": "random"}, {"length_free": True, "token_floor": 0.05, "loss_type": "ipo"}], ids=str)

@@ -1,0 +1,85 @@
+"""Preference pairs as token ids in memory: what the loop and its phases hand to each other."""
+
+import random
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Ids = list[int]  # token ids
+
+
+class Pair(NamedTuple):
+    """A preference (x, y_w, y_l) as token ids; a response that was not cut ends with its end of sequence."""
+
+    prompt: Ids
+    chosen: Ids
+    rejected: Ids
+
+
+class TrainingSet(NamedTuple):
+    """What an iteration trains on: N pairs; log π_ref of their responses; their margins, and where they come from."""
+
+    pairs: list[Pair]
+    reference: Tensor  # (N, 2), nats
+    margins: Tensor  # (N,), nats; 0 at t = 1, where nothing is reviewed
+    sources: list[str]  # offline or bootstrap
+
+
+class Samples(NamedTuple):
+    """n samples of each of P prompts, and what the review makes of them."""
+
+    responses: list[list[Ids]]
+    ended: Tensor  # (P, n) bool
+    usable: Tensor  # (P, n) bool: ended, and not below --token_floor
+    rewards: Tensor  # (P, n), nats, those that rank; NaN where a sample is not usable
+    reference: Tensor  # (P, n), nats: log π_ref(y|x)
+
+
+def rows_of(pairs: Sequence[Pair]) -> tuple[list[Ids], list[Ids]]:
+    """Prompts and responses of N pairs as 2N rows: chosen, rejected, chosen, rejected, …"""
+    return [pair.prompt for pair in pairs for _ in "wl"], [y for pair in pairs for y in (pair.chosen, pair.rejected)]
+
+
+def tokens_of(pair: Pair) -> int:
+    return 2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
+
+
+def lengths_of(pairs: Sequence[Pair]) -> Tensor:
+    return torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs])  # (N, 2)
+
+
+def union(some: TrainingSet, others: TrainingSet) -> TrainingSet:
+    return TrainingSet(some.pairs + others.pairs, torch.cat([some.reference, others.reference]),
+                       torch.cat([some.margins, others.margins]), some.sources + others.sources)  # fmt: skip
+
+
+def split_by_prompt(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """The pairs to train on and those held out: a random `share` of the prompts, none of which is in both."""
+    prompts = list(dict.fromkeys(tuple(pair.prompt) for pair in pairs))
+    held = set(random.Random(seed).sample(prompts, round(share * len(prompts))))
+    in_held = [tuple(pair.prompt) in held for pair in pairs]
+    return [p for p, out in zip(pairs, in_held) if not out], [p for p, out in zip(pairs, in_held) if out]
+
+
+def pack(rows: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+    """R rows of token ids as one row of all, int32 (Σ lengths,), and their lengths (R,): small, and quick to read."""
+    tokens = array("i")
+    for row in rows:
+        tokens.extend(row)
+    # frombuffer takes no empty buffer
+    flat = torch.frombuffer(tokens, dtype=torch.int32).clone() if tokens else torch.zeros(0, dtype=torch.int32)
+    return flat, torch.tensor([len(row) for row in rows], dtype=torch.int64)
+
+
+def unpack(tokens: Tensor, lengths: Tensor) -> list[Ids]:
+    """The rows again. Equal ids are one object: 8 bytes a token, where a list of ids as it comes takes 40."""
+    number = list(range(int(tokens.max()) + 1)) if len(tokens) else []
+    return [[number[token] for token in row.tolist()] for row in tokens.split(lengths.tolist())]
+
+
+def format_counts(counts: Counter) -> str:
+    return ", ".join(f"{count} {what}" for what, count in counts.items()) or "none"

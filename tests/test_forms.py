@@ -1,0 +1,401 @@
+"""Data as it lies around: what a row of each published form says, and what a template, a file or a tokenizer does to it."""
+
+import gzip
+import json
+import re
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import CHATML, bpe_tokenizer, unigram_tokenizer
+from datasets import Dataset, DatasetDict
+from tokenizers import processors
+
+from sera_min import config, data, folder, run
+from sera_min.data import InputError, decode, encode, read_rows
+from sera_min.files import fingerprint
+from sera_min.forms import Unusable, preference, question
+from sera_min.pairs import TrainingSet, pack, unpack
+
+
+def S(text):
+    return {"role": "system", "content": text}
+
+
+def U(text):
+    return {"role": "user", "content": text}
+
+
+def A(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+def T(text):
+    return {"role": "tool", "content": text}
+
+
+def V(who, text):
+    return {"from": who, "value": text}
+
+
+def encoded(rows, tokenizer=None, ends=None, **limits):
+    tokenizer = tokenizer or bpe_tokenizer(CHATML)
+    limits = {"max_length": 400, "max_prompt_length": 300, **limits}
+    return encode(rows, tokenizer, name="d.json", eos_ids=ends or [tokenizer.eos_token_id], **limits)
+
+
+STONE, RIVER = A("stone"), A("river")
+CALL = [{"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}]
+SAME = {"chosen": "stone", "rejected": "river"}
+PUBLISHED = {
+    "LLaMA-Factory, ShareGPT": ([S("be kind"), U("red?")], {"conversations": [V("system", "be kind"), V("human", "red?")],
+                                                           "chosen": V("gpt", "stone"), "rejected": V("gpt", "river")}),
+    "the same with its system as a column": ([S("be kind"), U("red?")], {"conversations": [V("human", "red?")], "system": "be kind",
+                                                                        "chosen": V("gpt", "stone"), "rejected": V("gpt", "river")}),
+    "LLaMA-Factory, Alpaca": ([S("be kind"), U("who?"), A("me"), U("and now?\n\nred")], {
+        "instruction": "and now?", "input": "red", "system": "be kind", "history": [["who?", "me"]], **SAME}),
+    "Orca": ([S("be kind"), U("red?")], {"system": "be kind", "question": "red?", **SAME}),
+    "Orca without a system prompt": ([U("red?")], {"system": "", "question": "red?", **SAME}),
+    "ms-swift": ([S("be kind"), U("red?")], {"messages": [S("be kind"), U("red?"), STONE], "rejected_response": "river"}),
+    "ms-swift, messages": ([U("red?")], {"messages": [U("red?"), STONE], "rejected_messages": [U("red?"), RIVER]}),
+    "torchtune": ([U("red?")], {"chosen_conversations": [V("human", "red?"), V("gpt", "stone")],
+                                "rejected_conversations": [U("red?"), RIVER]}),
+    "axolotl": ([U("red?")], {"messages": [U("red?")], "chosen": STONE, "rejected": RIVER}),
+    "axolotl, Argilla": ([U("red?")], {"instruction": "red?", "chosen_response": "stone", "rejected_response": "river"}),
+    "Orca as messages": ([S("s"), U("red?")], {"prompt": "red?", "chosen": [S("s"), U("red?"), STONE], "rejected": [S("s"), U("red?"), RIVER]}),
+    "messages that repeat the chosen dialogue": ([U("red?")], {"messages": [U("red?"), STONE], "chosen": [U("red?"), STONE],
+                                                               "rejected": [U("red?"), RIVER]}),
+    "one message in place of a list": ([U("red?")], {"prompt": [U("red?")], "chosen": STONE, "rejected": RIVER}),
+    "messages as JSON": ([U("red?")], {"chosen": json.dumps([U("red?"), STONE]), "rejected": json.dumps([U("red?"), RIVER])}),
+    "parts of text": ([U("red?")], {"prompt": [{"role": "user", "content": [{"type": "text", "text": "re"}, {"type": "text", "text": "d?"}]}],
+                                    "chosen": [STONE], "rejected": [RIVER]}),
+    "a system prompt of None": ([U("red?")], {"chosen": [S(None), U("red?"), STONE], "rejected": [S(None), U("red?"), RIVER]}),
+    "a developer": ([{"role": "developer", "content": "x"}, U("red?")], {"prompt": [{"role": "developer", "content": "x"}, U("red?")], **SAME}),
+    "a tool": ([U("red?"), A("", tool_calls=CALL), T("grey")], {"prompt": [U("red?"), A(None, tool_calls=CALL), T("grey")], **SAME}),
+    "fields of None, as parquet files have them": ([U("red?")], {"prompt": [{**U("red?"), "name": None, "tool_calls": None}], **SAME}),
+    "a dialogue that goes on": ([U("who?"), A("me"), U("red?")], {"prompt": [U("who?"), A("me")], "chosen": [U("red?"), STONE],
+                                                                 "rejected": [U("red?"), RIVER]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", PUBLISHED)
+def test_what_a_row_says(form):
+    x, row = PUBLISHED[form]
+    assert preference(row, "d, row 0")[:2] == (x, [STONE, RIVER])
+
+
+@pytest.mark.parametrize("name", [name for name, (x, _) in PUBLISHED.items() if not any("tool_calls" in m for m in x)])
+def test_it_is_what_is_trained_on(name):
+    tokenizer, (x, row) = bpe_tokenizer(CHATML), PUBLISHED[name]
+    [pair], counts = encoded([row], tokenizer)
+    said = [tokenizer.decode(ids) for ids in pair]
+    assert said == [tokenizer.apply_chat_template(x, tokenize=False, add_generation_prompt=True), "stone<|im_end|>", "river<|im_end|>"]
+    assert counts == {"read": 1, "kept": 1, "prompts cut": 0, "responses cut": 0}
+
+
+def test_the_same_row_asks_as_a_prompt():
+    for name in ("LLaMA-Factory, Alpaca", "Orca", "ms-swift", "axolotl"):
+        x, row = PUBLISHED[name]
+        assert question({k: v for k, v in row.items() if not re.match("chosen|rejected", k)}, "d, row 0").prompt == x
+
+
+@pytest.mark.parametrize("row, why", [
+    ({"prompt": "blue river?", "chosen": [U("red?"), STONE], "rejected": [U("red?"), RIVER]}, "the prompt says something else"),
+    ({"prompt": [U("blue?")], "chosen": [U("red?"), STONE], "rejected": [U("red?"), RIVER]}, "the prompt says something else"),
+    ({"chosen": [U("red?"), STONE, U("thanks")], "rejected": [U("red?"), RIVER, U("thanks")]}, "a dialogue ends without an answer"),
+    ({"chosen": [U("red?"), A("it"), STONE], "rejected": [U("red?"), A("it"), RIVER]}, "two turns of the assistant"),
+    ({"system": "be rude", "chosen": [S("be kind"), U("red?"), STONE], "rejected": [S("be kind"), U("red?"), RIVER]}, "'system' or 'history'"),
+])  # fmt: skip
+def test_what_contradicts_itself_is_dropped_and_counted(row, why):
+    with pytest.raises(Unusable, match=why):
+        preference(row, "d, row 0")
+    pairs, counts = encoded([row])
+    assert not pairs and [n for what, n in counts.items() if what.startswith(f"dropped: {why}")] == [1]
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"text": "a", "label": 1}, "row 0 has the columns text, label: expected those of one of these: prompt, chosen, rejected;"),
+    ({"prompt": "a", "completion": "b"}, "row 0 has the columns prompt, completion: expected .* messages, rejected_response;"),
+    ({"prompt": "a", "system": "be kind", **SAME}, "row 0: 'prompt' is a text, taken as it is, beside a system, .* as messages"),
+    ({"question": "a", "history": "b", **SAME}, "row 0: 'history': expected pairs"),
+    ({"question": "a", "chat_template_kwargs": "b", **SAME}, "row 0: 'chat_template_kwargs' is a str"),
+    ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], **SAME}, "row 0: 'prompt', message 0: .* images and sounds are not read"),
+    ({"conversations": [V("robot", "a")], **SAME}, r"row 0: 'conversations', message 0: expected a role \(system, developer, user"),
+])  # fmt: skip
+def test_what_is_not_read_is_refused_in_one_line(row, message):
+    with pytest.raises(InputError, match=message) as error:
+        encoded([row])
+    assert "\n" not in str(error.value)
+
+
+def test_columns_that_are_not_read_are_named_once(tmp_path, capsys):
+    row = {"prompt": "a", "messages": [U("a"), A("b")], "score": 3, **SAME}
+    for rows in ([row, row], Dataset.from_list([row, row])):
+        assert len(encoded(rows, bpe_tokenizer())[0]) == 2
+        assert capsys.readouterr().out.count("d.json: columns that are not read: messages, score\n") == 1
+
+
+# What a template makes of a row
+
+R1 = (
+    "{% for m in messages %}{% if m.role == 'user' %}User: {{ m.content }}{% else %} Assistant: {{ m.content.split('</think>')[-1] }}"
+    "{{ eos_token }}{% endif %}{% endfor %}{% if add_generation_prompt %} Assistant:{{ opening or '' }}{% endif %}"
+)
+FIELDS = (
+    "{% if tools %}<tools>{{ tools[0].name }}</tools>{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}<call>{{ c.function.name }}</call>{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def with_template(template):
+    tokenizer = bpe_tokenizer(CHATML)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_a_template_that_leaves_out_a_part_of_the_answer_is_refused():
+    row = {"prompt": [U("red?")], "chosen": "<think>\nstones\n</think>\n\nblue", "rejected": "green"}
+    with pytest.raises(InputError, match="row 0: the chat template leaves out or changes a part of the answer '<think>"):
+        encoded([row], with_template(R1))
+    assert len(encoded([row], with_template(CHATML))[0]) == 1
+    asked = {"prompt": [U("red?"), A("<think>no</think>green"), U("sure?")], **SAME}  # of a turn before it is counted
+    assert encoded([asked], with_template(R1))[1]["prompts of which the chat template leaves out or changes a part"] == 1
+
+
+def test_a_thought_that_only_a_prompt_opens_is_left_out_as_in_trl():
+    tokenizer = with_template(R1.replace("opening or ''", "'<think>\\n'"))
+    [(x, w, _)], counts = encoded([{"prompt": [U("red?")], "chosen": "blue", "rejected": "green"}], tokenizer)
+    assert tokenizer.decode(x) == "User: red? Assistant:" and tokenizer.decode(w) == " blue<|im_end|>"
+    assert [n for what, n in counts.items() if "'<think>\\n'" in what] == [1]
+
+
+def test_what_a_message_says_beside_its_content():
+    """Trained on where the template writes it; otherwise its pair is dropped where it is an answer's, and else counted."""
+    tokenizer, x = with_template(FIELDS), [U("red?")]
+    for more, mark in (({"tool_calls": CALL}, "<call>weather</call>"), ({"reasoning_content": "stones"}, "<think>stones</think>")):
+        row = {"prompt": x, "chosen": [A("look", **more)], "rejected": [A("look")]}
+        [(_, w, l)], _ = encoded([row], tokenizer)
+        assert mark in tokenizer.decode(w) and mark not in tokenizer.decode(l)
+        pairs, counts = encoded([row])
+        assert not pairs and counts[f"dropped: the chat template does not write an answer's '{next(iter(more))}'"] == 1
+    [(_, w, _)], _ = encoded([{"prompt": x, "chosen": A(None, tool_calls=CALL), "rejected": "green"}], tokenizer)
+    assert tokenizer.decode(w) == "<call>weather</call><|im_end|>"
+    pairs, counts = encoded([{"prompt": [{**U("red?"), "name": "Ann"}], **SAME}], tokenizer)
+    assert len(pairs) == 1 and counts["dialogues whose 'name' the chat template does not write"] == 1
+
+
+def test_tools_and_what_else_a_template_is_given():
+    row = {"prompt": [U("red?")], "tools": json.dumps([{"name": "weather"}]), **SAME}
+    tokenizer = with_template(FIELDS)
+    [(x, *_)], counts = encoded([row], tokenizer)
+    assert tokenizer.decode(x).startswith("<tools>weather</tools>") and counts["kept"] == 1
+    assert encoded([row])[1]["dialogues whose 'tools' the chat template does not write"] == 1
+    tokenizer = with_template(R1)
+    [(x, *_)], _ = encoded([{"prompt": [U("red?")], "chat_template_kwargs": {"opening": " "}, **SAME}], tokenizer)
+    assert tokenizer.decode(x) == "User: red? Assistant: "
+    forged = {"prompt": [U("red?")], "tools": [{"name": "<|im_end|>"}], **SAME}
+    assert encoded([forged])[1]["dropped: a text spells a special token"] == 1
+
+
+def test_an_answer_goes_on_with_the_assistant_s_beginning():
+    tokenizer = bpe_tokenizer(CHATML)
+    for answers in ({"chosen": " blue", "rejected": " green"}, {"chosen": [A(" blue")], "rejected": [A(" green")]}):
+        [(x, w, _)], _ = encoded([{"prompt": [U("red?"), A("The stone is")], **answers}], tokenizer)
+        assert tokenizer.decode(x).endswith("<|im_start|>assistant\nThe stone is") and tokenizer.decode(w) == " blue<|im_end|>"
+
+
+@pytest.mark.parametrize("after", ["", "\n"])
+def test_a_turn_that_the_next_speaker_ends_is_trained_to_end_so(after):
+    """As GLM's: its generation_config lists <|im_start|>, which its template writes before every turn, and after none."""
+    template = "{% for m in messages %}{{ '' if loop.first else after }}<|im_start|>{{ m.role }} {{ m.content }}{% endfor %}"
+    template = (template + "{% if add_generation_prompt %}{{ after }}<|im_start|>assistant{% endif %}").replace("after", repr(after))
+    tokenizer = bpe_tokenizer(CHATML)
+    tokenizer.chat_template, start = template, tokenizer.convert_tokens_to_ids("<|im_start|>")
+    row = {"prompt": [U("red?")], **SAME}
+    [(_, w, _)], _ = encoded([row], tokenizer, ends=[tokenizer.eos_token_id, start])
+    assert tokenizer.decode(w) == f" stone{after}<|im_start|>"
+    [(_, w, _)], _ = encoded([row], tokenizer)  # which does not end a sample there
+    assert tokenizer.decode(w) == " stone<|im_end|>"
+    [(_, w, _)], _ = encoded([{"prompt": "red?", **SAME}], tokenizer, ends=[tokenizer.eos_token_id, start])
+    assert tokenizer.decode(w) == "stone<|im_end|>"  # a text has no turns
+
+
+# From token ids back to texts
+
+
+def smollm():
+    """A tokenizer whose BOS is the mark of a turn: its template writes it, and it is added to no text by itself."""
+    tokenizer = bpe_tokenizer(CHATML)
+    tokenizer.bos_token = "<|im_start|>"
+    return tokenizer
+
+
+def gemma(adds_bos):
+    """Its template ends a turn with a token that is not the tokenizer's EOS."""
+    tokenizer = bpe_tokenizer(CHATML, adds_bos=adds_bos)
+    tokenizer.eos_token, tokenizer.chat_template = "</s>", "{{ bos_token }}" * adds_bos + CHATML
+    return tokenizer
+
+
+def glm():
+    """It puts two tokens before every text, as its template does."""
+    tokenizer = bpe_tokenizer(CHATML)
+    before = processors.TemplateProcessing(single="<pad> <s> $A", special_tokens=[("<pad>", 0), ("<s>", 2)])
+    tokenizer.backend_tokenizer.post_processor, tokenizer.chat_template = before, "<pad><s>" + CHATML
+    return tokenizer
+
+
+ROUND_TRIPS = {"a BOS that only the template writes": smollm(), "a BOS that both write": gemma(True), "two tokens before a text": glm(),
+               "SentencePiece": unigram_tokenizer(CHATML)}  # fmt: skip
+
+
+def test_a_prompt_that_is_cut_keeps_what_its_tokenizer_puts_first():
+    [(x, *_)], _ = encoded([{"prompt": "red " * 50, **SAME}], glm(), max_prompt_length=9)
+    assert len(x) == 9 and x[:2] == [0, 2] and x.count(2) == 1
+
+
+@pytest.mark.parametrize("kind", ROUND_TRIPS)
+def test_trl_reads_the_ids_that_were_trained_on(kind, tmp_path):
+    """ids -> pairs.jsonl -> TRL's own preparation -> the same ids; where a turn ends by another token, TRL adds its EOS."""
+    trl = pytest.importorskip("trl")
+    tokenizer = ROUND_TRIPS[kind]
+    ends = list(dict.fromkeys([tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]))
+    pairs, _ = encoded([row for x, row in PUBLISHED.values() if not any("tool_calls" in m for m in x)], tokenizer, ends)
+    of_run = run.Run(None, tmp_path, None, tokenizer, ends, pairs, [], [], [], [], [])
+    n = len(pairs)
+    of_run.write_review(1, TrainingSet(pairs, torch.zeros(n, 2), torch.zeros(n), ["offline"] * n), None)
+    rows = folder.read_jsonl(tmp_path / "iteration-1/pairs.jsonl")
+    prepare = partial(trl.DPOTrainer._prepare_dataset, SimpleNamespace(_tokenizer=tokenizer))
+    theirs = prepare(Dataset.from_list(rows), tokenizer, trl.DPOConfig(max_length=None, bf16=False, use_cpu=True), "train")
+    added = [] if tokenizer.eos_token == "<|im_end|>" else [tokenizer.eos_token_id]
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    assert [[row[name] for name in names] for row in theirs] == [[x, w + added, l + added] for x, w, l in pairs]
+
+
+def test_people_see_a_conversation(tmp_path):
+    rows = [{"prompt": [S("be kind"), U("red?")], **SAME}, {"prompt": [U("blue?")], **SAME}]
+    tokenizer, flags = smollm(), config.Config(model_name_or_path="m", dataset_name="d", eval_fraction=0, device="cpu")
+    limits = {"eos_ids": [tokenizer.eos_token_id], "max_length": 400, "max_prompt_length": 300}
+    offline, _, prompts, texts = run.user_pairs(config.resolve(flags), tokenizer, limits, ("d", rows), ("d", []))
+    assert prompts == [pair.prompt for pair in offline] and texts == ["system: be kind\n\nuser: red?", "blue?"]
+    of_run = run.Run(None, tmp_path, None, tokenizer, limits["eos_ids"], offline, [], prompts, texts, [], [])
+    of_run.write_answers(1, [w for _, w, _ in offline], [l for _, _, l in offline])
+    answers = folder.read_jsonl(tmp_path / "iteration-1/answers.jsonl")
+    assert [(row["prompt"], row["answer"]) for row in answers] == [(text, "river") for text in texts]
+
+
+# Files
+
+
+@pytest.mark.parametrize("name", ["d.csv", "d.csv.gz", "d.json.gz", "d.jsonl.gz"])
+def test_files_of_other_kinds(name, tmp_path):
+    rows = [{"prompt": "a, \"b\"\nNA", "chosen": "4", "rejected": "None"}, {"prompt": "é", "chosen": "b", "rejected": "c" * 200_000}]
+    if "csv" in name:
+        cells = [",".join('"' + text.replace('"', '""') + '"' for text in row.values()) for row in [dict(zip(rows[0], rows[0])), *rows]]
+        text = "\n".join(cells)
+    else:
+        text = json.dumps(rows) if "jsonl" not in name else "\n".join(map(json.dumps, rows))
+    content = text.encode()
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    assert read_rows(str(tmp_path / name), "train") == rows
+
+
+def test_messages_in_a_csv(tmp_path):
+    cells = [json.dumps([U("red?"), answer]).replace('"', '""') for answer in (STONE, RIVER)]
+    (tmp_path / "d.csv").write_text('chosen,rejected\n"{}","{}"\n'.format(*cells))
+    [pair], _ = encoded(read_rows(str(tmp_path / "d.csv"), "train"))
+    assert pair == encoded([{"chosen": [U("red?"), STONE], "rejected": [U("red?"), RIVER]}])[0][0]
+
+
+def test_hh_rlhf_as_github_has_it(tmp_path):
+    row = {"chosen": "\n\nHuman: red?\n\nAssistant: stone", "rejected": "\n\nHuman: red?\n\nAssistant: river"}
+    for split in ("train", "test"):
+        with gzip.open(tmp_path / f"{split}.jsonl.gz", "wt") as file:
+            file.write(json.dumps(row) + "\n")
+    for rows in (read_rows(str(tmp_path / "train.jsonl.gz"), "train"), read_rows(str(tmp_path), "test")):
+        assert [preference(row, "d")[:2] for row in rows] == [([U("red?")], [STONE, RIVER])]
+
+
+def test_a_folder_of_save_to_disk(tmp_path):
+    rows = Dataset.from_list([{"prompt": "a", **SAME}] * 3)
+    rows.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "two")
+    assert len(read_rows(str(tmp_path / "one"), "train", 2)) == 2 and len(read_rows(str(tmp_path / "two"), "test")) == 1
+    for name in ("one", "two"):
+        with pytest.raises(InputError, match="split 'other': cannot be read: its splits are train"):
+            read_rows(str(tmp_path / name), "other")
+
+
+@pytest.mark.parametrize("name", ["d.json", "d.jsonl.gz", "d.parquet"])
+def test_a_git_lfs_pointer_is_named(name, tmp_path):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with pytest.raises(InputError, match="it is a Git-LFS pointer"):
+        read_rows(str(tmp_path / name), "train")
+
+
+def test_a_configuration_of_a_data_set(monkeypatch):
+    asked = []
+    rows = Dataset.from_list([{"prompt": "a", **SAME}])
+    monkeypatch.setattr("datasets.load_dataset", lambda *name, **more: asked.append((*name, more["split"])) or rows)
+    flags = config.Config(model_name_or_path="m", dataset_name="some/data", dataset_config="clean", eval_split="test", device="cpu")
+    run.read_parts(config.resolve(flags))
+    assert asked == [("some/data", "clean", "train"), ("some/data", "clean", "test")]
+    for wrong in ({}, {"model_name_or_path": "m", "dataset_name": "."}):
+        with pytest.raises(InputError, match="--dataset_config is "):
+            config.resolve(config.Config(dataset_config="clean", **wrong))
+
+
+# Errors of others, size
+
+
+def test_what_a_model_or_a_tokenizer_raises_is_one_line():
+    with pytest.raises(InputError, match=r"^iteration 2, step 5, the model fails: division by zero$"):
+        run.retry_on_oom(lambda tokens: tokens / 0, 8, 4, "iteration 2, step 5, ")
+
+    class Broken(type(bpe_tokenizer())):
+        def __call__(self, texts, **more):
+            if isinstance(texts, list) and len(texts) > 2:
+                raise KeyError("a\nb")
+            return super().__call__(texts, **more)
+
+    tokenizer = bpe_tokenizer(CHATML)
+    tokenizer.__class__ = Broken
+    with pytest.raises(InputError, match=r"^d.json, rows 0 to 1: the tokenizer fails: 'a\\nb'$"):
+        encoded([{"prompt": "a", **SAME}] * 2, tokenizer)
+
+
+def test_rows_are_tokenised_in_batches_to_the_same_ids(monkeypatch):
+    rows = [{"prompt": [U(f"red {i}?")] if i % 3 else f"red {i}?", "chosen": f"stone {i}", "rejected": "river" * (i % 5)} for i in range(60)]
+    monkeypatch.setattr(data, "BATCH", 16)
+    tokenizer, lists = bpe_tokenizer(CHATML), []
+    call = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda self, x, **more: lists.append(x) or call(self, x, **more))
+    pairs, counts = encoded(rows, tokenizer)
+    assert len([x for x in lists if isinstance(x, list) and len(x) > 2]) == 4
+    assert pairs == [pair for row in rows for pair in encoded([row], tokenizer)[0]]
+    assert counts["read"] == 60 and counts["kept"] == 48 and counts["dropped: a text is empty"] == 12
+
+
+def test_rows_of_ids_are_packed_and_unpacked():
+    for rows in ([], [[]], [[1, 70000], [], [70000, 5]]):
+        assert unpack(*pack(rows)) == rows
+    a, _, b = unpack(*pack([[1, 70000], [], [70000, 5]]))
+    assert a[1] is b[0]  # one object
+
+
+def test_a_fingerprint_knows_every_part():
+    rows = [{"prompt": "a", **SAME}]
+    assert fingerprint([("d", rows), ("e", [])]) == fingerprint([("other", rows), ("e", [])])
+    for other in ([("d", rows), ("e", rows)], [("d", []), ("e", rows)], [("d", [{**rows[0], "chosen": "x"}]), ("e", [])]):
+        assert fingerprint(other) != fingerprint([("d", rows), ("e", [])])
+
+
+def test_a_response_is_decoded_after_its_prompt_whatever_their_border():
+    for make in (bpe_tokenizer, unigram_tokenizer):
+        tokenizer = make()
+        for x, y in (("the fox", " is"), ("日本", "☃ naïve"), ("a\n", "\nb")):
+            ids = [tokenizer(text, add_special_tokens=False).input_ids for text in (x, y)]
+            assert decode(tokenizer, ids[1] + [1], [1], after=ids[0]) == tokenizer.decode(ids[0] + ids[1])[len(tokenizer.decode(ids[0])) :]
