@@ -49,8 +49,9 @@ from sera_min.bootstrap import read_responses
 from sera_min.config import Config, Resolved, flag, resolve, seed_of
 from sera_min.data import InputError
 from sera_min.logprobs import score, sum_and_least
+from sera_min.models import check_before_training, check_positions, eos_ids_of
 from sera_min.pairs import Ids, TrainingSet, format_counts
-from sera_min.run import Run, check_positions, draw_samples, eos_ids_of, retry_on_oom
+from sera_min.run import Run, draw_samples, retry_on_oom
 from train import all_pairs, review
 
 CHUNK = 64  # a task of one process is about so many rows or prompts; the samples depend on it
@@ -211,6 +212,8 @@ def main(flags: Any, args: DPOConfig) -> None:
     refuse(not offline, f"--dataset_name {name}: no pair is left to train on")
     first = next((t for t in range(1, last + 1) if not Path(policies.folder(t)).is_dir()), last + 1)
     print(f"data: {format_counts(counts)}\n{PartialState().num_processes} processes; iterations {first} to {last}")
+    if first == 1:
+        check_before_training(policies.get(0), offline[0], ends)
     run = SharedRun(config, out, policies, tokenizer, ends, offline, [], [], [], [], [], args=args)
     if flags.samples:
         refuse(first == 1, f"--samples: nothing is reviewed before iteration 2; {policies.folder(1)} is missing")

@@ -23,6 +23,7 @@ from tqdm import tqdm
 TokenIds = list[int]
 CACHE_TOKENS = {"cuda": 2**17, "cpu": 2**15}  # tokens of key-value cache at a time: what keeps the device busy
 STRIDE = 32  # tokens after which samples that have ended leave the batch
+KEYS_AND_VALUES = {"DynamicLayer", "DynamicSlidingWindowLayer"}  # transformers' names of caches that are no more
 
 
 def sample_responses(
@@ -99,10 +100,8 @@ def continue_all(
     ids = torch.tensor([[pad] * (width - len(x)) + x for x in prompts], device=model.device)  # (b, P)
     mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts], device=model.device)  # (b, P)
     cache = {}
-    if width > 1:  # all but the last token, which `generate` reads
-        read = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
-        body = model.get_decoder() or model.base_model
-        cache = cache_of(body(**{name: value[:, :-1] for name, value in read.items()}, use_cache=True))
+    if width > 1:  # all but the last token are read; what comes of them is not used
+        cache = cache_of(model.generate(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], max_new_tokens=1))
         for keys_and_values in cache.values():
             keys_and_values.batch_repeat_interleave(n)
     ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)  # (b·n, P)
@@ -127,9 +126,14 @@ def continue_all(
 
 
 def cache_of(output) -> dict:
-    """The key-value cache, by the name that this version of transformers gives it."""
+    """The cache by the name that this version of transformers gives it, if keys and values are all that it holds.
+
+    Rows of recurrent and convolution states (Mamba, LFM2, Qwen3-Next, …) cannot be repeated or taken out: without a
+    cache, `generate` reads again what is written so far.
+    """
     name = "cache" if "cache" in output else "past_key_values"
-    return {name: output[name]}
+    kinds = {type(layer).__name__ for layer in getattr(output.get(name), "layers", [])}
+    return {name: output[name]} if kinds and kinds <= KEYS_AND_VALUES and output[name].get_seq_length() else {}
 
 
 def best_worst_pairs(

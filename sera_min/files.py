@@ -55,10 +55,15 @@ def read_rows(name: str, split: str, limit: int | None = None, config: str | Non
     return rows[:limit]
 
 
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether the file is Git LFS's three lines about a file that was never downloaded."""
+    with open(file, "rb") as start:
+        return start.read(24) == b"version https://git-lfs."
+
+
 def read_file(path: Path, split: str) -> Rows:
-    with open(path, "rb") as file:
-        if file.read(30).startswith(b"version https://git-lfs"):
-            raise ValueError("it is a Git-LFS pointer to a file, which `git lfs pull` puts in its place")
+    if is_lfs_pointer(path):
+        raise ValueError("it is a Git-LFS pointer to a file, which `git lfs pull` puts in its place")
     if path.suffix == ".parquet":
         return datasets.load_dataset("parquet", data_files={split: str(path)}, split=split)
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as file:

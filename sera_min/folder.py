@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sera_min.data import InputError, one_line
+from sera_min.forms import InputError
+from sera_min.models import load
 
 MAY_CHANGE = {"output_dir", "max_tokens", "gradient_checkpointing", "save_steps"}  # at a resume: nothing but rounding
 
@@ -189,41 +189,6 @@ def save_checkpoint(
     for other in (out / "state").glob("checkpoint-*"):
         if other.name != name:
             shutil.rmtree(other)
-
-
-def load(path: str | Path, device: str) -> tuple[Any, Any]:
-    """A policy in float32, on `device` and without dropout, and its tokenizer; safetensors only, no remote code."""
-    if not Path(path).exists() and (str(path).count("/") > 1 or str(path).startswith((".", "~", "/"))):
-        raise InputError(f"{path}: no such folder")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        settings = without_dropout(AutoConfig.from_pretrained(path, trust_remote_code=False))
-        options: dict[str, Any] = {"config": settings, "dtype": torch.float32, "use_safetensors": True}
-        options |= {"trust_remote_code": False, "output_loading_info": True}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
-    except Exception as error:  # of files that are missing, broken, of another shape, or need another package
-        raise InputError(f"{path}: {one_line(error)}") from None
-    policy, info = loaded
-    if info["missing_keys"]:
-        raise InputError(f"{path}: its weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"{path}: its tokenizer has no EOS token: no response could end")
-    size = policy.get_input_embeddings().num_embeddings
-    if len(tokenizer) > size:
-        raise InputError(f"{path}: its tokenizer has {len(tokenizer)} ids, the model embeds {size}")
-    try:
-        policy.generation_config.validate(strict=True)
-    except ValueError:  # settings of sampling without do_sample, which transformers would not save
-        policy.generation_config.do_sample = True
-    return policy.to(device), tokenizer
-
-
-def without_dropout(settings: Any) -> Any:
-    for part in (settings, settings.get_text_config()):  # within the former where the model sees or hears too
-        for name, value in part.to_dict().items():
-            if "drop" in name and isinstance(value, float):
-                setattr(part, name, 0.0)
-    return settings
 
 
 def existing(path: Path) -> Path:

@@ -14,6 +14,7 @@ Three ideas keep this exact and small in memory, for any `AutoModelForCausalLM`:
    them in float32: bfloat16 keeps 8 bits of a logit, and a response's sum would be wrong by tenths of a nat.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -42,6 +43,28 @@ def body_returns(body, output) -> Iterator[None]:
         yield
 
 
+def body_of(model):
+    """The part of the model that embeds the tokens and whose hidden states the head reads."""
+    body, embeddings = model.get_decoder() or model.base_model, model.get_input_embeddings()
+    if body is not model and embeddings in body.modules():
+        return body
+    return next(part for part in model.children() if embeddings in part.modules())  # llama4, modernbert-decoder
+
+
+def rope_limit(config) -> float:
+    """Tokens beyond which positions are rotated by the longest row of the batch (rope "longrope", "dynamic")."""
+    config = config.get_text_config()  # within the former where the model sees or hears too
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    limits = [math.inf]
+    for part in (rope, *rope.values()):  # some models have one a type of layer
+        kind = part.get("rope_type") if isinstance(part, dict) else None
+        if kind == "longrope":
+            limits.append(part.get("original_max_position_embeddings") or config.original_max_position_embeddings)
+        if kind == "dynamic":
+            limits.append(config.max_position_embeddings)
+    return min(limits)
+
+
 def token_logprobs(model, prompts: Sequence[TokenIds], responses: Sequence[TokenIds]) -> tuple[Tensor, ...]:
     """log π(y_i|x, y_<i) in nats of every response token, for B (prompt, response) pairs of token ids.
 
@@ -54,7 +77,7 @@ def token_logprobs(model, prompts: Sequence[TokenIds], responses: Sequence[Token
     counts = [len(y) for y in responses]
     # The body reads x + y without its last token, which predicts nothing we need.
     inputs = pad_sequence([torch.tensor((x + y)[:-1]) for x, y in zip(prompts, responses)], batch_first=True)  # (B, T)
-    body = model.get_decoder() or model.base_model  # transformers 4.56 finds no decoder in most models
+    body = body_of(model)
     output = body(input_ids=inputs.to(device), use_cache=False, return_dict=True)
 
     # Position |x|−1+i of a row predicts y_i. R = Σ|y| of the B·T positions are needed.
@@ -131,9 +154,10 @@ def score(
     Returns CPU tensors in the rows' order: float32 (N,) sums in nats, int64 (N,) counts. `desc` shows a progress bar.
     of: what to make of a response's (|y|,) token log-probs instead of their sum, such as `sum_and_least`: (N, …).
     """
-    was_training = model.training
+    was_training, limit = model.training, rope_limit(model.config)
+    lengths = [len(x) + len(y) for x, y in zip(prompts, responses, strict=True)]
     model.eval()
-    batches = token_batches([len(x) + len(y) for x, y in zip(prompts, responses, strict=True)], max_tokens)
+    batches = token_batches([n if n <= limit else max(n, max_tokens) for n in lengths], max_tokens)  # beyond: alone
     parts = []
     try:
         for batch in tqdm(batches, desc=desc, unit="batch", disable=desc is None):

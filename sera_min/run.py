@@ -1,7 +1,6 @@
 """A run around the method: what its phases share, precision and memory, and what is refused at the start."""
 
 import json
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -10,7 +9,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from sera_min import bootstrap, data, folder, pairs, playground, report
@@ -18,6 +16,7 @@ from sera_min.config import Config, Resolved, resolve, seed_of
 from sera_min.files import Rows, fingerprint, in_one_line, read_rows
 from sera_min.forms import InputError
 from sera_min.logprobs import score, sequence_logprobs, sum_and_least, token_batches
+from sera_min.models import check_before_training, check_positions, eos_ids_of, pad_id_of
 from sera_min.pairs import Ids, Pair, Samples, TrainingSet, format_counts, rows_of, split_by_prompt, tokens_of
 
 
@@ -60,7 +59,7 @@ class Run:
 
     @report.timed("sampling")
     def draw(self, i: int, prompts: list[Ids], n: int, t: int, phase: str) -> list[list[tuple[Ids, bool]]]:
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        pad = pad_id_of(self.tokenizer)
         return draw_samples(self.policies.get(i), prompts, n, self.config, ends=self.eos_ids, pad=pad,
                             seed=seed_of(self.config.seed, t, phase), desc=f"iteration {t}: {phase}")  # fmt: skip
 
@@ -220,8 +219,7 @@ def prepare(config: Resolved, out: Path, parts: list[tuple[str, Rows]]) -> Run:
     else:
         read = encode_parts(config, tokenizer, ends, parts)
     if newest < 1:
-        with in_one_line("the check before training: the model fails"):
-            check_before_training(policy, read.offline[0], config)
+        check_before_training(policy, read.offline[0], ends, config.gradient_checkpointing)
     return Run(config, out, policies, tokenizer, ends, *read)
 
 
@@ -240,12 +238,6 @@ def encode_parts(config: Resolved, tokenizer: Any, ends: Ids, parts: list[tuple[
     if prompt_file:
         print(f"prompts to answer: {format_counts(counts)}")
     return Data(offline, held_out, eval_prompts, eval_texts, prompts, texts)
-
-
-def eos_ids_of(policy: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end a response: the tokenizer's first, then what else the model's `generation_config` names."""
-    ends = policy.generation_config.eos_token_id or []
-    return list(dict.fromkeys([tokenizer.eos_token_id, *([ends] if isinstance(ends, int) else ends)]))
 
 
 Part = tuple[str, Rows]
@@ -371,31 +363,3 @@ def take_step(optimizer: torch.optim.Optimizer) -> None:
     except torch.OutOfMemoryError:
         raise InputError("AdamW's two moments of every weight do not fit the GPU beside the model") from None
     optimizer.zero_grad()  # gradients need not wait in memory for the next step
-
-
-def check_before_training(policy: Any, pair: Pair, config: Resolved) -> None:
-    """Before training π_θ = π_ref: log-probs must be the logits', and alike when scored and when trained."""
-    x, y = rows_of([pair])
-    scored = score_rows(policy, x, y, config, desc=None)[:, 0]  # (2,), as the reference is scored
-    policy.train()
-    with torch.no_grad(), amp(config.device):
-        trained = sequence_logprobs(policy, x, y)[0].cpu()  # (2,), as the policy is trained
-        logits = policy(input_ids=torch.tensor([x[0] + y[0]], device=config.device)).logits  # (1, T, V)
-        predicting, target = logits[0, len(x[0]) - 1 : -1].float(), torch.tensor(y[0], device=config.device)  # (|y|, V)
-        plain = -cross_entropy(predicting, target, reduction="sum").cpu()
-    allowed = (1e-4 if config.device == "cpu" else 2e-2) * max(map(len, y))  # nats; bfloat16 keeps 8 bits
-    for what, error in {
-        "log π(y|x) differs from its logits'": scored[0] - plain,
-        "log π_θ as it trains differs from log π_ref as it is scored": trained - scored,
-    }.items():
-        if not error.abs().max() <= allowed:
-            raise InputError(f"{what}, by {error.abs().max():.3g} nats: this model cannot be trained here")
-    policy.eval()
-    print("check: log π(y|x) is the logits', and π_θ scores as π_ref")
-
-
-def check_positions(policy: Any, longest: int, flags: str) -> None:
-    """The model has a position for every token of the longest row that the flags allow. Raises InputError."""
-    positions = getattr(policy.config, "max_position_embeddings", None) or math.inf
-    if longest > positions:
-        raise InputError(f"{flags} is {longest}: the model has {positions} positions")

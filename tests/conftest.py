@@ -38,6 +38,7 @@ FAMILIES = {
     "gemma2": {"head_dim": 8, "final_logit_softcapping": 2.0}, "cohere": {"logit_scale": 0.3},
     "granite": {"logits_scaling": 3.0}, "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
     "gpt_neox": {}, "opt": {"ffn_dim": 24, "word_embed_proj_dim": 12}, "phi": {},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
 }  # fmt: skip
 TEXTS = [
     "Tell me about the fox and the forest.", "The fox is lovely, and the forest looks gentle.", "Human: Assistant: system",

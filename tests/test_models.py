@@ -1,0 +1,242 @@
+"""What a folder holds is what is loaded, or it is refused in one line; and what a model does wrongly is seen at once."""
+
+import json
+import weakref
+
+import pytest
+import torch
+from conftest import CHATML, bpe_tokenizer, tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.cache_utils import DynamicLayer
+
+from sera_min.files import is_lfs_pointer
+from sera_min.forms import InputError
+from sera_min.logprobs import score, sequence_logprobs
+from sera_min.models import check_before_training, check_positions, load
+from sera_min.pairs import Pair
+
+PAIR = Pair([5, 6, 7, 8], [9, 10, 11, 1], [12, 1])
+FEW = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def save(folder, family="llama", template=None, **settings):
+    tokenizer = bpe_tokenizer(template)
+    tokenizer.save_pretrained(folder)
+    tiny_model(family, vocab_size=len(tokenizer), **settings).save_pretrained(folder)
+    return folder
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def refused(folder):
+    with pytest.raises(InputError) as error:
+        load(folder, "cpu")
+    assert "\n" not in str(error.value) and str(error.value).startswith(str(folder))
+    return str(error.value)
+
+
+def to_fp8(weights, scales):
+    for name in [name for name in weights if "proj" in name]:
+        scale = weights[name].abs().max() / 448
+        weights[name] = (weights[name] / scale).to(torch.float8_e4m3fn)
+        if scales:
+            weights[f"{name}_scale"] = scale.reshape(1)
+
+
+def test_fp8_weights_are_refused_with_their_scales_or_without(tmp_path):
+    """Read as they are they would be some 1,000 times too large."""
+    change_weights(save(tmp_path), lambda weights: to_fp8(weights, scales=True))
+    assert "tensors that the model has no place for: model.layers.0" in refused(tmp_path)
+    change_weights(save(tmp_path), lambda weights: to_fp8(weights, scales=False))
+    assert "stored as numbers that need a scale (quantised), not as floats: model.layers.0" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64])
+def test_integers_are_no_weights(tmp_path, dtype):
+    change_weights(save(tmp_path), lambda weights: weights.update({"lm_head.weight": weights["lm_head.weight"].to(dtype)}))
+    assert "(quantised), not as floats: lm_head.weight (" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_float_is_read(tmp_path, dtype):
+    model = AutoModelForCausalLM.from_pretrained(save(tmp_path))
+    model.to(dtype).save_pretrained(tmp_path)
+    policy, _ = load(tmp_path, "cpu")
+    assert all(torch.equal(p, q.float()) for p, q in zip(policy.parameters(), model.parameters()))
+
+
+def test_old_constants_are_no_weights(tmp_path):
+    """The causal mask and rotary frequencies, which folders of older versions hold."""
+    change_weights(save(tmp_path), lambda weights: weights.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    load(tmp_path, "cpu")
+    masks = {"transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64), "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
+    change_weights(save(tmp_path, "gpt2"), lambda weights: weights.update(masks))
+    load(tmp_path, "cpu")
+
+
+def test_a_head_that_the_model_has_no_place_for(tmp_path):
+    change_weights(save(tmp_path), lambda weights: weights.update({"v_head.summary.weight": torch.ones(1, 16)}))
+    assert refused(tmp_path).endswith("tensors that the model has no place for: v_head.summary.weight")
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_an_adapter_is_to_be_merged_first(tmp_path, alone):
+    save(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "m"}))
+    if alone:
+        for name in ("config.json", "model.safetensors"):
+            (tmp_path / name).unlink()
+    assert "a LoRA adapter, not a model: merge it first" in refused(tmp_path) and "merge_and_unload" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["fp8", "gptq", "bitsandbytes", "of_next_year"])
+def test_a_quantised_folder(tmp_path, method):
+    config = json.loads((save(tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": method, "bits": 4}}))
+    assert "its weights are quantised" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_pointer_is_not_the_file(tmp_path, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\nsize 4999999\n"
+    (save(tmp_path) / name).write_text(pointer)
+    assert is_lfs_pointer(tmp_path / name)
+    assert refused(tmp_path) == f"{tmp_path / name} is a Git LFS pointer, not the file itself: run `git lfs pull` there"
+
+
+def test_named_templates(tmp_path):
+    """Of several the one named default is used, and all are saved again; without it, they are named."""
+    save(tmp_path, template=CHATML)
+    tokenizer = bpe_tokenizer(CHATML)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": "{{ messages }}"}
+    tokenizer.save_pretrained(tmp_path)
+    _, tokenizer = load(tmp_path, "cpu")
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "fox"}], tokenize=False)
+    assert text == "<|im_start|>user\nfox<|im_end|>\n" and set(tokenizer.chat_template) == {"default", "tool_use"}
+    tokenizer.chat_template = {"rag": CHATML, "tool_use": "{{ messages }}"}
+    for file in (tmp_path / "chat_template.jinja", tmp_path / "tokenizer_config.json"):
+        file.unlink()
+    tokenizer.save_pretrained(tmp_path)
+    assert refused(tmp_path).endswith("its tokenizer has the chat templates rag, tool_use, and none is named default")
+
+
+def noisy(family, tmp_path, **settings):
+    """A loaded model of the family, in training mode as far as it goes, and its log-probs as it is scored."""
+    tokenizer = bpe_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **{**FEW, "vocab_size": len(tokenizer), **settings})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    policy, _ = load(tmp_path, "cpu")
+    return policy, score(policy, [PAIR.prompt], [PAIR.chosen], max_tokens=99)[0]
+
+
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 1, "initializer_range": 0.5}
+
+
+@pytest.mark.parametrize("family, settings", [
+    ("mixtral", {**EXPERTS, "router_jitter_noise": 0.5}), ("phimoe", {**EXPERTS, "router_jitter_noise": 0.3}),
+    ("gpt2", {"n_embd": 16, "n_layer": 2, "n_head": 2, "attn_pdrop": 0.5, "embd_pdrop": 0.5}),
+])  # fmt: skip
+def test_noise_is_off_whatever_its_name(family, settings, tmp_path):
+    """Router jitter, experts drawn at random, dropout; and the model is still the one that its authors wrote."""
+    policy, scored = noisy(family, tmp_path, **settings)
+    exact = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(score(exact, [PAIR.prompt], [PAIR.chosen], max_tokens=99)[0], scored)
+    policy.train()
+    trained = sequence_logprobs(policy, [PAIR.prompt], [PAIR.chosen])[0]
+    torch.testing.assert_close(trained.detach(), scored)
+
+
+def test_layers_are_computed_again_under_gradient_checkpointing_and_without_dropout(tmp_path):
+    policy, scored = noisy("opt", tmp_path, ffn_dim=24, word_embed_proj_dim=16, dropout=0.5, attention_dropout=0.5, initializer_range=0.5)
+    policy.gradient_checkpointing_enable({"use_reentrant": False})
+    policy.train()
+    passes = []
+    policy.get_decoder().layers[0].fc1.register_forward_hook(lambda *_: passes.append(1))
+    trained = sequence_logprobs(policy, [PAIR.prompt], [PAIR.chosen])[0]
+    trained.sum().backward()
+    assert len(passes) == 2
+    torch.testing.assert_close(trained.detach(), scored)
+
+
+def test_a_loaded_model_is_freed_at_once(tmp_path):
+    policy, _ = load(save(tmp_path), "cpu")
+    policy.train()
+    gone = weakref.ref(policy.lm_head)
+    del policy
+    assert gone() is None
+
+
+def test_the_check_accepts_a_model_and_says_so(capsys):
+    model = tiny_model().train()
+    check_before_training(model, PAIR, [1])
+    assert "check: log π(y|x) is the logits'" in capsys.readouterr().out
+
+
+def test_the_check_sees_a_wrong_cache(monkeypatch):
+    """Rows of the cache in another order than the samples."""
+
+    def in_another_order(self, repeats):
+        self.keys, self.values = (x.repeat(repeats, 1, 1, 1) for x in (self.keys, self.values))
+
+    monkeypatch.setattr(DynamicLayer, "batch_repeat_interleave", in_another_order)
+    with pytest.raises(InputError, match="as it is sampled differs from its logits', by .* LlamaForCausalLM cannot be trained"):
+        check_before_training(tiny_model(), PAIR, [1])
+
+
+def test_the_check_sees_noise():
+    with pytest.raises(InputError, match="as it trains differs from log π_ref as it is scored"):
+        check_before_training(tiny_model("gpt2", resid_pdrop=0.5), PAIR, [1])
+
+
+def test_what_the_model_s_own_code_raises_is_one_line():
+    model = tiny_model()
+    model.model.layers[0].mlp.forward = lambda h: h[:, :, :3].view(-1, 7)
+    with pytest.raises(InputError, match="LlamaForCausalLM cannot be trained here: ") as error:
+        check_before_training(model, PAIR, [1])
+    assert "\n" not in str(error.value)
+
+
+def test_gradient_checkpointing_where_the_model_has_none():
+    model = tiny_model()
+    check_before_training(model, PAIR, [1], checkpointing=True)
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(InputError, match="--gradient_checkpointing: LlamaForCausalLM has none"):
+        check_before_training(model, PAIR, [1], checkpointing=True)
+
+
+def long_rope():
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
+    config = AutoConfig.for_model("phi3", **{
+        **FEW, "max_position_embeddings": 128, "original_max_position_embeddings": 32, "pad_token_id": 0,
+        "num_key_value_heads": 2, "initializer_range": 0.5, "rope_parameters": {**rope, "original_max_position_embeddings": 32},
+    })  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def dynamic_rope():
+    return tiny_model(max_position_embeddings=32, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0})
+
+
+def test_lengths_at_which_rope_depends_on_the_batch_are_refused():
+    check_positions(long_rope(), 32, "--max_length")
+    with pytest.raises(InputError, match="--max_length is 33: beyond 32 tokens this model's log-probs depend on the batch"):
+        check_positions(long_rope(), 33, "--max_length")
+    with pytest.raises(InputError, match="--max_length is 33: the model has 32 positions"):
+        check_positions(dynamic_rope(), 33, "--max_length")
+
+
+@pytest.mark.parametrize("make", [long_rope, dynamic_rope])
+def test_a_row_is_scored_alike_beside_a_long_one(make):
+    model = make()
+    rows = [[5, 6, 7, 8], list(range(3, 43)), [9, 8]], [[9, 10, 2], list(range(3, 23)), [7, 2]]
+    together = score(model, *rows, max_tokens=999)[0]
+    alone = torch.cat([score(model, [x], [y], max_tokens=999)[0] for x, y in zip(*rows)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
