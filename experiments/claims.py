@@ -631,7 +631,9 @@ def tables(runs: Runs) -> dict[str, str]:
         **{loss: partial(methods_table, runs, loss) for loss in LOSSES},
         **{f"{loss} tuning": partial(tuning_table, runs, loss) for loss in LOSSES},
     }  # fmt: skip
-    return made({name: makers[name] for name in TITLES})
+    shown = made({name: makers[name] for name in TITLES})
+    of_dpo = {name for name in shown if loss_of(name.removesuffix(" tuning")) == "dpo" and name != "losses"}
+    return shown | {name: shown[name].replace("plain training", "plain DPO") for name in of_dpo}
 
 
 def made(makers: dict[str, Callable[[], str]]) -> dict[str, str]:

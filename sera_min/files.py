@@ -95,7 +95,10 @@ def read_json(text: str) -> list[Any]:
     rows, parser, text = [], json.JSONDecoder(), text.rstrip()
     at = len(text) - len(text.lstrip())
     while at < len(text):
-        row, at = parser.raw_decode(text, at)
+        try:
+            row, at = parser.raw_decode(text, at)
+        except json.JSONDecodeError as error:  # whose own line may be a later one
+            raise ValueError(f"the row that begins in line {text.count(chr(10), 0, at) + 1}: {error}") from None
         rows.append(row)
         while at < len(text) and text[at].isspace():
             at += 1

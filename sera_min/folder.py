@@ -50,13 +50,14 @@ def check(out: Path, config: dict[str, Any], resume: bool) -> None:
         return
     if not begun:
         raise InputError(f"--resume_from_checkpoint {out}: no run has begun there")
-    before = read_json(out / "config.json")
-    for name in sorted((config.keys() | before.keys()) - MAY_CHANGE - {"data"}):
-        if config.get(name) != before.get(name):
-            raise InputError(f"{out} was begun with {name} = {before.get(name)!r}, not {config.get(name)!r}")
     if ended:
         shutil.rmtree(out / "state", ignore_errors=True)  # it was killed between its last two acts
         raise InputError(f"{out}: this run has ended, its policy is in {out / 'policy'}")
+    before = read_json(out / "config.json")
+    for name in sorted((config.keys() | before.keys()) - MAY_CHANGE - {"data"}):
+        if config.get(name) != before.get(name):
+            raise InputError(f"{out} was begun with {name} = {before.get(name)!r}, not {config.get(name)!r}: "
+                             "give the flags that it was begun with")  # fmt: skip
 
 
 @contextmanager
