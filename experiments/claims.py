@@ -824,7 +824,7 @@ def main(arguments: list[str] | None = None) -> None:
             wanted = [spec for part in parts for row in specs(Measured(tuned | runs), part).values() for spec in row]
             make(wanted, runs, machines, file, work, "studies")
     runs = Measured(tuned | runs)
-    shown = blocks(earlier) | blocks(runs)
+    shown = tables(earlier) | tables(runs)
     written = "\n\n".join(f"## {title}\n\n{shown[name]}" for name, title in TITLES.items() if name in shown)
     (results / "claims.md").write_text(written + "\n")
     if {"main", "over"} <= tables(runs).keys():
@@ -832,7 +832,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(written)
     for readme in [] if options.quick else filter(Path.exists, READMES):
         try:
-            readme.write_text(filled(readme.read_text(), shown))
+            readme.write_text(filled(readme.read_text(), blocks(earlier) | blocks(runs)))
         except KeyError as error:
             sys.exit(f"{readme}: of claims.json there is nothing to put into its block {error}")
 

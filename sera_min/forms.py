@@ -162,7 +162,7 @@ def _split(prompt: str | Messages | None, value: Any, where: str) -> tuple[str |
 def _joined(prompt: str | Messages | None, dialogue: Messages) -> Messages:
     """The dialogue, which goes on after the prompt or repeats it. Raises Unusable where it does neither."""
     first, *others = [message["role"] for message in dialogue]
-    if prompt is None:
+    if not prompt:  # or nothing stands before its answer
         if others[-2:] == ["assistant", "assistant"]:
             raise Unusable("two turns of the assistant follow each other")
         return dialogue

@@ -399,3 +399,11 @@ def test_a_response_is_decoded_after_its_prompt_whatever_their_border():
         for x, y in (("the fox", " is"), ("日本", "☃ naïve"), ("a\n", "\nb")):
             ids = [tokenizer(text, add_special_tokens=False).input_ids for text in (x, y)]
             assert decode(tokenizer, ids[1] + [1], [1], after=ids[0]) == tokenizer.decode(ids[0] + ids[1])[len(tokenizer.decode(ids[0])) :]
+
+
+def test_messages_that_are_an_answer_alone_are_no_prompt():
+    answer = {"role": "assistant", "content": "Yes."}
+    asked = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "No."}]
+    assert forms.preference({"messages": answer, "chosen": asked, "rejected": asked}, "row 0").prompt == asked[:1]
+    with pytest.raises(forms.Unusable, match="without an answer"):
+        forms.preference({"messages": answer, "chosen": asked[:1], "rejected": asked}, "row 0")
