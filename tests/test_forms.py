@@ -404,6 +404,6 @@ def test_a_response_is_decoded_after_its_prompt_whatever_their_border():
 def test_messages_that_are_an_answer_alone_are_no_prompt():
     answer = {"role": "assistant", "content": "Yes."}
     asked = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "No."}]
-    assert forms.preference({"messages": answer, "chosen": asked, "rejected": asked}, "row 0").prompt == asked[:1]
-    with pytest.raises(forms.Unusable, match="without an answer"):
-        forms.preference({"messages": answer, "chosen": asked[:1], "rejected": asked}, "row 0")
+    assert preference({"messages": answer, "chosen": asked, "rejected": asked}, "row 0").prompt == asked[:1]
+    with pytest.raises(Unusable, match="without an answer"):
+        preference({"messages": answer, "chosen": asked[:1], "rejected": asked}, "row 0")
