@@ -278,7 +278,7 @@ def user_pairs(config: Resolved, tokenizer: Any, limits: dict, train: Part, test
 
 
 def amp(device: str) -> torch.autocast:
-    """Weights stay float32; on a GPU products are bfloat16. Leave it before weights change: it caches their copies."""
+    """Weights stay float32; on a GPU products are bfloat16. End it before a step: it keeps copies of the weights."""
     return torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda")
 
 
