@@ -142,7 +142,7 @@ def main() -> None:
     for mutant, (killer, seconds) in zip(mutants, outcomes):
         print(f"| {mutant.name} | {killer or '**nothing**'} | {seconds:.0f} |")
     survivors = [mutant.name for mutant, (killer, _) in zip(mutants, outcomes) if not killer]
-    print(f"\n{len(mutants) - len(survivors)} of {len(mutants)} mutants killed, {len(survivors)} survive", *survivors, sep="\n- ")
+    print(f"\n{len(survivors)} of {len(mutants)} mutants survive", *survivors, sep="\n- ")
     sys.exit(bool(survivors))
 
 
