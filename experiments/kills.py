@@ -19,6 +19,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -39,6 +40,7 @@ with contextlib.suppress(ImportError):  # here, so that no run spends its second
 import train
 from sera_min import config, playground
 
+tqdm.set_lock(threading.RLock())  # its own is shared with forks: one killed while it holds it would stop all others
 HERE = Path(WORK.name)
 FLAGS = (
     f"--model_name_or_path {HERE}/model --dataset_name {HERE}/pairs.jsonl --device cpu --max_train_pairs 48 "
