@@ -824,15 +824,19 @@ def main(arguments: list[str] | None = None) -> None:
             wanted = [spec for part in parts for row in specs(Measured(tuned | runs), part).values() for spec in row]
             make(wanted, runs, machines, file, work, "studies")
     runs = Measured(tuned | runs)
-    shown = tables(earlier) | tables(runs)
+    anew = tables(runs)
+    shown = tables(earlier) | anew
     written = "\n\n".join(f"## {title}\n\n{shown[name]}" for name, title in TITLES.items() if name in shown)
     (results / "claims.md").write_text(written + "\n")
-    if {"main", "over"} <= tables(runs).keys():
+    if {"main", "over"} <= anew.keys():
         figures(runs, results)
     print(written)
-    for readme in [] if options.quick else filter(Path.exists, READMES):
+    if options.quick:
+        return
+    shown = blocks(earlier) | blocks(runs)
+    for readme in filter(Path.exists, READMES):
         try:
-            readme.write_text(filled(readme.read_text(), blocks(earlier) | blocks(runs)))
+            readme.write_text(filled(readme.read_text(), shown))
         except KeyError as error:
             sys.exit(f"{readme}: of claims.json there is nothing to put into its block {error}")
 

@@ -47,7 +47,8 @@ from trl import DPOConfig, DPOTrainer
 from sera_min import data, folder, report
 from sera_min.bootstrap import read_responses
 from sera_min.config import Config, Resolved, flag, resolve, seed_of
-from sera_min.data import InputError
+from sera_min.files import read_rows
+from sera_min.forms import InputError
 from sera_min.logprobs import score, sum_and_least
 from sera_min.models import check_before_training, check_positions, eos_ids_of
 from sera_min.pairs import Ids, TrainingSet, format_counts
@@ -203,7 +204,7 @@ def resolved(flags: Any, args: DPOConfig) -> Resolved:
 def main(flags: Any, args: DPOConfig) -> None:
     config = resolved(flags, args)
     out, name, last = Path(config.output_dir), str(config.dataset_name), config.iterations
-    rows = data.read_rows(name, config.dataset_train_split, config.max_train_pairs, config.dataset_config)
+    rows = read_rows(name, config.dataset_train_split, config.max_train_pairs, config.dataset_config)
     policies = Policies(out, config.model_name_or_path, str(PartialState().device))
     check_positions(policies.get(0), config.max_length, "--max_length")
     tokenizer, ends = policies.tokenizer, eos_ids_of(policies.get(0), policies.tokenizer)

@@ -15,7 +15,7 @@ import transformers
 from transformers import HfArgumentParser
 
 from sera_min import playground
-from sera_min.data import InputError
+from sera_min.forms import InputError
 from sera_min.losses import LOSSES
 
 

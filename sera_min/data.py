@@ -19,9 +19,7 @@ from tqdm import tqdm
 
 from sera_min import forms
 from sera_min.files import KNOWN, Rows, decoded, in_one_line
-from sera_min.files import read_rows as read_rows
 from sera_min.forms import InputError, Messages, Reading, Unusable, as_text, squeezed, texts_in
-from sera_min.forms import one_line as one_line
 from sera_min.pairs import Ids, Pair
 
 BATCH = 256  # rows that are tokenised together

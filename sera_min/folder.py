@@ -102,9 +102,13 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def phase_file(out: Path, name: str) -> Path:
+    return out / "state" / f"{name}.pt"
+
+
 def phase(out: Path, name: str, compute: Callable[[], Any]) -> Any:
-    """What compute() returns; from state/<name>.pt, where that is there."""
-    file = out / "state" / f"{name}.pt"
+    """What compute() returns; from its file, where that is there."""
+    file = phase_file(out, name)
     if file.exists():
         with reading(file):
             return torch.load(file, weights_only=True)

@@ -150,7 +150,8 @@ def opened(flags: Config) -> Iterator[Run]:
     with folder.claimed(out, values, fingerprint(parts), needed):
         if run.policies.newest() < 0:
             run.policies.put(0, run.policies.policy, run.tokenizer)
-        folder.phase(out, "data", lambda: packed_data(run))
+        if not folder.phase_file(out, "data").exists():  # else it has been read from there
+            folder.phase(out, "data", lambda: packed_data(run))
         yield run
 
 
@@ -212,7 +213,7 @@ def prepare(config: Resolved, out: Path, parts: list[tuple[str, Rows]]) -> Run:
     longest = max(config.max_length, config.max_prompt_length + config.max_new_tokens)
     check_positions(policy, longest, "--max_length or --max_prompt_length + --max_new_tokens")
     ends = eos_ids_of(policy, tokenizer)
-    if (out / "state" / "data.pt").exists():
+    if folder.phase_file(out, "data").exists():
         data.set_template(tokenizer)
         read = unpacked_data(folder.phase(out, "data", dict))
         print(f"data: as read when the run began, {len(read.offline)} pairs, {len(read.held_out)} held out")

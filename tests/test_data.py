@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sera_min import data, playground
-from sera_min.data import InputError, decode, encode, read_rows
+from sera_min.data import InputError, decode, encode
+from sera_min.files import read_rows
 from sera_min.pairs import Pair, split_by_prompt
 
 U, A, S = ({"role": role} for role in ("user", "assistant", "system"))

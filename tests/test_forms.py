@@ -13,8 +13,8 @@ from datasets import Dataset, DatasetDict
 from tokenizers import processors
 
 from sera_min import config, data, folder, run
-from sera_min.data import InputError, decode, encode, read_rows
-from sera_min.files import fingerprint
+from sera_min.data import InputError, decode, encode
+from sera_min.files import fingerprint, read_rows
 from sera_min.forms import Unusable, preference, question
 from sera_min.pairs import TrainingSet, pack, unpack
 
