@@ -2,21 +2,25 @@
 
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
-import subprocess
+import socket
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import CHATML, LLAMA2, bpe_tokenizer, tiny_model, unigram_tokenizer
 
 trl = pytest.importorskip("trl")
 
 from datasets import load_dataset  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import train  # noqa: E402
 from sera_min import data, folder, logprobs, playground, select  # noqa: E402
@@ -24,6 +28,7 @@ from sera_min.config import resolve, seed_of  # noqa: E402
 from sera_min.pairs import Pair  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
+FORK = multiprocessing.get_context("fork")
 sys.path.insert(0, str(ROOT / "experiments"))
 import with_trl  # noqa: E402
 
@@ -47,6 +52,18 @@ def no_gpu():
         yield
 
 
+def one_of_two(rank: int, arguments: list[str], out: Path) -> None:
+    """What torchrun starts, but forked: without the seconds of its imports."""
+    sys.stdout = sys.stderr = os.fdopen(os.open(out / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), "w")
+    tqdm.set_lock(threading.RLock())  # its own is shared with forks
+    torch.set_num_threads(1)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()  # of tests that ran before
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ.update(MASTER_PORT=(out / "port").read_text())
+    with_trl.command_line(arguments)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A run of three iterations by one process, and the same by two."""
@@ -56,21 +73,26 @@ def runs(tmp_path_factory):
     tokenizer.save_pretrained(out / "model")
     write(out / "pairs.jsonl", playground.preferences(PAIRS, "train", label_noise=0.3, length_bias=0, seed=0))
     flags = ["--model_name_or_path", str(out / "model"), *LIMITS, "--learning_rate", "1e-3", "--logging_steps", "1"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", with_trl.__file__]
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
     def arguments(name: str, batch: int) -> list[str]:
         where = ["--dataset_name", str(out / "pairs.jsonl"), "--output_dir", str(out / name)]
         return [*flags, *where, "--per_device_train_batch_size", str(batch)]
 
-    with open(out / "log", "w") as log, subprocess.Popen([*torchrun, *arguments("two", 2)], env=env, stdout=log, stderr=log) as two:
-        try:
-            with_trl.command_line(arguments("one", 4))
-            two.wait(timeout=200)
-        finally:
-            two.terminate()  # torchrun ends its processes then, should they wait for each other
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        (out / "port").write_text(str(free.getsockname()[1]))
+    two = [FORK.Process(target=one_of_two, args=(rank, arguments("two", 2), out), daemon=True) for rank in range(2)]
+    try:
+        for process in two:
+            process.start()
+        with_trl.command_line(arguments("one", 4))
+        for process in two:
+            process.join(timeout=200)
+    finally:
+        for process in two:
+            process.kill()  # should they wait for each other
     log = (out / "log").read_text()
-    assert two.returncode == 0 and "2 processes" in log, log[-3000:]
+    assert [process.exitcode for process in two] == [0, 0] and "2 processes" in log, log[-3000:]
     assert log.count(" bootstrapped pairs; dropped:") == 2  # once an iteration, not once a process
     return out
 
