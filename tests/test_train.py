@@ -4,7 +4,6 @@ Its numbers are test_oracle.py's, what it draws test_drawn.py's, and what it say
 """
 
 import copy
-import importlib
 import json
 import os
 import pickle
@@ -977,14 +976,6 @@ def test_help_names_every_flag_and_the_five_that_matter_first(capsys):
     places = [shown.index(f"\n{group}:\n") for group in config.GROUPS.values()]
     assert places == sorted(places)
     assert all(f.metadata["help"] for f in fields(Config)) and max(map(len, shown.splitlines())) <= 120
-
-
-def test_killed_at_random_moments_it_ends_alike(monkeypatch, capsys):
-    """experiments/kills.py in short: SIGKILL, resume, and the same bytes; the whole script takes 50 runs."""
-    monkeypatch.syspath_prepend(ROOT / "experiments")
-    monkeypatch.setattr(sys, "argv", ["kills.py", "--runs", "1"])
-    importlib.import_module("kills").main()
-    assert re.match(r"1 runs, \d+ kills, 1 identical ends", capsys.readouterr().out)
 
 
 def test_a_file_that_grows_too_large_is_one_line(world, tmp_path):

@@ -1,0 +1,15 @@
+"""experiments/kills.py in short: SIGKILL, resume, and the same bytes; the whole script takes 50 runs."""
+
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+
+
+def test_killed_at_random_moments_it_ends_alike(monkeypatch, capsys):
+    import kills  # it sets a lock for tqdm's bars: not before other tests
+
+    monkeypatch.setattr(sys, "argv", ["kills.py", "--runs", "1"])
+    kills.main()
+    assert re.match(r"1 runs, \d+ kills, 1 identical ends", capsys.readouterr().out)
