@@ -36,7 +36,7 @@ from sera_min.bootstrap import best_worst_pairs
 from sera_min.config import Config, Resolved, command_line, seed_of
 from sera_min.logprobs import implicit_reward
 from sera_min.losses import LOSSES
-from sera_min.pairs import Ids, Pair, Samples, TrainingSet, format_counts, lengths_of, rows_of, tokens_of, union
+from sera_min.pairs import Ids, Pair, Review, Samples, TrainingSet, format_counts, lengths_of, rows_of, tokens_of
 from sera_min.run import Run, backward_of_mean, opened, retry_on_oom, take_step
 from sera_min.select import ensemble_margin, length_free, select_top
 
@@ -56,11 +56,12 @@ def pair_losses(r: Tensor, config: Resolved) -> Tensor:  # (N, 2) -> (N,)
 def all_pairs(run: Run) -> TrainingSet:
     """What π_θ1 is trained on, step 1: all of D."""
     reference = run.log_prob(0, *rows_of(run.offline), "pairs")[:, 0].view(-1, 2)  # (2|D|,) -> (|D|, 2)
-    return TrainingSet(run.offline, reference, torch.zeros(len(run.offline)), ["offline"] * len(run.offline))
+    n = len(run.offline)
+    return TrainingSet.given(run.offline, reference, torch.zeros(n), list(range(n)))
 
 
-def review(t: int, offline: list[Pair], log_prob: Callable, sample: Callable, config: Resolved):
-    """Steps 3 to 6: the TrainingSet of π_θt, and the Samples that some of its pairs are made of (None where none is).
+def review(t: int, offline: list[Pair], log_prob: Callable, sample: Callable, config: Resolved) -> Review:
+    """Steps 3 to 6: the TrainingSet of π_θt, the given pairs that it leaves out, and the samples of its other pairs.
 
     log_prob(i, prompts, responses, what): log π_θi(y|x) and the log-prob of its least likely token, (R, 2); i = 0 is
     the reference. sample(i, prompts): a list of n (token ids, ended) a prompt, from π_θi. Whoever calls decides where
@@ -87,18 +88,19 @@ def review(t: int, offline: list[Pair], log_prob: Callable, sample: Callable, co
         r = length_free(r, lengths_of(offline))
     margins = r[:, 0] - r[:, 1]  # (|D|,)
     kept = pick(margins, round(config.keep * len(offline)))
-    selected = TrainingSet([offline[i] for i in kept], reference[kept], margins[kept], ["offline"] * len(kept))
+    left_out = sorted({*range(len(offline))} - {*kept}, key=margins.tolist().__getitem__)  # smallest margin first
+    selected, dropped = (TrainingSet.given(offline, reference, margins, numbers) for numbers in (kept, left_out))
     wanted = round(config.bootstrap * len(offline))  # K̃
     if wanted == 0:
-        return selected, None
+        return Review(selected, dropped)
 
     # Bootstrapping: sample, rank by the same reward, best against worst; of these pairs the K̃ with the largest margin.
     # --token_floor: a quantile of the log-prob, under π_ref, of the least likely token of D's responses
     floor = least.sort().values[int(config.token_floor * len(least))] if config.token_floor else -math.inf
     samples = rank_samples(t, [pair.prompt for pair in offline], sample, reward, floor, config)
-    bootstrapped, dropped = pair_samples(offline, samples, pick, wanted)
-    print(f"iteration {t}: {len(bootstrapped.pairs)} of {wanted} bootstrapped pairs; dropped:", format_counts(dropped))
-    return union(selected, bootstrapped), samples
+    bootstrapped, counts = pair_samples(offline, samples, pick, wanted)
+    print(f"iteration {t}: {len(bootstrapped.pairs)} of {wanted} bootstrapped pairs; dropped:", format_counts(counts))
+    return Review(selected.union(bootstrapped), dropped, samples)
 
 
 def rank_samples(t: int, prompts: list[Ids], sample: Callable, reward: Callable, floor, config: Resolved) -> Samples:
@@ -125,7 +127,8 @@ def pair_samples(offline: list[Pair], samples: Samples, pick: Callable, wanted: 
     index = torch.tensor([triples[p] for p in taken], dtype=torch.int64).view(-1, 3)  # (K̃, 3): prompt, best, worst
     pairs = [Pair(offline[i].prompt, *(samples.responses[i][j] for j in both)) for i, *both in index.tolist()]
     reference = samples.reference[index[:, :1], index[:, 1:]]  # (P, n) -> (K̃, 2)
-    return TrainingSet(pairs, reference, margins[taken], ["bootstrap"] * len(pairs)), dropped
+    sources, numbers = ["bootstrap"] * len(pairs), index[:, 0].tolist()
+    return TrainingSet(pairs, reference, margins[taken], sources, numbers), dropped
 
 
 def train_step(
@@ -222,11 +225,10 @@ def iterate(run: Run, t: int) -> dict[str, Any]:
     """One iteration and its evaluation, a line of metrics.jsonl; t = 0 only evaluates. What is done is read."""
     with report.timed(f"iteration {t}"):
         if t > run.policies.newest():
-            training_set, samples = all_pairs(run), None
-            if t > 1:
-                training_set, samples = review(t, run.offline, run.log_prob, run.sample, run.config)
-            run.write_review(t, training_set, samples)
-            train(run, t, training_set)
+            first = t == 1
+            reviewed = Review(all_pairs(run)) if first else review(t, run.offline, run.log_prob, run.sample, run.config)
+            run.write_review(t, reviewed)
+            train(run, t, reviewed.training_set)
         elif t > 0:
             report.log(run.out, *folder.read_jsonl(run.out / "state" / f"steps-{t}.jsonl"))
         line = folder.phase(run.out, f"evaluation-{t}", partial(evaluate, run, t))

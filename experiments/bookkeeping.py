@@ -90,15 +90,18 @@ def iterate(file: Path, out: Path, tokenizer: Any) -> None:
     ends = [tokenizer.eos_token_id]
     limits = {"eos_ids": ends, "max_length": 1024, "max_prompt_length": 512}
     rows = timed("read the rows", lambda: files.read_rows(str(file), "train"))
-    pairs, counts = timed("tokenise", lambda rows=rows: data.encode(rows, tokenizer, name="rows", **limits))
+    given, counts = timed("tokenise", lambda rows=rows: data.encode_given(rows, tokenizer, name="rows", **limits))
     timed("fingerprint", lambda rows=rows: files.fingerprint([("rows", rows)]))
     del rows
-    print(f"{format_counts(counts)}; prompt and answer: {sum(map(tokens_of, pairs)) / 2 / len(pairs):.0f} tokens")
-    offline, _ = timed("split", lambda: split_by_prompt(pairs, 0.05, 0))
+    tokens = sum(tokens_of(one.pair) for one in given) / 2 / len(given)
+    print(f"{format_counts(counts)}; prompt and answer: {tokens:.0f} tokens")
+    given, _ = timed("split", lambda: split_by_prompt(given, 0.05, 0))
+    offline = [one.pair for one in given]
     it = run.Run(config, out, *[None] * (len(run.Run.__dataclass_fields__) - 2))
     object.__setattr__(it, "tokenizer", tokenizer)
     object.__setattr__(it, "eos_ids", ends)
     object.__setattr__(it, "offline", offline)
+    object.__setattr__(it, "offline_rows", [one.row for one in given])
     generator, rng = torch.Generator().manual_seed(0), random.Random(0)
 
     def log_prob(i: int, prompts: list, responses: list, what: str) -> torch.Tensor:
@@ -111,10 +114,10 @@ def iterate(file: Path, out: Path, tokenizer: Any) -> None:
     waiting = [[drawn[4 * k : 4 * k + 4] for k in range(len(offline))]]
     del drawn
     object.__setattr__(it, "draw", lambda *_: waiting.pop())
-    training_set, samples = timed("review", lambda: review(2, offline, log_prob, it.sample, config))
-    timed("write pairs.jsonl and samples.jsonl", lambda: it.write_review(2, training_set, samples))
+    reviewed = timed("review", lambda: review(2, offline, log_prob, it.sample, config))
+    timed("write pairs.jsonl, dropped.jsonl and samples.jsonl", lambda: it.write_review(2, reviewed))
     timed("count the pairs", lambda: it.count_pairs(2))
-    timed("order the batches", lambda: batches_of(len(training_set.pairs), 2, config))
+    timed("order the batches", lambda: batches_of(len(reviewed.training_set.pairs), 2, config))
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from sera_min import forms
 from sera_min.files import KNOWN, Rows, decoded, in_one_line
 from sera_min.forms import InputError, Messages, Reading, Unusable, as_text, squeezed, texts_in
-from sera_min.pairs import Ids, Pair
+from sera_min.pairs import Given, Ids, Pair
 
 BATCH = 256  # rows that are tokenised together
 # For tokenizers without a chat template: HH-RLHF's plain form, which a dialogue in that form survives unchanged.
@@ -139,12 +139,12 @@ class Encoder:
         self.counts["responses cut"] += sum(kept != y for kept, y in zip(rows[1:], responses))
         return [[self.same_id.setdefault(i, i) for i in row] for row in rows]
 
-    def read(self, rows: Rows, name: str, read: Callable[[Any, str], Reading]) -> list[tuple[Any, list[Ids]]]:
-        """Of each row that is not dropped the prompt as it is read, and token ids. Raises InputError."""
+    def read(self, rows: Rows, name: str, read: Callable[[Any, str], Reading]) -> list[tuple[int, Any, list[Ids]]]:
+        """Of each row that is not dropped its number, the prompt as it is read, and token ids. Raises InputError."""
         there = set(rows.column_names) - KNOWN if isinstance(rows, datasets.Dataset) else set()
         used: set[str] = set()
         each = enumerate(tqdm(decoded(rows, name), f"reading {name}", len(rows), unit="row", leave=False))
-        result: list[tuple[Any, list[Ids]]] = []
+        result: list[tuple[int, Any, list[Ids]]] = []
         while batch := list(islice(each, BATCH)):
             kept = []
             for i, row in batch:
@@ -153,12 +153,12 @@ class Encoder:
                     reading = read(row, where)
                     there.update(column for column, value in row.items() if value is not None)
                     used.update(forms.columns_of(row, where).values())
-                    kept.append((where, reading.prompt, self.texts(reading, where)))
+                    kept.append((i, reading.prompt, self.texts(reading, where)))
             all_texts = [text for _, _, texts in kept for text in texts]
             ids = iter(self.tokenised(all_texts, f"{name}, rows {batch[0][0]} to {batch[-1][0]}"))
-            for where, x, texts in kept:
-                with self.dropping(where):
-                    result.append((x, self.ids(texts, list(islice(ids, len(texts))), plain=isinstance(x, str))))
+            for i, x, texts in kept:
+                with self.dropping(f"{name}, row {i}"):
+                    result.append((i, x, self.ids(texts, list(islice(ids, len(texts))), plain=isinstance(x, str))))
         if there - used:
             tqdm.write(f"{name}: columns that are not read: {', '.join(sorted(map(str, there - used)))}")
         return result
@@ -236,17 +236,17 @@ def encode(rows: Rows, tokenizer: Any, *, name: str, eos_ids: Ids, **limits: int
     eos_ids: the tokens that end a response, the tokenizer's first. limits: max_length, max_prompt_length.
     A dialogue or response that spells a special token is dropped: it would forge a turn or an end.
     """
-    both, counts = encode_with_texts(rows, tokenizer, name=name, eos_ids=eos_ids, **limits)
-    return [pair for pair, _ in both], counts
+    given, counts = encode_given(rows, tokenizer, name=name, eos_ids=eos_ids, **limits)
+    return [one.pair for one in given], counts
 
 
-def encode_with_texts(
+def encode_given(
     rows: Rows, tokenizer: Any, *, name: str, eos_ids: Ids, **limits: int
-) -> tuple[list[tuple[Pair, str]], Counter]:
-    """The same, with the prompt of each pair as people read it: a dialogue without the marks of its template."""
+) -> tuple[list[Given], Counter]:
+    """The same, with the row of each pair, and its prompt as people read it: a dialogue without a template's marks."""
     encoder = Encoder(tokenizer, eos_ids, **limits)
-    both = [(Pair(*ids), as_text(x)) for x, ids in encoder.read(rows, name, forms.preference)]
-    return both, Counter({"read": encoder.counts.pop("read"), "kept": len(both), **encoder.counts})
+    given = [Given(Pair(*ids), as_text(x), i) for i, x, ids in encoder.read(rows, name, forms.preference)]
+    return given, Counter({"read": encoder.counts.pop("read"), "kept": len(given), **encoder.counts})
 
 
 def encode_prompts(
@@ -259,8 +259,8 @@ def encode_prompts(
     encoder = Encoder(tokenizer, eos_ids, **limits)
     encoder.all_needed = True
     prompts = encoder.read(rows, name, forms.question)
-    texts = [x if isinstance(x, str) else "\n\n".join(message["content"] for message in x) for x, _ in prompts]
-    return texts, [ids for _, [ids] in prompts], encoder.counts
+    texts = [x if isinstance(x, str) else "\n\n".join(message["content"] for message in x) for _, x, _ in prompts]
+    return texts, [ids for *_, [ids] in prompts], encoder.counts
 
 
 def decode(tokenizer: Any, ids: Ids, ends: Ids, after: Ids | None = None) -> str:

@@ -20,6 +20,14 @@ class Pair(NamedTuple):
     rejected: Ids
 
 
+class Given(NamedTuple):
+    """A pair of the user's data, its prompt as people read it, and the number of its row there (the first is 0)."""
+
+    pair: Pair
+    text: str
+    row: int
+
+
 class TrainingSet(NamedTuple):
     """What an iteration trains on: N pairs; log π_ref of their responses; their margins, and where they come from."""
 
@@ -27,6 +35,27 @@ class TrainingSet(NamedTuple):
     reference: Tensor  # (N, 2), nats
     margins: Tensor  # (N,), nats; 0 at t = 1, where nothing is reviewed
     sources: list[str]  # offline or bootstrap
+    numbers: list[int]  # in D: of the pair itself, or of the one whose prompt was sampled from
+
+    @staticmethod
+    def given(offline: list[Pair], reference: Tensor, margins: Tensor, numbers: list[int]) -> "TrainingSet":
+        """Of D, its log π_ref (|D|, 2) and its margins (|D|,), the pairs with these numbers, in this order."""
+        pairs = [offline[i] for i in numbers]
+        return TrainingSet(pairs, reference[numbers], margins[numbers], ["offline"] * len(pairs), numbers)
+
+    def union(self, others: "TrainingSet") -> "TrainingSet":
+        return TrainingSet(
+            self.pairs + others.pairs, torch.cat([self.reference, others.reference]),
+            torch.cat([self.margins, others.margins]), self.sources + others.sources, self.numbers + others.numbers,
+        )  # fmt: skip
+
+
+class Review(NamedTuple):
+    """What becomes of D and of the samples, steps 3 to 6."""
+
+    training_set: TrainingSet
+    dropped: TrainingSet | None = None  # the given pairs that were not selected; None at t = 1
+    samples: "Samples | None" = None  # those that the bootstrapped pairs are made of; None where there are none
 
 
 class Samples(NamedTuple):
@@ -52,17 +81,12 @@ def lengths_of(pairs: Sequence[Pair]) -> Tensor:
     return torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs])  # (N, 2)
 
 
-def union(some: TrainingSet, others: TrainingSet) -> TrainingSet:
-    return TrainingSet(some.pairs + others.pairs, torch.cat([some.reference, others.reference]),
-                       torch.cat([some.margins, others.margins]), some.sources + others.sources)  # fmt: skip
-
-
-def split_by_prompt(pairs: list[Pair], share: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+def split_by_prompt(given: list[Given], share: float, seed: int) -> tuple[list[Given], list[Given]]:
     """The pairs to train on and those held out: a random `share` of the prompts, none of which is in both."""
-    prompts = list(dict.fromkeys(tuple(pair.prompt) for pair in pairs))
+    prompts = list(dict.fromkeys(tuple(pair.prompt) for pair, *_ in given))
     held = set(random.Random(seed).sample(prompts, round(share * len(prompts))))
-    in_held = [tuple(pair.prompt) in held for pair in pairs]
-    return [p for p, out in zip(pairs, in_held) if not out], [p for p, out in zip(pairs, in_held) if out]
+    in_held = [tuple(pair.prompt) in held for pair, *_ in given]
+    return [one for one, out in zip(given, in_held) if not out], [one for one, out in zip(given, in_held) if out]
 
 
 def pack(rows: Sequence[Ids]) -> tuple[Tensor, Tensor]:

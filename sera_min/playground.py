@@ -73,6 +73,11 @@ def precision(pairs: list[dict[str, str]]) -> float:
     return sum((w > l) + 0.5 * (w == l) for w, l in gold) / len(gold)
 
 
+def is_flipped(row: dict[str, str]) -> bool:
+    """Whether a row's chosen response has the smaller true reward."""
+    return precision([row]) == 0
+
+
 def broken(response: str) -> bool:
     """Not a list of whole sentences of this world."""
     return any(score is None for score in sentence_scores("", response))

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sera_min import seen
 from sera_min.folder import first_line, read_jsonl, write
 
 COLUMNS = {  # of the table: heading -> the name in metrics.jsonl, and what it is
@@ -117,47 +118,51 @@ def format_cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def draw_figures(out: Path, t: int) -> list[str]:
-    """curves.png and, of iteration t > 1, margins.png, where matplotlib is installed; the names of those drawn."""
+def draw_figures(out: Path, reviews: list[seen.Seen], is_flipped: seen.IsFlipped) -> list[str]:
+    """review.png, where there was a review, and curves.png; the names of those drawn. None without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
+        print("no figures: matplotlib is not installed")
         return []
     except Exception as error:  # as in `events`
         print(f"no figures: {first_line(error)}")
         return []
+    figures = {}
+    if reviews:
+        figures["review.png"] = Figure((max(7, 3.5 * len(reviews)), 5), layout="constrained")
+        seen.draw(figures["review.png"], reviews, is_flipped)
     steps = [line for line in read_jsonl(out / "metrics.jsonl") if line["phase"] == "train"]
-    curves = Figure((11, 3), layout="constrained")
-    for axes, name in zip(curves.subplots(1, 3), ("loss", "rewards/accuracies", "rewards/margins")):
-        for i in range(1, t + 1):
-            axes.plot(*zip(*((at, line[name]) for at, line in enumerate(steps, 1) if line["iteration"] == i)))
+    figures["curves.png"] = Figure((11, 3), layout="constrained")
+    names = ("loss", "rewards/accuracies", "rewards/margins")
+    for axes, name in zip(figures["curves.png"].subplots(1, 3), names):
+        for t in range(1, steps[-1]["iteration"] + 1):
+            axes.plot(*zip(*((at, line[name]) for at, line in enumerate(steps, 1) if line["iteration"] == t)))
         axes.set(title=name, xlabel="step, a colour an iteration")
-    figures = {"curves.png": curves}
-    if t > 1:  # something was selected
-        pairs, sources = read_jsonl(out / f"iteration-{t}" / "pairs.jsonl"), ("offline", "bootstrap")
-        figures["margins.png"] = Figure((6, 3), layout="constrained")
-        axes = figures["margins.png"].subplots()
-        axes.hist([[pair["margin"] for pair in pairs if pair["source"] == s] for s in sources], bins=50, label=sources)
-        axes.set(xlabel=f"margin of the pairs of iteration {t}, nats", ylabel="pairs")
-        axes.legend()
     for name, figure in figures.items():
         figure.savefig(out / f".{name}", format="png")
         (out / f".{name}").replace(out / name)
     return list(figures)
 
 
-def write_report(out: Path, last: int) -> None:
-    """Write report.md, and print what is in it: the table, and five prompts answered before and after."""
+def write_report(out: Path, last: int, prompts: dict[int, str], is_flipped: seen.IsFlipped) -> None:
+    """Write report.md, and print what is in it but for the reviewed pairs: the table, five prompts before and after.
+
+    prompts: of the given pairs, by row, as people read them. is_flipped: see seen.py.
+    """
     evaluations = [line for line in read_jsonl(out / "metrics.jsonl") if line["phase"] != "train"]
     shown = table([{**line, "seconds": round(SECONDS.pop(f"iteration {t}"))} for t, line in enumerate(evaluations)])
-    report = [f"# {out.name}", "", shown, ""]
-    report += [f"- {heading}: {what}" for heading, (_, what) in COLUMNS.items() if f" {heading} " in shown]
+    report = [shown, "", *(f"- {heading}: {what}" for heading, (_, what) in COLUMNS.items() if f" {heading} " in shown)]
     for answer in read_jsonl(out / f"iteration-{last}" / "answers.jsonl")[:5]:
-        report += [""]
-        for name, text in {"prompt": "prompt", "reference": "before", "answer": "after"}.items():
-            report += [f"    {text:>6}: {line}" for line in answer[name].strip().split("\n")]  # as code: no Markdown
-    print("\n" + "\n".join(report[2:]))
-    report += ["", *(f"![{name}]({name})" for name in draw_figures(out, last))]
-    write(out / "report.md", "\n".join(report) + "\n")
+        texts = {"prompt": answer["prompt"], "before": answer["reference"], "after": answer["answer"]}
+        report += ["", *seen.block(texts)]
+    reviews = [seen.read_review(out, t) for t in range(2, last + 1)]
+    before = [None, *reviews]
+    report += ["", *(f"iteration {of.t}: {seen.summary(of, then)}" for of, then in zip(reviews, before))]
+    print("\n" + "\n".join(report))
+    described = [line for of, then in zip(reviews, before) for line in seen.describe(of, then, prompts, is_flipped)]
+    figures = [f"![{name}]({name})" for name in draw_figures(out, reviews, is_flipped)]
+    parts = [f"# {out.name}", "", *report, "", "## What the review saw", *described, "", *figures]
+    write(out / "report.md", "\n".join(parts) + "\n")
     print("Seconds:", ", ".join(f"{spent:.0f} {phase}" for phase, spent in SECONDS.most_common()))
     start()

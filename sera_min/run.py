@@ -17,7 +17,18 @@ from sera_min.files import Rows, fingerprint, in_one_line, read_rows
 from sera_min.forms import InputError
 from sera_min.logprobs import score, sequence_logprobs, sum_and_least, token_batches
 from sera_min.models import check_before_training, check_positions, eos_ids_of, pad_id_of
-from sera_min.pairs import Ids, Pair, Samples, TrainingSet, format_counts, rows_of, split_by_prompt, tokens_of
+from sera_min.pairs import (
+    Given,
+    Ids,
+    Pair,
+    Review,
+    Samples,
+    TrainingSet,
+    format_counts,
+    rows_of,
+    split_by_prompt,
+    tokens_of,
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +46,8 @@ class Run:
     eval_texts: list[str]  # as people read them
     file_prompts: list[Ids]  # those of --prompt_file, and their texts
     file_texts: list[str]
+    offline_rows: list[int]  # of D's pairs: the number of the row in the user's file
+    offline_texts: list[str]  # of D's prompts, as people read them
 
     def log_prob(self, i: int, prompts: list[Ids], responses: list[Ids], what: str) -> Tensor:
         """log π_θi(y|x) of R rows and the log-prob of each one's least likely token, (R, 2): a phase for i and what."""
@@ -73,19 +86,22 @@ class Run:
             chosen, rejected = data.decode_responses(self.tokenizer, x, both, ends)
             yield {"prompt": self.text(x), "chosen": chosen, "rejected": rejected}
 
-    def write_review(self, t: int, training_set: TrainingSet, samples: Samples | None) -> None:
-        """iteration-<t>/pairs.jsonl and samples.jsonl. Raises InputError where there is no pair."""
-        if not training_set.pairs:
+    def write_review(self, t: int, review: Review) -> None:
+        """iteration-<t>/pairs.jsonl, dropped.jsonl and samples.jsonl. Raises InputError where there is no pair."""
+        if not review.training_set.pairs:
             raise InputError(f"iteration {t}: no pair is left to train on: --keep and --bootstrap take too few, or no "
                              "sample could be paired (cut-off samples need a larger --max_new_tokens)")  # fmt: skip
-        margins_and_sources = zip(training_set.margins.tolist(), training_set.sources)
-        folder.write_jsonl(self.out / f"iteration-{t}" / "pairs.jsonl", (
-            {**texts, "margin": margin, "source": source}
-            for texts, (margin, source) in zip(self.texts(training_set.pairs), margins_and_sources)
-        ))  # fmt: skip
-        if samples is None:
-            return
-        folder.write_jsonl(self.out / f"iteration-{t}" / "samples.jsonl", self.sample_lines(samples))
+        here = self.out / f"iteration-{t}"
+        folder.write_jsonl(here / "pairs.jsonl", self.pair_lines(review.training_set))
+        if review.dropped is not None:
+            folder.write_jsonl(here / "dropped.jsonl", self.pair_lines(review.dropped))
+        if review.samples is not None:
+            folder.write_jsonl(here / "samples.jsonl", self.sample_lines(review.samples))
+
+    def pair_lines(self, some: TrainingSet) -> Iterator[dict[str, Any]]:
+        """The lines of pairs.jsonl; `row` is that of the user's file, of a bootstrapped pair that of its prompt."""
+        for texts, margin, source, i in zip(self.texts(some.pairs), some.margins.tolist(), some.sources, some.numbers):
+            yield {**texts, "margin": margin, "source": source, "row": self.offline_rows[i]}
 
     def sample_lines(self, samples: Samples) -> Iterator[dict[str, Any]]:
         """The lines of samples.jsonl, with the prompts of pairs.jsonl."""
@@ -133,7 +149,8 @@ class Run:
             rows = [{"instruction": x, "output": y, "generator": str(self.out)}
                     for x, y in zip(self.file_texts, answers)]  # fmt: skip
             folder.write(self.out / "samples.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-        report.write_report(self.out, last)
+        flipped = playground.is_flipped if self.config.in_playground else None
+        report.write_report(self.out, last, dict(zip(self.offline_rows, self.offline_texts)), flipped)
         folder.keep_policy(self.out, last)
 
 
@@ -180,18 +197,22 @@ class Data(NamedTuple):
     eval_texts: list[str]
     file_prompts: list[Ids]
     file_texts: list[str]
+    offline_rows: list[int]
+    offline_texts: list[str]
 
 
 def packed_data(run: Run) -> dict[str, Any]:
     """What the run read, to be read again at a resume: a template may write today's date, and another tomorrow."""
     rows = {name: [ids for pair in getattr(run, name) for ids in pair] for name in ("offline", "held_out")}
     rows |= {"eval_prompts": run.eval_prompts, "file_prompts": run.file_prompts}
-    texts = {"eval_texts": run.eval_texts, "file_texts": run.file_texts}
-    return {name: pairs.pack(ids) for name, ids in rows.items()} | texts
+    others = {name: getattr(run, name) for name in ("eval_texts", "file_texts", "offline_rows", "offline_texts")}
+    return {name: pairs.pack(ids) for name, ids in rows.items()} | others
 
 
 def unpacked_data(state: dict[str, Any]) -> Data:
-    fields: dict[str, Any] = {name: part if "texts" in name else pairs.unpack(*part) for name, part in state.items()}
+    fields: dict[str, Any] = {
+        name: pairs.unpack(*part) if isinstance(part, tuple) else part for name, part in state.items()
+    }
     for name in ("offline", "held_out"):
         rows = fields[name]
         fields[name] = [Pair(*rows[i : i + 3]) for i in range(0, len(rows), 3)]
@@ -229,53 +250,52 @@ def encode_parts(config: Resolved, tokenizer: Any, ends: Ids, parts: list[tuple[
     limits: dict = {"eos_ids": ends, "max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
     *pairs_of, (prompt_file, asked) = parts
     read = playground_pairs if config.in_playground else user_pairs
-    offline, held_out, eval_prompts, eval_texts = read(config, tokenizer, limits, *pairs_of)
-    if not offline:
+    given, held_out, eval_prompts, eval_texts = read(config, tokenizer, limits, *pairs_of)
+    if not given:
         raise InputError(f"--dataset_name {config.dataset_name}: no pair is left to train on")
     for name, share in {"keep": config.keep, "bootstrap": config.bootstrap}.items():
-        if share > 0 and round(share * len(offline)) == 0:
-            print(f"--{name} is {share:g}: of {len(offline)} pairs that is less than one, so none")
+        if share > 0 and round(share * len(given)) == 0:
+            print(f"--{name} is {share:g}: of {len(given)} pairs that is less than one, so none")
     texts, prompts, counts = data.encode_prompts(asked, tokenizer, name=prompt_file, **limits)
     if prompt_file:
         print(f"prompts to answer: {format_counts(counts)}")
-    return Data(offline, held_out, eval_prompts, eval_texts, prompts, texts)
+    offline, offline_texts, rows = (list(column) for column in zip(*given))
+    return Data(offline, held_out, eval_prompts, eval_texts, prompts, texts, rows, offline_texts)
 
 
 Part = tuple[str, Rows]
-Read = tuple[list[Pair], list[Pair], list[Ids], list[str]]
+Read = tuple[list[Given], list[Pair], list[Ids], list[str]]  # D, held-out pairs, evaluation prompts, their texts
 
 
 def playground_pairs(config: Resolved, tokenizer: Any, limits: dict, train: Part, test: Part) -> Read:
     """D, evaluation pairs without wrong labels, and the evaluation prompts, twice each, to be answered."""
-    offline, counts = data.encode(train[1], tokenizer, name=train[0], **limits)
+    given, counts = data.encode_given(train[1], tokenizer, name=train[0], **limits)
     held_out, _ = data.encode(test[1], tokenizer, name=test[0], **limits)
     print(f"data: {format_counts(counts)}; {len(held_out)} held out")
     texts = playground.prompts(config.eval_split or "test") * 2
-    return offline, held_out, tokenizer(texts).input_ids, texts
+    return given, held_out, tokenizer(texts).input_ids, texts
 
 
 def user_pairs(config: Resolved, tokenizer: Any, limits: dict, train: Part, test: Part) -> Read:
     """D; evaluation pairs, none of whose prompts is in D; up to 64 of their prompts (or of D's) to be answered."""
     if tokenizer.chat_template is None:
         print("template: the tokenizer has none, so dialogues read '\\n\\nHuman: … \\n\\nAssistant: …'")
-    both, counts = data.encode_with_texts(train[1], tokenizer, name=train[0], **limits)
-    offline = [pair for pair, _ in both]
+    given, counts = data.encode_given(train[1], tokenizer, name=train[0], **limits)
     if config.eval_split is None:
-        offline, held_out = split_by_prompt(offline, config.eval_fraction, config.seed)
-        few = " (--eval_fraction of the prompts is less than one)" if config.eval_fraction and not held_out else ""
-        print(f"data: {format_counts(counts)}; {len(held_out)} of them held out{few}")
+        given, held = split_by_prompt(given, config.eval_fraction, config.seed)
+        few = " (--eval_fraction of the prompts is less than one)" if config.eval_fraction and not held else ""
+        print(f"data: {format_counts(counts)}; {len(held)} of them held out{few}")
     else:
-        more, held_counts = data.encode_with_texts(test[1], tokenizer, name=test[0], **limits)
-        held_out, both = [pair for pair, _ in more], both + more
-        n, known = len(offline), {tuple(pair.prompt) for pair in held_out}
-        offline = [pair for pair in offline if tuple(pair.prompt) not in known]
-        counts["kept"], counts["dropped: the prompt is in the evaluation data"] = len(offline), n - len(offline)
+        held, held_counts = data.encode_given(test[1], tokenizer, name=test[0], **limits)
+        n, known = len(given), {tuple(one.pair.prompt) for one in held}
+        given = [one for one in given if tuple(one.pair.prompt) not in known]
+        counts["kept"], counts["dropped: the prompt is in the evaluation data"] = len(given), n - len(given)
         print(f"data: {format_counts(counts)}\nevaluation data: {format_counts(held_counts)}")
-        if not held_out:
+        if not held:
             raise InputError(f"{test[0]}, split '{config.eval_split}': no pair is left to evaluate on")
-    prompts = list(dict.fromkeys(tuple(pair.prompt) for pair in held_out or offline))[:64]
-    text_of = {tuple(pair.prompt): text for pair, text in both}
-    return offline, held_out, [list(x) for x in prompts], [text_of[x] for x in prompts]
+    text_of = {tuple(one.pair.prompt): one.text for one in held or given}
+    prompts = list(text_of)[:64]
+    return given, [one.pair for one in held], [list(x) for x in prompts], [text_of[x] for x in prompts]
 
 
 def amp(device: str) -> torch.autocast:

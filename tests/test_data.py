@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sera_min import data, playground
 from sera_min.data import InputError, decode, encode
 from sera_min.files import read_rows
-from sera_min.pairs import Pair, split_by_prompt
+from sera_min.pairs import Given, Pair, split_by_prompt
 
 U, A, S = ({"role": role} for role in ("user", "assistant", "system"))
 
@@ -402,10 +402,10 @@ def test_a_parquet_that_does_not_decode_is_named(tmp_path):
 
 
 def test_no_prompt_is_on_both_sides():
-    pairs = [Pair([i % 10], [i], [i + 1]) for i in range(50)]
+    pairs = [Given(Pair([i % 10], [i], [i + 1]), "", i) for i in range(50)]
     train, held = split_by_prompt(pairs, 0.3, seed=0)
     assert len(held) == 15 and len(train) == 35
-    assert not {tuple(x) for x, *_ in train} & {tuple(x) for x, *_ in held}
+    assert not {one.pair.prompt[0] for one in train} & {one.pair.prompt[0] for one in held}
     assert split_by_prompt(pairs, 0.0, seed=0) == (pairs, [])
 
 

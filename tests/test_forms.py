@@ -16,7 +16,7 @@ from sera_min import config, data, folder, run
 from sera_min.data import InputError, decode, encode
 from sera_min.files import fingerprint, read_rows
 from sera_min.forms import Unusable, preference, question
-from sera_min.pairs import TrainingSet, pack, unpack
+from sera_min.pairs import Review, TrainingSet, pack, unpack
 
 
 def S(text):
@@ -264,9 +264,9 @@ def test_trl_reads_the_ids_that_were_trained_on(kind, tmp_path):
     tokenizer = ROUND_TRIPS[kind]
     ends = list(dict.fromkeys([tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]))
     pairs, _ = encoded([row for x, row in PUBLISHED.values() if not any("tool_calls" in m for m in x)], tokenizer, ends)
-    of_run = run.Run(None, tmp_path, None, tokenizer, ends, pairs, [], [], [], [], [])
+    of_run = run.Run(None, tmp_path, None, tokenizer, ends, pairs, *[[]] * 5, list(range(len(pairs))), [])
     n = len(pairs)
-    of_run.write_review(1, TrainingSet(pairs, torch.zeros(n, 2), torch.zeros(n), ["offline"] * n), None)
+    of_run.write_review(1, Review(TrainingSet(pairs, torch.zeros(n, 2), torch.zeros(n), ["offline"] * n, list(range(n)))))
     rows = folder.read_jsonl(tmp_path / "iteration-1/pairs.jsonl")
     prepare = partial(trl.DPOTrainer._prepare_dataset, SimpleNamespace(_tokenizer=tokenizer))
     theirs = prepare(Dataset.from_list(rows), tokenizer, trl.DPOConfig(max_length=None, bf16=False, use_cpu=True), "train")
@@ -281,7 +281,7 @@ def test_people_see_a_conversation(tmp_path):
     limits = {"eos_ids": [tokenizer.eos_token_id], "max_length": 400, "max_prompt_length": 300}
     offline, _, prompts, texts = run.user_pairs(config.resolve(flags), tokenizer, limits, ("d", rows), ("d", []))
     assert prompts == [pair.prompt for pair in offline] and texts == ["system: be kind\n\nuser: red?", "blue?"]
-    of_run = run.Run(None, tmp_path, None, tokenizer, limits["eos_ids"], offline, [], prompts, texts, [], [])
+    of_run = run.Run(None, tmp_path, None, tokenizer, limits["eos_ids"], offline, [], prompts, texts, *[[]] * 4)
     of_run.write_answers(1, [w for _, w, _ in offline], [l for _, _, l in offline])
     answers = folder.read_jsonl(tmp_path / "iteration-1/answers.jsonl")
     assert [(row["prompt"], row["answer"]) for row in answers] == [(text, "river") for text in texts]

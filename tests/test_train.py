@@ -163,7 +163,7 @@ def assert_same_end(out, undisturbed):
 
 @pytest.mark.parametrize("loss_type", ["dpo", "simpo"])
 def test_the_contract_in_the_playground(world, tmp_path, figures, loss_type):
-    drawn = {"tensorboard", "curves.png", "margins.png"} if loss_type == "dpo" else set()
+    drawn = {"tensorboard", "curves.png", "review.png"} if loss_type == "dpo" else set()
     if drawn:
         figures()
     out = tmp_path / "run"
@@ -178,7 +178,7 @@ def test_the_contract_in_the_playground(world, tmp_path, figures, loss_type):
     assert [m["iteration"] for m in metrics if m["phase"] == "eval"] == [0, 1, 2]
     for t, sources in [(1, {"offline"}), (2, {"offline", "bootstrap"}), (3, {"offline", "bootstrap"})]:
         pairs = load_dataset("json", data_files=str(out / f"iteration-{t}/pairs.jsonl"), split="train", cache_dir=tmp_path / "c")
-        assert pairs.column_names == ["prompt", "chosen", "rejected", "margin", "source"] and {*pairs["source"]} == sources
+        assert pairs.column_names == ["prompt", "chosen", "rejected", "margin", "source", "row"] and {*pairs["source"]} == sources
         for source in sources - {"offline"} if t > 1 else []:
             margins = [row["margin"] for row in pairs if row["source"] == source]
             assert margins == sorted(margins, reverse=True) and min(margins) > 0
@@ -338,8 +338,8 @@ def test_tensorboard_shows_the_metrics_and_is_not_needed(stopped, tmp_path, figu
         assert [event.value for event in events.Scalars("loss")] == pytest.approx(want, rel=1e-5)
     events = EventAccumulator(str(out / "tensorboard/evaluation")).Reload().Scalars("eval_rewards/margins")
     assert [event.step for event in events] == [0, 1, 2]
-    assert "![margins.png](margins.png)" in (out / "report.md").read_text()
-    assert not {"tensorboard", "curves.png", "margins.png"} & {path.name for path in (here / "whole").iterdir()}
+    assert "![review.png](review.png)" in (out / "report.md").read_text()
+    assert not {"tensorboard", "curves.png", "review.png"} & {path.name for path in (here / "whole").iterdir()}
     assert lines(out) == lines(here / "whole")
 
 
@@ -396,13 +396,13 @@ def trained(out, model, pairs, reference, t=1, **changed):
     policies = folder.Policies(out, "m", "cpu")
     policies.hold(t - 1, model, bpe_tokenizer())
     (out / "state").mkdir(parents=True)
-    here = run.Run(flags, out, policies, bpe_tokenizer(), [1], pairs, [], [], [], [], [])
+    here = run.Run(flags, out, policies, bpe_tokenizer(), [1], pairs, *[[]] * 7)
     train.train(here, t, training_set_of(pairs, reference))
     return lines(out)
 
 
 def training_set_of(pairs, reference):
-    return TrainingSet(pairs, reference, torch.zeros(len(pairs)), ["offline"] * len(pairs))
+    return TrainingSet(pairs, reference, torch.zeros(len(pairs)), ["offline"] * len(pairs), list(range(len(pairs))))
 
 
 def some_pairs(n):

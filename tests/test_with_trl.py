@@ -210,7 +210,7 @@ def test_nothing_is_left_to_do(model_dir, tmp_path, monkeypatch, capsys):
 def make_run(tokenizer, offline: list[Pair], model=None, **flags) -> with_trl.SharedRun:
     end, config = tokenizer.eos_token_id, train.Config(model_name_or_path="model", dataset_name="pairs", device="cpu", **flags)
     policies = SimpleNamespace(get=lambda i: model, folder=str)
-    return with_trl.SharedRun(resolve(config), Path(), policies, tokenizer, [end], offline, [], [], [], [], [], args=SimpleNamespace(bf16=False))
+    return with_trl.SharedRun(resolve(config), Path(), policies, tokenizer, [end], offline, *[[]] * 7, args=SimpleNamespace(bf16=False))
 
 
 @pytest.mark.parametrize("extra", [{"select": "random"}, {"length_free": True, "token_floor": 0.05, "loss_type": "ipo"}], ids=str)
@@ -232,7 +232,7 @@ def test_the_review_is_that_of_train(runs, tmp_path, extra):
         return logprobs.score((reference, policy)[i], prompts, responses, max_tokens=4096, of=logprobs.sum_and_least)[0]
 
     run = make_run(tokenizer, offline, max_length=64, max_prompt_length=16, seed=42, **extra)  # TRL's seed
-    result, _ = train.review(2, offline, log_prob, lambda i, prompts: [written[4 * k : 4 * k + 4] for k in range(PAIRS)], run.config)
+    result, *_ = train.review(2, offline, log_prob, lambda i, prompts: [written[4 * k : 4 * k + 4] for k in range(PAIRS)], run.config)
     assert [row.pop("margin") for row in pairs] == pytest.approx(result.margins.tolist(), abs=1e-4)
     assert pairs == [{**texts, "source": source} for texts, source in zip(run.texts(result.pairs), result.sources)]
 
