@@ -32,7 +32,8 @@ class NaiveSera:
         self.pairs = [self.encode(row) for row in rows]
         self.held_out = [self.encode(row) for row in held_out]
         self.policies = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()]  # θ_0 = π_ref
-        self.evaluations, self.steps, self.trained_on, self.sample_rewards = [self.evaluate(0)], [], {}, {}
+        self.evaluations, self.steps = [self.evaluate(0)], []
+        self.trained_on, self.dropped, self.sample_rewards = {}, {}, {}  # by iteration
         for t in range(1, settings["iterations"] + 1):
             everything = [(*pair, 0.0, "offline") for pair in self.pairs]
             self.trained_on[t] = everything if t == 1 else self.select(t) + self.bootstrap(t)
@@ -103,6 +104,8 @@ class NaiveSera:
         groups = [[(self.averaged_reward(t, x, y), len(y)) for y in both] for x, *both in self.pairs]
         margins = [r_w - r_l for r_w, r_l in self.without_length(groups)]
         kept = self.choose(margins, round(self.settings["keep"] * len(self.pairs)))
+        left = sorted(set(range(len(self.pairs))) - set(kept), key=lambda i: margins[i])  # most distrusted first
+        self.dropped[t] = [(*self.pairs[i], margins[i], "offline") for i in left]
         return [(*self.pairs[i], margins[i], "offline") for i in kept]
 
     def bootstrap(self, t):

@@ -279,7 +279,8 @@ def test_people_see_a_conversation(tmp_path):
     rows = [{"prompt": [S("be kind"), U("red?")], **SAME}, {"prompt": [U("blue?")], **SAME}]
     tokenizer, flags = smollm(), config.Config(model_name_or_path="m", dataset_name="d", eval_fraction=0, device="cpu")
     limits = {"eos_ids": [tokenizer.eos_token_id], "max_length": 400, "max_prompt_length": 300}
-    offline, _, prompts, texts = run.user_pairs(config.resolve(flags), tokenizer, limits, ("d", rows), ("d", []))
+    given, _, prompts, texts = run.user_pairs(config.resolve(flags), tokenizer, limits, ("d", rows), ("d", []))
+    offline = [one.pair for one in given]
     assert prompts == [pair.prompt for pair in offline] and texts == ["system: be kind\n\nuser: red?", "blue?"]
     of_run = run.Run(None, tmp_path, None, tokenizer, limits["eos_ids"], offline, [], prompts, texts, *[[]] * 4)
     of_run.write_answers(1, [w for _, w, _ in offline], [l for _, _, l in offline])

@@ -139,13 +139,20 @@ def assert_the_same(out, world, settings, permutations, numbers, policies=None):
     evaluations = [m for m in metrics if m["phase"] != "train"]
     assert [{k: m[k] for k in naive.evaluations[0]} for m in evaluations] == [close(e) for e in naive.evaluations]
 
-    for t, expected in naive.trained_on.items():
-        written = read(out / f"iteration-{t}" / "pairs.jsonl")
+    pairs = {f"iteration-{t}/pairs.jsonl": expected for t, expected in naive.trained_on.items()}
+    dropped = {f"iteration-{t}/dropped.jsonl": expected for t, expected in naive.dropped.items()}
+    assert not (out / "iteration-1/dropped.jsonl").exists() and len(dropped) == settings["iterations"] - 1
+    for name, expected in {**pairs, **dropped}.items():
+        written = read(out / name)
         assert [line["source"] for line in written] == [pair[4] for pair in expected]
         assert [line["margin"] for line in written] == close([pair[3] for pair in expected])
         texts = [[line[name].split() for name in ("prompt", "chosen", "rejected")] for line in written]
         ids = [(x, w[:-1], l[:-1]) for x, w, l, _, _ in expected]  # a text does not tell its end of sequence
         assert texts == [[naive.tokenizer.convert_ids_to_tokens(part) for part in pair] for pair in ids]
+        given = [rows["D"][line["row"]] for line in written]
+        assert [row["prompt"].split() for row in given] == [x for x, _, _ in texts]
+        assert all(line["source"] == "bootstrap" or [row["chosen"].split(), row["rejected"].split()] == both
+                   for line, row, (_, *both) in zip(written, given, texts))  # fmt: skip
     for t, rewards in naive.sample_rewards.items():
         barred = sum(r is None for group in rewards for r in group)
         assert settings["token_floor"] == 0 or barred > sum(not end for row in drawn["samples"][t] for _, end in row)

@@ -223,6 +223,21 @@ def test_what_is_left_open_is_resolved():
     assert resolve(Config(output_dir="a/")).output_dir == "a" and resolve(Config(resume_from_checkpoint="b/")).output_dir == "b"
 
 
+def test_a_pair_names_the_row_that_it_is_from(model_dir, tmp_path):
+    """Rows that were dropped, or held out, are counted too; a bootstrapped pair has the row of its prompt."""
+    rows = [{"prompt": f"Say {i}", "chosen": f"The fox is {i}" * (1 + i % 3), "rejected": f"{i} no"} for i in range(20)]
+    for i in (0, 7):
+        rows[i]["rejected"] = rows[i]["chosen"]  # will be dropped
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    main(real(model_dir, tmp_path / "d.jsonl", tmp_path / "out", iterations=2))
+    whole, kept, left_out = (read(tmp_path / "out" / name) for name in
+                             ("iteration-1/pairs.jsonl", "iteration-2/pairs.jsonl", "iteration-2/dropped.jsonl"))  # fmt: skip
+    assert all(line["prompt"] in rows[line["row"]]["prompt"] for line in whole + kept + left_out) and len(whole) == 14
+    assert sorted(line["row"] for line in kept + left_out if line["source"] == "offline") == [line["row"] for line in whole]
+    report = (tmp_path / "out/report.md").read_text()
+    assert f"margin: {left_out[0]['margin']:.2f}, row {left_out[0]['row']}" in report and "10 of 14 given pairs kept" in report
+
+
 def test_a_model_and_data_of_one_s_own(model_dir, preferences, tmp_path, capsys):
     out = tmp_path / "run"
     final = main(real(model_dir, preferences, out))
