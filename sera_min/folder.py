@@ -3,7 +3,8 @@
     output_dir/
       config.json                    the resolved flags, and a checksum of the data
       metrics.jsonl                  one line a step ("phase": "train") and one an evaluation ("eval", last "final")
-      iteration-<t>/                 pairs.jsonl that were trained on; samples.jsonl; answers.jsonl of the evaluation
+      iteration-<t>/                 pairs.jsonl that were trained on; dropped.jsonl, the given pairs that
+                                     were not; samples.jsonl; answers.jsonl of the evaluation
       policy/                        the final policy and its tokenizer, for `from_pretrained`
       report.md, …                   see report.py
       state/                         until the run ends

@@ -1,4 +1,7 @@
-"""What a person looks at: metrics.jsonl, TensorBoard's curves, the table, answers, figures, seconds. No method here."""
+"""What a person looks at: metrics.jsonl, TensorBoard's curves, the table, answers, figures, seconds. No method here.
+
+What report.md and review.png tell of the reviews is in seen.py.
+"""
 
 import json
 import math
