@@ -63,8 +63,9 @@ class Run:
             self.out, f"samples-{t}", lambda: pack_samples(self.draw(i, prompts, n, t, "samples"))
         )
         if (cut_off := 1 - ended.float().mean().item()) > 0.5:
-            print(f"iteration {t}: {cut_off:.0%} of the samples reach --max_new_tokens {self.config.max_new_tokens} without "
-                  "an end and cannot be paired: a larger one would use more of them")  # fmt: skip
+            limit = f"--max_new_tokens {self.config.max_new_tokens}"
+            print(f"iteration {t}: {cut_off:.0%} of the samples reach {limit} without an end, and cannot be paired: "
+                  "a larger one uses more of them")  # fmt: skip
         samples = list(zip(pairs.unpack(*packed), ended.tolist()))  # P·n
         return [samples[first : first + n] for first in range(0, len(samples), n)]
 
