@@ -232,9 +232,11 @@ def test_the_review_is_that_of_train(runs, tmp_path, extra):
         return logprobs.score((reference, policy)[i], prompts, responses, max_tokens=4096, of=logprobs.sum_and_least)[0]
 
     run = make_run(tokenizer, offline, max_length=64, max_prompt_length=16, seed=42, **extra)  # TRL's seed
-    result, *_ = train.review(2, offline, log_prob, lambda i, prompts: [written[4 * k : 4 * k + 4] for k in range(PAIRS)], run.config)
+    sample = lambda i, prompts: [written[4 * k : 4 * k + 4] for k in range(PAIRS)]  # noqa: E731
+    result = train.review(2, offline, log_prob, sample, run.config).training_set
     assert [row.pop("margin") for row in pairs] == pytest.approx(result.margins.tolist(), abs=1e-4)
-    assert pairs == [{**texts, "source": source} for texts, source in zip(run.texts(result.pairs), result.sources)]
+    expected = zip(run.texts(result.pairs), result.sources, result.numbers)  # every row of the file is a pair of D
+    assert pairs == [{**texts, "source": source, "row": number} for texts, source, number in expected]
 
 
 def test_every_chunk_of_samples_has_a_seed(monkeypatch):
