@@ -165,7 +165,8 @@ def write_report(out: Path, last: int, prompts: dict[int, str], is_flipped: seen
     print("\n" + "\n".join(report))
     described = [line for of, then in zip(reviews, before) for line in seen.describe(of, then, prompts, is_flipped)]
     figures = [f"![{name}]({name})" for name in draw_figures(out, reviews, is_flipped)]
-    parts = [f"# {out.name}", "", *report, "", "## What the review saw", *described, "", *figures]
+    title = ["", "## What the review saw"] if reviews else []
+    parts = [f"# {out.name}", "", *report, *title, *described, "", *figures]
     write(out / "report.md", "\n".join(parts) + "\n")
     print("Seconds:", ", ".join(f"{spent:.0f} {phase}" for phase, spent in SECONDS.most_common()))
     start()
