@@ -70,8 +70,8 @@ def describe(seen: Seen, before: Seen | None, prompts: dict[int, str], is_flippe
     given = seen.given()
     yield from ["", f"### Iteration {seen.t}", "", summary(seen, before) + "."]
     for title, pairs in {
-        "The given pairs that the model distrusts most": given[:5],
-        "The given pairs that it trusts most": given[::-1][:5],
+        "The given pairs with the smallest margins": given[:5],
+        "The given pairs with the largest margins": given[::-1][:5],
         "Pairs of its own samples": seen.bootstrapped[:3],
     }.items():
         yield from ["", f"{title}:"] if pairs else []

@@ -50,7 +50,7 @@ def test_the_most_distrusted_and_trusted_pairs_are_shown_with_their_rows(reviews
     lines = [*seen.describe(reviews[0], None, {row: f"user: {row}?" for row in (3, 5, 8, 9)}, is_flipped)]
     text = "\n".join(lines)
     given_pairs, sampled = text.split("Pairs of its own samples:")
-    distrusted, trusted = given_pairs.split("The given pairs that it trusts most:")
+    distrusted, trusted = given_pairs.split("The given pairs with the largest margins:")
     assert [distrusted.index(f"row {row}") for row in (3, 8, 5, 9)] == sorted(distrusted.index(f"row {row}") for row in (3, 8, 5, 9))
     assert [trusted.index(f"row {row}") for row in (9, 5, 8, 3)] == sorted(trusted.index(f"row {row}") for row in (9, 5, 8, 3))
     assert "      margin: -3.00, row 3; the label is flipped\n      prompt: user: 3?\n      chosen: good" in distrusted
