@@ -53,11 +53,11 @@ def pair_losses(r: Tensor, config: Resolved) -> Tensor:  # (N, 2) -> (N,)
     return LOSSES[config.loss_type].function(r[:, 0] - r[:, 1], config.beta, **more.get(config.loss_type, {}))
 
 
-def all_pairs(run: Run) -> TrainingSet:
-    """What π_θ1 is trained on, step 1: all of D."""
+def all_pairs(run: Run) -> Review:
+    """What π_θ1 is trained on, step 1: all of D, of which nothing is left out."""
     reference = run.log_prob(0, *rows_of(run.offline), "pairs")[:, 0].view(-1, 2)  # (2|D|,) -> (|D|, 2)
     n = len(run.offline)
-    return TrainingSet.given(run.offline, reference, torch.zeros(n), list(range(n)))
+    return Review(TrainingSet.given(run.offline, reference, torch.zeros(n), list(range(n))))
 
 
 def review(t: int, offline: list[Pair], log_prob: Callable, sample: Callable, config: Resolved) -> Review:
@@ -90,8 +90,7 @@ def review(t: int, offline: list[Pair], log_prob: Callable, sample: Callable, co
     kept = pick(margins, round(config.keep * len(offline)))
     left_out = sorted({*range(len(offline))} - {*kept}, key=margins.tolist().__getitem__)  # smallest margin first
     selected, dropped = (TrainingSet.given(offline, reference, margins, numbers) for numbers in (kept, left_out))
-    wanted = round(config.bootstrap * len(offline))  # K̃
-    if wanted == 0:
+    if (wanted := round(config.bootstrap * len(offline))) == 0:  # K̃
         return Review(selected, dropped)
 
     # Bootstrapping: sample, rank by the same reward, best against worst; of these pairs the K̃ with the largest margin.
@@ -225,8 +224,7 @@ def iterate(run: Run, t: int) -> dict[str, Any]:
     """One iteration and its evaluation, a line of metrics.jsonl; t = 0 only evaluates. What is done is read."""
     with report.timed(f"iteration {t}"):
         if t > run.policies.newest():
-            first = t == 1
-            reviewed = Review(all_pairs(run)) if first else review(t, run.offline, run.log_prob, run.sample, run.config)
+            reviewed = all_pairs(run) if t == 1 else review(t, run.offline, run.log_prob, run.sample, run.config)
             run.write_review(t, reviewed)
             train(run, t, reviewed.training_set)
         elif t > 0:

@@ -51,7 +51,7 @@ from sera_min.files import read_rows
 from sera_min.forms import InputError
 from sera_min.logprobs import score, sum_and_least
 from sera_min.models import check_before_training, check_positions, eos_ids_of
-from sera_min.pairs import Ids, Review, TrainingSet, format_counts
+from sera_min.pairs import Ids, TrainingSet, format_counts
 from sera_min.run import Run, draw_samples, retry_on_oom
 from train import all_pairs, review
 
@@ -210,20 +210,21 @@ def main(flags: Any, args: DPOConfig) -> None:
     tokenizer, ends = policies.tokenizer, eos_ids_of(policies.get(0), policies.tokenizer)
     limits = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
     given, counts = data.encode_given(rows, tokenizer, name=name, eos_ids=ends, **limits)
-    offline, numbers = [one.pair for one in given], [one.row for one in given]
+    offline = [one.pair for one in given]
     refuse(not offline, f"--dataset_name {name}: no pair is left to train on")
     first = next((t for t in range(1, last + 1) if not Path(policies.folder(t)).is_dir()), last + 1)
     print(f"data: {format_counts(counts)}\n{PartialState().num_processes} processes; iterations {first} to {last}")
     if first == 1:
         check_before_training(policies.get(0), offline[0], ends)
-    run = SharedRun(config, out, policies, tokenizer, ends, offline, *[[]] * 5, numbers, [], args=args)
+    run = SharedRun(config, out, policies, tokenizer, ends, offline, *[[]] * 5, offline_rows=[one.row for one in given],
+                    offline_texts=[], args=args)  # fmt: skip
     if flags.samples:
         refuse(first == 1, f"--samples: nothing is reviewed before iteration 2; {policies.folder(1)} is missing")
         refuse(first > last, f"--samples: no iteration is left to review, for {policies.folder(last)} is there")
         refuse(round(config.bootstrap * len(offline)) == 0, "--samples: --bootstrap is too low for a single pair")
         run.given[first - 1] = run.read_samples(flags.samples)
     for t in range(first, last + 1):
-        reviewed = Review(all_pairs(run)) if t == 1 else review(t, offline, run.log_prob, run.sample, config)
+        reviewed = all_pairs(run) if t == 1 else review(t, offline, run.log_prob, run.sample, config)
         training_set = reviewed.training_set
         refuse(not training_set.pairs, f"iteration {t}: no pair is left to train on; --keep or --bootstrap is too low")
         if PartialState().is_main_process:

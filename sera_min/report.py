@@ -160,10 +160,11 @@ def write_report(out: Path, last: int, prompts: dict[int, str], is_flipped: seen
         texts = {"prompt": answer["prompt"], "before": answer["reference"], "after": answer["answer"]}
         report += ["", *seen.block(texts)]
     reviews = [seen.read_review(out, t) for t in range(2, last + 1)]
-    before = [None, *reviews]
-    report += ["", *(f"iteration {of.t}: {seen.summary(of, then)}" for of, then in zip(reviews, before))]
+    summaries = [seen.summarise(review, before) for review, before in zip(reviews, [None, *reviews])]
+    report += ["", *(f"iteration {review.t}: {summary}" for review, summary in zip(reviews, summaries))]
     print("\n" + "\n".join(report))
-    described = [line for of, then in zip(reviews, before) for line in seen.describe(of, then, prompts, is_flipped)]
+    described = [line for review, summary in zip(reviews, summaries)
+                 for line in seen.describe(review, summary, prompts, is_flipped)]  # fmt: skip
     figures = [f"![{name}]({name})" for name in draw_figures(out, reviews, is_flipped)]
     title = ["", "## What the review saw"] if reviews else []
     parts = [f"# {out.name}", "", *report, *title, *described, "", *figures]

@@ -45,7 +45,7 @@ def sampled_margins(file: Path, rows: list[int]) -> dict[int, float]:
     return {row: max(rs) - min(rs) for row, rs in usable.items() if rs and max(rs) > min(rs)}
 
 
-def summary(seen: Seen, before: Seen | None) -> str:
+def summarise(seen: Seen, before: Seen | None) -> str:
     """One line; `before` is the review of the iteration before, None at t = 2."""
     given, kept = seen.given(), {pair["row"] for pair in seen.kept}
     negative = sum(pair["margin"] < 0 for pair in given) / len(given)
@@ -65,10 +65,10 @@ def spearman(now: list[int], then: list[int]) -> float:
     return torch.corrcoef(places)[0, 1].item() if len(now) > 1 else 1.0
 
 
-def describe(seen: Seen, before: Seen | None, prompts: dict[int, str], is_flipped: IsFlipped) -> Iterator[str]:
+def describe(seen: Seen, summary: str, prompts: dict[int, str], is_flipped: IsFlipped) -> Iterator[str]:
     """The lines of report.md. prompts: by row, as people read them."""
     given = seen.given()
-    yield from ["", f"### Iteration {seen.t}", "", summary(seen, before) + "."]
+    yield from ["", f"### Iteration {seen.t}", "", f"{summary}."]
     for title, pairs in {
         "The given pairs with the smallest margins": given[:5],
         "The given pairs with the largest margins": given[::-1][:5],

@@ -34,9 +34,9 @@ def is_flipped(pair):
 
 def test_a_review_is_summed_up_in_a_line(reviews):
     first, second = reviews
-    assert seen.summary(first, None) == "2 of 4 given pairs kept, 2 dropped; 25% of the margins are negative"
+    assert seen.summarise(first, None) == "2 of 4 given pairs kept, 2 dropped; 25% of the margins are negative"
     # orders of 3 5 8 9: at t = 2 1 3 2 4, at t = 3 1 2 3 4: 1 − 6·(0+1+1+0) / (4·15) = 0.8
-    assert seen.summary(second, first) == (
+    assert seen.summarise(second, first) == (
         "2 of 4 given pairs kept, 2 dropped; 50% of the margins are negative; 50% of the kept were kept the time before; "
         "Spearman's correlation of all margins with those then 0.80"
     )
@@ -47,7 +47,7 @@ def test_the_margins_of_samples_are_of_usable_ones_that_differ(reviews):
 
 
 def test_the_most_distrusted_and_trusted_pairs_are_shown_with_their_rows(reviews):
-    lines = [*seen.describe(reviews[0], None, {row: f"user: {row}?" for row in (3, 5, 8, 9)}, is_flipped)]
+    lines = [*seen.describe(reviews[0], "a line", {row: f"user: {row}?" for row in (3, 5, 8, 9)}, is_flipped)]
     text = "\n".join(lines)
     given_pairs, sampled = text.split("Pairs of its own samples:")
     distrusted, trusted = given_pairs.split("The given pairs with the largest margins:")
@@ -55,7 +55,7 @@ def test_the_most_distrusted_and_trusted_pairs_are_shown_with_their_rows(reviews
     assert [trusted.index(f"row {row}") for row in (9, 5, 8, 3)] == sorted(trusted.index(f"row {row}") for row in (9, 5, 8, 3))
     assert "      margin: -3.00, row 3; the label is flipped\n      prompt: user: 3?\n      chosen: good" in distrusted
     assert text.count("flipped") == 2 and "margin: 1.50, row 8" in sampled and "x8" not in text
-    assert "flipped" not in "".join(seen.describe(reviews[0], None, dict.fromkeys((3, 5, 8, 9), ""), None))
+    assert "flipped" not in "".join(seen.describe(reviews[0], "a line", dict.fromkeys((3, 5, 8, 9), ""), None))
 
 
 def test_a_long_text_loses_its_middle_and_says_so():
