@@ -480,7 +480,7 @@ def saving(shape: str, save_steps: int) -> dict:
             stack.enter_context(mock.patch.object(where, name, new))
         policies = folder.Policies(Path(place), None, DEVICE)
         policies.hold(0, model, made_tokenizer(2))
-        of_ours = train.Run(config, Path(place), policies, policies.tokenizer, [1], pairs, *[[]] * 7)
+        of_ours = train.Run(config, Path(place), policies, policies.tokenizer, [1], offline=pairs)
         began = clock()
         train.train(of_ours, 1, training_set(pairs, torch.zeros(404, 2)))
     return {"seconds": clock() - began, "saving": seconds[0], "bytes": peak() - before}

@@ -97,11 +97,7 @@ def iterate(file: Path, out: Path, tokenizer: Any) -> None:
     print(f"{format_counts(counts)}; prompt and answer: {tokens:.0f} tokens")
     given, _ = timed("split", lambda: split_by_prompt(given, 0.05, 0))
     offline = [one.pair for one in given]
-    it = run.Run(config, out, *[None] * (len(run.Run.__dataclass_fields__) - 2))
-    object.__setattr__(it, "tokenizer", tokenizer)
-    object.__setattr__(it, "eos_ids", ends)
-    object.__setattr__(it, "offline", offline)
-    object.__setattr__(it, "offline_rows", [one.row for one in given])
+    it = run.Run(config, out, None, tokenizer, ends, offline=offline, offline_rows=[one.row for one in given])
     generator, rng = torch.Generator().manual_seed(0), random.Random(0)
 
     def log_prob(i: int, prompts: list, responses: list, what: str) -> torch.Tensor:

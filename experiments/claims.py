@@ -390,10 +390,11 @@ STUDIES = {
 
 
 def processor() -> str:
-    """Its name, where the system tells: another processor rounds otherwise."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{platform.machine()} {names[0]}" if names else platform.machine()
+    """Its name, model and widest instructions, where the system tells: another processor rounds otherwise."""
+    file = Path("/proc/cpuinfo")
+    facts = dict(re.findall(r"^(.+?)\s*: (.*)$", file.read_text(), re.MULTILINE)) if file.exists() else {}
+    known = [facts[name] for name in ("model name", "cpu family", "model") if name in facts]
+    return " ".join([platform.machine(), *known, torch.backends.cpu.get_cpu_capability()])
 
 
 def machine() -> str:

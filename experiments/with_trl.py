@@ -100,7 +100,7 @@ def shared_out(n: int, work: Callable[[int, range], list], desc: str) -> list:
     return results
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SharedRun(Run):
     """A run of train.py whose log-probs and samples are shared out over processes, and whose policies TRL trains."""
 
@@ -210,14 +210,13 @@ def main(flags: Any, args: DPOConfig) -> None:
     tokenizer, ends = policies.tokenizer, eos_ids_of(policies.get(0), policies.tokenizer)
     limits = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
     given, counts = data.encode_given(rows, tokenizer, name=name, eos_ids=ends, **limits)
-    offline = [one.pair for one in given]
+    offline, numbers = [one.pair for one in given], [one.row for one in given]
     refuse(not offline, f"--dataset_name {name}: no pair is left to train on")
     first = next((t for t in range(1, last + 1) if not Path(policies.folder(t)).is_dir()), last + 1)
     print(f"data: {format_counts(counts)}\n{PartialState().num_processes} processes; iterations {first} to {last}")
     if first == 1:
         check_before_training(policies.get(0), offline[0], ends)
-    run = SharedRun(config, out, policies, tokenizer, ends, offline, *[[]] * 5, offline_rows=[one.row for one in given],
-                    offline_texts=[], args=args)  # fmt: skip
+    run = SharedRun(config, out, policies, tokenizer, ends, args, offline=offline, offline_rows=numbers)
     if flags.samples:
         refuse(first == 1, f"--samples: nothing is reviewed before iteration 2; {policies.folder(1)} is missing")
         refuse(first > last, f"--samples: no iteration is left to review, for {policies.folder(last)} is there")

@@ -41,7 +41,7 @@ class Config:
     keep: float = flag(0.7, "K: share of the given pairs that selection keeps")
     bootstrap: float = flag(0.3, "K̃: pairs of the policy's own samples, as a share of the given pairs")
     loss_type: str = flag("dpo", "dpo, robust (DPO for flipped labels), ipo, slic or simpo")
-    beta: float | None = flag(None, "β: a larger one stays closer to the reference (0.1, simpo 2; playground: 1 and 2)")
+    beta: float | None = flag(None, "β: a larger one stays closer to the reference (0.1; playground 1; with simpo 2)")
     learning_rate: float | None = flag(None, f"at its peak (1e-6; playground: {playground.LEARNING_RATE:g})")
 
     model_name_or_path: str | None = flag(None, "SFT model π_ref, a hub name or a folder (without: the playground)")

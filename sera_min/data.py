@@ -143,7 +143,8 @@ class Encoder:
         """Of each row that is not dropped its number, the prompt as it is read, and token ids. Raises InputError."""
         there = set(rows.column_names) - KNOWN if isinstance(rows, datasets.Dataset) else set()
         used: set[str] = set()
-        each = enumerate(tqdm(decoded(rows, name), f"reading {name}", len(rows), unit="row", leave=False))
+        bar = tqdm(decoded(rows, name), f"reading {name}", len(rows), unit="row", leave=False, disable=not len(rows))
+        each = enumerate(bar)
         result: list[tuple[int, Any, list[Ids]]] = []
         while batch := list(islice(each, BATCH)):
             kept = []

@@ -38,7 +38,7 @@ def read_rows(name: str, split: str, limit: int | None = None, config: str | Non
     path = Path(name)
     if path.is_file() and not name.endswith(SUFFIXES):
         raise InputError(f"{name}: expected a file that ends with one of {', '.join(SUFFIXES)}")
-    if not path.exists() and (name.endswith(SUFFIXES) or name.count("/") > 1 or name.startswith((".", "~", "/"))):
+    if not path.exists() and (name.endswith(SUFFIXES) or is_path(name)):
         raise InputError(f"{name}: no such file")
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors come back in ours, on one line
     try:
@@ -49,10 +49,16 @@ def read_rows(name: str, split: str, limit: int | None = None, config: str | Non
         while cause is not None:
             causes += [one_line(cause)]
             cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
-        raise InputError(f"{name}, split '{split}': cannot be read: {'; '.join(dict.fromkeys(causes))}") from None
+        what = name if path.is_file() else f"{name}, split '{split}'"
+        raise InputError(f"{what}: cannot be read: {'; '.join(dict.fromkeys(causes))}") from None
     if isinstance(rows, datasets.Dataset):
         return rows if limit is None else rows.select(range(min(len(rows), limit)))
     return rows[:limit]
+
+
+def is_path(name: str) -> bool:
+    """Whether no name of the hub, which is "owner/name", looks like this."""
+    return name.count("/") > 1 or name.startswith((".", "~", "/")) or name.endswith("/")
 
 
 def is_lfs_pointer(file: Path) -> bool:
@@ -88,17 +94,20 @@ def read_data_set(name: str, split: str, config: str | None) -> datasets.Dataset
 def read_json(text: str) -> list[Any]:
     """The values of a JSON list, or all values one after the other. Raises ValueError naming line and column.
 
-    Not by `datasets`, whose reader has crashed the process on deep nesting, and wants a field of one type in all rows.
+    Rows are counted from 0, as everywhere. Not by `datasets`, whose reader has crashed the process on deep nesting, and
+    wants a field of one type in all rows.
     """
     if text.lstrip().startswith("["):
         return json.loads(text)
-    rows, parser, text = [], json.JSONDecoder(), text.rstrip()
+    rows: list[Any] = []
+    parser, text = json.JSONDecoder(), text.rstrip()
     at = len(text) - len(text.lstrip())
     while at < len(text):
         try:
             row, at = parser.raw_decode(text, at)
         except json.JSONDecodeError as error:  # whose own line may be a later one
-            raise ValueError(f"the row that begins in line {text.count(chr(10), 0, at) + 1}: {error}") from None
+            line = text.count("\n", 0, at) + 1
+            raise ValueError(f"row {len(rows)}, which begins in line {line}: {error}") from None
         rows.append(row)
         while at < len(text) and text[at].isspace():
             at += 1

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file, find_adapter_config_file
 
 from sera_min.bootstrap import sample_responses
-from sera_min.files import is_lfs_pointer
+from sera_min.files import is_lfs_pointer, is_path
 from sera_min.forms import InputError, one_line
 from sera_min.logprobs import rope_limit, score, sequence_logprobs
 from sera_min.pairs import Ids, Pair, rows_of
@@ -29,7 +29,7 @@ STEPS = 8  # tokens that the check samples, at most bootstrap.STRIDE: all four r
 
 def load(path: str | Path, device: str) -> tuple[Any, Any]:
     """A policy in float32, on `device` and without noise, and its tokenizer; safetensors only, no remote code."""
-    if not Path(path).exists() and (str(path).count("/") > 1 or str(path).startswith((".", "~", "/"))):
+    if not Path(path).exists() and is_path(str(path)):
         raise InputError(f"{path}: no such folder")
     refuse_pointers(Path(path))
     try:

@@ -96,7 +96,10 @@ def judge(asked: list[str], answers: list[str], sft_answers: list[str]) -> dict[
 
 
 def prompts(part: str) -> list[str]:
-    """Two nouns each: 512 prompts for "test", 256 for "validation", 792 for "train"; no two nouns are in two parts."""
+    """512 prompts for "test", 256 for "validation", 792 for "train".
+
+    Both orders of two nouns are in the same part, so no test prompt has its mirror in training.
+    """
     couples = list(itertools.combinations(NOUNS, 2))  # 780
     random.Random(0).shuffle(couples)
     of_part = {"test": couples[:256], "validation": couples[256:384], "train": couples[384:]}[part]

@@ -25,7 +25,8 @@ COLUMNS = {  # of the table: heading -> the name in metrics.jsonl, and what it i
     "their precision": ("bootstrap/precision", "the same share of those, ties ½"),
     "true reward": ("gold/reward", "mean over fresh answers to evaluation prompts"),
     "win rate": ("gold/win_rate", "share of them with a larger true reward than the SFT policy's answer, ties ½"),
-    "KL": ("kl", "mean over these answers of log π_θ(y|x) − log π_ref(y|x), nats: how far the policy has gone"),
+    "KL": ("kl", "mean over fresh answers to evaluation prompts of log π_θ(y|x) − log π_ref(y|x), nats: how far the "
+           "policy has gone from the reference; an estimate, so it may be below 0 at first"),
     "words": ("gold/length", "mean length of these answers"),
     "accuracy": ("eval_rewards/accuracies", "share of evaluation pairs with a positive implicit reward margin, ties ½"),
     "β·margin": ("eval_rewards/margins", "β times their mean implicit reward margin"),
@@ -140,8 +141,10 @@ def draw_figures(out: Path, reviews: list[seen.Seen], is_flipped: seen.IsFlipped
     names = ("loss", "rewards/accuracies", "rewards/margins")
     for axes, name in zip(figures["curves.png"].subplots(1, 3), names):
         for t in range(1, steps[-1]["iteration"] + 1):
-            axes.plot(*zip(*((at, line[name]) for at, line in enumerate(steps, 1) if line["iteration"] == t)))
-        axes.set(title=name, xlabel="step, a colour an iteration")
+            points = [(at, line[name]) for at, line in enumerate(steps, 1) if line["iteration"] == t]
+            axes.plot(*zip(*points), label=f"iteration {t}")
+        axes.set(title=name, xlabel="step")
+    axes.legend(fontsize="small")
     for name, figure in figures.items():
         figure.savefig(out / f".{name}", format="png")
         (out / f".{name}").replace(out / name)
@@ -161,8 +164,9 @@ def write_report(out: Path, last: int, prompts: dict[int, str], is_flipped: seen
         report += ["", *seen.block(texts)]
     reviews = [seen.read_review(out, t) for t in range(2, last + 1)]
     summaries = [seen.summarise(review, before) for review, before in zip(reviews, [None, *reviews])]
-    report += ["", *(f"iteration {review.t}: {summary}" for review, summary in zip(reviews, summaries))]
-    print("\n" + "\n".join(report))
+    print("\n" + "\n".join(report) + "\n")
+    for review, summary in zip(reviews, summaries):
+        print(f"iteration {review.t}: {summary}")
     described = [line for review, summary in zip(reviews, summaries)
                  for line in seen.describe(review, summary, prompts, is_flipped)]  # fmt: skip
     figures = [f"![{name}]({name})" for name in draw_figures(out, reviews, is_flipped)]

@@ -3,9 +3,9 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,23 +31,29 @@ from sera_min.pairs import (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a run reads."""
+
+    offline: list[Pair]  # D
+    offline_rows: list[int] = field(default_factory=list)  # of D's pairs: the number of the row in the user's file
+    offline_texts: list[str] = field(default_factory=list)  # of D's prompts, as people read them
+    held_out: list[Pair] = field(default_factory=list)  # to evaluate on: none of their prompts is in D
+    eval_prompts: list[Ids] = field(default_factory=list)  # to be answered
+    eval_texts: list[str] = field(default_factory=list)  # as people read them
+    file_prompts: list[Ids] = field(default_factory=list)  # those of --prompt_file, and their texts
+    file_texts: list[str] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
-class Run:
-    """What all phases of a run share."""
+class Run(Data):
+    """What all phases of a run share: its data, and these."""
 
     config: Resolved
     out: Path
     policies: folder.Policies
     tokenizer: Any
     eos_ids: list[int]  # the tokens that end a response
-    offline: list[Pair]  # D
-    held_out: list[Pair]  # to evaluate on: none of their prompts is in D
-    eval_prompts: list[Ids]  # to be answered
-    eval_texts: list[str]  # as people read them
-    file_prompts: list[Ids]  # those of --prompt_file, and their texts
-    file_texts: list[str]
-    offline_rows: list[int]  # of D's pairs: the number of the row in the user's file
-    offline_texts: list[str]  # of D's prompts, as people read them
 
     def log_prob(self, i: int, prompts: list[Ids], responses: list[Ids], what: str) -> Tensor:
         """log π_θi(y|x) of R rows and the log-prob of each one's least likely token, (R, 2): a phase for i and what."""
@@ -192,24 +198,11 @@ def read_parts(config: Resolved) -> list[tuple[str, Rows]]:
     return [(name, rows), (other, test), (config.prompt_file or "", prompts)]
 
 
-class Data(NamedTuple):
-    """What a run reads, as the fields of Run."""
-
-    offline: list[Pair]
-    held_out: list[Pair]
-    eval_prompts: list[Ids]
-    eval_texts: list[str]
-    file_prompts: list[Ids]
-    file_texts: list[str]
-    offline_rows: list[int]
-    offline_texts: list[str]
-
-
-def packed_data(run: Run) -> dict[str, Any]:
-    """What the run read, to be read again at a resume: a template may write today's date, and another tomorrow."""
-    rows = {name: [ids for pair in getattr(run, name) for ids in pair] for name in ("offline", "held_out")}
-    rows |= {"eval_prompts": run.eval_prompts, "file_prompts": run.file_prompts}
-    others = {name: getattr(run, name) for name in ("eval_texts", "file_texts", "offline_rows", "offline_texts")}
+def packed_data(read: Data) -> dict[str, Any]:
+    """What a run read, to be read again at a resume: a template may write today's date, and another tomorrow."""
+    rows = {name: [ids for pair in getattr(read, name) for ids in pair] for name in ("offline", "held_out")}
+    rows |= {"eval_prompts": read.eval_prompts, "file_prompts": read.file_prompts}
+    others = {name: getattr(read, name) for name in ("eval_texts", "file_texts", "offline_rows", "offline_texts")}
     return {name: pairs.pack(ids) for name, ids in rows.items()} | others
 
 
@@ -246,7 +239,7 @@ def prepare(config: Resolved, out: Path, parts: list[tuple[str, Rows]]) -> Run:
         read = encode_parts(config, tokenizer, ends, parts)
     if newest < 1:
         check_before_training(policy, read.offline[0], ends, config.gradient_checkpointing)
-    return Run(config, out, policies, tokenizer, ends, *read)
+    return Run(config, out, policies, tokenizer, ends, **vars(read))
 
 
 def encode_parts(config: Resolved, tokenizer: Any, ends: Ids, parts: list[tuple[str, Rows]]) -> Data:
@@ -264,7 +257,10 @@ def encode_parts(config: Resolved, tokenizer: Any, ends: Ids, parts: list[tuple[
     if prompt_file:
         print(f"prompts to answer: {format_counts(counts)}")
     offline, offline_texts, rows = (list(column) for column in zip(*given))
-    return Data(offline, held_out, eval_prompts, eval_texts, prompts, texts, rows, offline_texts)
+    return Data(
+        offline=offline, offline_rows=rows, offline_texts=offline_texts, held_out=held_out, eval_prompts=eval_prompts,
+        eval_texts=eval_texts, file_prompts=prompts, file_texts=texts,
+    )  # fmt: skip
 
 
 Part = tuple[str, Rows]

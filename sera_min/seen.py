@@ -1,6 +1,7 @@
 """What the reviews saw, read from the files that they wrote: a part of report.md, and review.png. No method here."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,10 +117,15 @@ def draw(figure: Any, reviews: list[Seen], is_flipped: IsFlipped) -> None:
 
 def histogram(axes: Any, groups: dict[str, list[float]], kept: list[float], dropped: list[float], title: str) -> None:
     """Of the groups, one upon the other; a line at the smallest margin that was kept, where none above it was not."""
-    colours = [COLOURS[name] for name in groups]
-    axes.hist(list(groups.values()), bins=50, stacked=True, color=colours, label=list(groups))
-    if kept and dropped and max(dropped) <= min(kept):
-        axes.axvline(min(kept), color="black", linestyle="--", label="kept: right of it")
+    colours, values = [COLOURS[name] for name in groups], kept + dropped or [0.0]
+    low, high = min(values), max(values)
+    is_cut = bool(kept and dropped) and max(dropped) <= min(kept)
+    edge = min(kept) if is_cut else low  # so that no bar has pairs on both sides of the cut
+    width = (high - low) / min(50, len(values)) or 1.0
+    edges = [edge + k * width for k in range(math.floor((low - edge) / width), math.ceil((high - edge) / width) + 2)]
+    axes.hist(list(groups.values()), bins=edges, stacked=True, color=colours, label=list(groups))
+    if is_cut:
+        axes.axvline(edge, color="black", linestyle="--", label="kept: right of it")
     axes.set_ylim(top=1.5 * axes.get_ylim()[1])  # room for the legend
     axes.set_title(title, fontsize="medium")
     axes.set_xlabel("implicit reward margin, nats")

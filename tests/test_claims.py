@@ -6,7 +6,7 @@ import re
 import statistics
 import sys
 from concurrent.futures import Future
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -142,7 +142,7 @@ def test_what_stands_in_the_place_of_the_method():
     assert (with_term - plain).tolist() == [pytest.approx([-0.015, 0.0], abs=1e-7)]  # of −0.015 log π_θ(y_w|x)
     assert claims.undecided(torch.tensor([12.0, 9.0, 3.0, 11.0, 10.0]), 4).tolist() == [4, 1, 2]
     seen = []
-    run = Run(config, *[None] * (len(fields(Run)) - 1))
+    run = Run(config, *[None] * 4, offline=[])
     claims.smaller_steps(run, 3, "pairs", plain=lambda *args: seen.append(args))
     assert seen == [(replace(run, config=replace(config, learning_rate=config.learning_rate / 3)), 3, "pairs")]
 

@@ -264,7 +264,7 @@ def test_trl_reads_the_ids_that_were_trained_on(kind, tmp_path):
     tokenizer = ROUND_TRIPS[kind]
     ends = list(dict.fromkeys([tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]))
     pairs, _ = encoded([row for x, row in PUBLISHED.values() if not any("tool_calls" in m for m in x)], tokenizer, ends)
-    of_run = run.Run(None, tmp_path, None, tokenizer, ends, pairs, *[[]] * 5, list(range(len(pairs))), [])
+    of_run = run.Run(None, tmp_path, None, tokenizer, ends, offline=pairs, offline_rows=list(range(len(pairs))))
     n = len(pairs)
     of_run.write_review(1, Review(TrainingSet(pairs, torch.zeros(n, 2), torch.zeros(n), ["offline"] * n, list(range(n)))))
     rows = folder.read_jsonl(tmp_path / "iteration-1/pairs.jsonl")
@@ -282,7 +282,7 @@ def test_people_see_a_conversation(tmp_path):
     given, _, prompts, texts = run.user_pairs(config.resolve(flags), tokenizer, limits, ("d", rows), ("d", []))
     offline = [one.pair for one in given]
     assert prompts == [pair.prompt for pair in offline] and texts == ["system: be kind\n\nuser: red?", "blue?"]
-    of_run = run.Run(None, tmp_path, None, tokenizer, limits["eos_ids"], offline, [], prompts, texts, *[[]] * 4)
+    of_run = run.Run(None, tmp_path, None, tokenizer, limits["eos_ids"], offline=offline, eval_prompts=prompts, eval_texts=texts)
     of_run.write_answers(1, [w for _, w, _ in offline], [l for _, _, l in offline])
     answers = folder.read_jsonl(tmp_path / "iteration-1/answers.jsonl")
     assert [(row["prompt"], row["answer"]) for row in answers] == [(text, "river") for text in texts]

@@ -412,7 +412,7 @@ def trained(out, model, pairs, reference, t=1, **changed):
     policies = folder.Policies(out, "m", "cpu")
     policies.hold(t - 1, model, bpe_tokenizer())
     (out / "state").mkdir(parents=True)
-    here = run.Run(flags, out, policies, bpe_tokenizer(), [1], pairs, *[[]] * 7)
+    here = run.Run(flags, out, policies, bpe_tokenizer(), [1], offline=pairs)
     train.train(here, t, training_set_of(pairs, reference))
     return lines(out)
 
@@ -916,6 +916,8 @@ WRONG = [
     (["--temperature", "0"], "--temperature is 0.0: expected above 0"),
     (["--model_name_or_path", "MODEL", "--dataset_name", "gone.jsonl", *SHORT], "gone.jsonl: no such file"),
     (["--model_name_or_path", "no/such-model", "--dataset_name", "DATA"], "no/such-model: "),
+    (["--model_name_or_path", "no-folder/", "--dataset_name", "DATA"], "no-folder/: no such folder"),
+    (["--model_name_or_path", "MODEL", "--dataset_name", "no-folder/", *SHORT], "no-folder/: no such file"),
     (["--model_name_or_path", "MODEL", "--dataset_name", "no/such-data", *SHORT], "no/such-data, split 'train': cannot be read"),
     (["--model_name_or_path", "NO-EOS", "--dataset_name", "DATA"], "its tokenizer has no EOS token"),
     (["--model_name_or_path", "NARROW", "--dataset_name", "DATA"], "its tokenizer has 379 ids, the model embeds 300"),

@@ -210,7 +210,7 @@ def test_nothing_is_left_to_do(model_dir, tmp_path, monkeypatch, capsys):
 def make_run(tokenizer, offline: list[Pair], model=None, **flags) -> with_trl.SharedRun:
     end, config = tokenizer.eos_token_id, train.Config(model_name_or_path="model", dataset_name="pairs", device="cpu", **flags)
     policies = SimpleNamespace(get=lambda i: model, folder=str)
-    return with_trl.SharedRun(resolve(config), Path(), policies, tokenizer, [end], offline, *[[]] * 7, args=SimpleNamespace(bf16=False))
+    return with_trl.SharedRun(resolve(config), Path(), policies, tokenizer, [end], SimpleNamespace(bf16=False), offline=offline)
 
 
 @pytest.mark.parametrize("extra", [{"select": "random"}, {"length_free": True, "token_floor": 0.05, "loss_type": "ipo"}], ids=str)
