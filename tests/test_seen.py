@@ -74,6 +74,8 @@ def test_the_picture_has_every_pair_and_the_cut(reviews):
         cuts = [[line.get_xdata()[0] for line in axes.lines] for axes in figure.axes]
         assert cuts == [[1.0], [2.0], [1.5], []]
         assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [*names, "kept: right of it"]
+        for axes, cut in zip(figure.axes, [1.0, 2.0, 1.5]):  # a bar is on one side of it
+            assert all(bar.get_x() + bar.get_width() <= cut + 1e-9 or bar.get_x() >= cut for bar in axes.patches)
 
 
 def test_there_is_no_cut_where_pairs_are_kept_at_random(tmp_path):
