@@ -48,54 +48,56 @@ def reward_of(logps: Tensor, reference: Tensor, lengths: Tensor, config: Resolve
 
 
 def pair_losses(r: Tensor, config: Resolved) -> Tensor:  # (N, 2) -> (N,)
-    smoothing = {"label_smoothing": config.label_smoothing}
-    more = {"dpo": smoothing, "robust": smoothing, "simpo": {"gamma": 0.5 * config.beta}}
-    return LOSSES[config.loss_type].function(r[:, 0] - r[:, 1], config.beta, **more.get(config.loss_type, {}))
+    margin, loss = r[:, 0] - r[:, 1], LOSSES[config.loss_type].function
+    if config.loss_type in ("dpo", "robust"):
+        return loss(margin, config.beta, label_smoothing=config.label_smoothing)
+    if config.loss_type == "simpo":
+        return loss(margin, config.beta, gamma=0.5 * config.beta)
+    return loss(margin, config.beta)
 
 
 def all_pairs(run: Run) -> Review:
     """What π_θ1 is trained on, step 1: all of D, of which nothing is left out."""
     reference = run.log_prob(0, *rows_of(run.offline), "pairs")[:, 0].view(-1, 2)  # (2|D|,) -> (|D|, 2)
-    n = len(run.offline)
-    return Review(TrainingSet.given(run.offline, reference, torch.zeros(n), list(range(n))))
+    return Review(TrainingSet.given(run.offline, reference, torch.zeros(len(reference)), list(range(len(reference)))))
 
 
 def review(t: int, offline: list[Pair], log_prob: Callable, sample: Callable, config: Resolved) -> Review:
     """Steps 3 to 6: the TrainingSet of π_θt, the given pairs that it leaves out, and the samples of its other pairs.
 
     log_prob(i, prompts, responses, what): log π_θi(y|x) and the log-prob of its least likely token, (R, 2); i = 0 is
-    the reference. sample(i, prompts): a list of n (token ids, ended) a prompt, from π_θi. Whoever calls decides where
-    these are computed; `what` names the rows: under a name they are computed once, and read from then on.
+    the reference. `what` is the name of these rows: what was computed under a name is read, not computed again.
+    sample(i, prompts): n samples (token ids, ended) of each prompt, from π_θi. How both are computed is the caller's.
     """
     generator = torch.Generator().manual_seed(seed_of(config.seed, t, "random"))
 
     def reward(prompts: list[Ids], responses: list[Ids], what: str) -> tuple[Tensor, Tensor, Tensor]:
         """r̄_t(x,y), log π_ref(y|x), and the log-prob of its least likely token: (R,) each."""
-        reference, least = log_prob(0, prompts, responses, what).unbind(-1)
+        reference, least_likely = log_prob(0, prompts, responses, what).unbind(-1)
         lengths = torch.tensor([len(y) for y in responses])
-        r = [reward_of(log_prob(i, prompts, responses, what)[:, 0], reference, lengths, config)
-             for i in (t - 1, t - 2) if i > 0]  # fmt: skip
-        return ensemble_margin(r[0], r[1] if t > 2 else None, config.ensemble_gamma), reference, least
+        newest, *older = [reward_of(log_prob(i, prompts, responses, what)[:, 0], reference, lengths, config)
+                          for i in (t - 1, t - 2) if i > 0]  # at t = 2 there is no older one  # fmt: skip
+        return ensemble_margin(newest, older[0] if older else None, config.ensemble_gamma), reference, least_likely
 
     def pick(margins: Tensor, k: int) -> list[int]:
         by = margins if config.select == "margin" else torch.rand(len(margins), generator=generator)
         return select_top(by, min(k, len(margins))).tolist()
 
     # Self-review: of the given pairs, the K with the largest margin.
-    r, reference, least = reward(*rows_of(offline), "pairs")  # (2|D|,)
+    r, reference, least_likely = reward(*rows_of(offline), "pairs")  # (2|D|,)
     r, reference = r.view(-1, 2), reference.view(-1, 2)  # (|D|, 2): chosen, rejected
     if config.length_free:
         r = length_free(r, lengths_of(offline))
     margins = r[:, 0] - r[:, 1]  # (|D|,)
     kept = pick(margins, round(config.keep * len(offline)))
-    left_out = sorted({*range(len(offline))} - {*kept}, key=margins.tolist().__getitem__)  # smallest margin first
+    left_out = [i for i in margins.argsort(stable=True).tolist() if i not in {*kept}]  # smallest margin first
     selected, dropped = (TrainingSet.given(offline, reference, margins, numbers) for numbers in (kept, left_out))
     if (wanted := round(config.bootstrap * len(offline))) == 0:  # K̃
         return Review(selected, dropped)
 
     # Bootstrapping: sample, rank by the same reward, best against worst; of these pairs the K̃ with the largest margin.
     # --token_floor: a quantile of the log-prob, under π_ref, of the least likely token of D's responses
-    floor = least.sort().values[int(config.token_floor * len(least))] if config.token_floor else -math.inf
+    floor = least_likely.sort().values[int(config.token_floor * len(least_likely))] if config.token_floor else -math.inf
     samples = rank_samples(t, [pair.prompt for pair in offline], sample, reward, floor, config)
     bootstrapped, counts = pair_samples(offline, samples, pick, wanted)
     print(f"iteration {t}: {len(bootstrapped.pairs)} of {wanted} bootstrapped pairs; dropped:", format_counts(counts))
@@ -109,9 +111,9 @@ def rank_samples(t: int, prompts: list[Ids], sample: Callable, reward: Callable,
     ended = torch.tensor([[end for _, end in row] for row in written])  # (P, n): only those that ended are scored
     x = [x for x, row in zip(prompts, written) for _, end in row if end]
     y = [y for row in written for y, end in row if end]
-    r, reference, least = (torch.full(ended.shape, math.nan) for _ in range(3))  # (P, n)
-    r[ended], reference[ended], least[ended] = reward(x, y, f"samples-{t}")
-    usable = least >= floor  # False where a sample was cut off, whose `least` is NaN
+    r, reference, least_likely = (torch.full(ended.shape, math.nan) for _ in range(3))  # (P, n)
+    r[ended], reference[ended], least_likely[ended] = reward(x, y, f"samples-{t}")
+    usable = ended & (least_likely >= floor)
     r = r.where(usable, math.nan)
     if config.length_free:
         r = length_free(r, torch.tensor([[len(y) for y in row] for row in responses]))
@@ -121,10 +123,11 @@ def rank_samples(t: int, prompts: list[Ids], sample: Callable, reward: Callable,
 def pair_samples(offline: list[Pair], samples: Samples, pick: Callable, wanted: int) -> tuple[TrainingSet, Any]:
     """Best against worst, and of these pairs those that are picked; and what was dropped."""
     rewards, ended, usable = samples.rewards.tolist(), samples.ended.tolist(), samples.usable.tolist()
-    triples, margins, dropped = best_worst_pairs(rewards, ended, samples.responses, usable)
+    y = samples.responses  # y[i][j]: sample j of prompt i
+    triples, margins, dropped = best_worst_pairs(rewards, ended, y, usable)
     taken = pick(margins, wanted)
     index = torch.tensor([triples[p] for p in taken], dtype=torch.int64).view(-1, 3)  # (K̃, 3): prompt, best, worst
-    pairs = [Pair(offline[i].prompt, *(samples.responses[i][j] for j in both)) for i, *both in index.tolist()]
+    pairs = [Pair(offline[i].prompt, y[i][best], y[i][worst]) for i, best, worst in index.tolist()]
     reference = samples.reference[index[:, :1], index[:, 1:]]  # (P, n) -> (K̃, 2)
     sources, numbers = ["bootstrap"] * len(pairs), index[:, 0].tolist()
     return TrainingSet(pairs, reference, margins[taken], sources, numbers), dropped
@@ -183,13 +186,12 @@ def train(run: Run, t: int, training_set: TrainingSet) -> None:
     bar = tqdm(batches[first:], f"iteration {t}: train", initial=first, total=len(batches), unit="step")
     with folder.stop_after_step() as signals:
         for step, batch in enumerate(bar, first + 1):
-            rate = min(step / warm_up, (len(batches) - step + 1) / (len(batches) - warm_up + 1))  # up, then down
-            optimizer.param_groups[0]["lr"] = config.learning_rate * rate
+            rate = config.learning_rate * min(step / warm_up, (len(batches) - step + 1) / (len(batches) - warm_up + 1))
+            optimizer.param_groups[0]["lr"] = rate  # up for a tenth of the steps, then down
             attempt = partial(train_step, policy, optimizer, training_set, batch, config)
             longest = max(tokens_of(training_set.pairs[i]) for i in batch)
             metrics, max_tokens = retry_on_oom(attempt, max_tokens, longest, f"iteration {t}, step {step}, ")
-            name = {"phase": "train", "iteration": t, "step": step, "learning_rate": config.learning_rate * rate}
-            lines.append(name | metrics)
+            lines.append({"phase": "train", "iteration": t, "step": step, "learning_rate": rate, **metrics})
             report.log(run.out, lines[-1])
             bar.set_postfix_str(report.POSTFIX.format_map(metrics))
             if signals or (step % config.save_steps == 0 and step < len(batches)):

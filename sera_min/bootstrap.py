@@ -6,8 +6,8 @@
 cannot be paired is dropped and counted. Above all samples that were cut off by the length limit: do not append an end
 of sequence to them, the model never wrote it, so its log-probability means nothing.
 
-To understand the method read `sample_responses` and `best_worst_pairs`. The functions between
-them make sampling fast and exact; you may skip them.
+To understand the method read `sample_responses` and `best_worst_pairs`. The functions between them make sampling fast
+and exact; you may skip them.
 """
 
 import json
@@ -37,7 +37,8 @@ def sample_responses(
     """
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
 
-    def draw_next(_, logits: torch.Tensor) -> torch.Tensor:  # (B, V): we draw; `generate` must take it
+    def draw_next(_, logits: torch.Tensor) -> torch.Tensor:
+        """(B, V) -> (B, V): we draw a token, and give all others −∞, so that the greedy `generate` takes it."""
         p, tokens = (logits.float() / temperature).softmax(-1), None
         if top_p < 1:  # the fewest tokens that together have probability top_p
             p, tokens = p.sort(-1, descending=True)
@@ -100,7 +101,7 @@ def continue_all(
     ids = torch.tensor([[pad] * (width - len(x)) + x for x in prompts], device=model.device)  # (b, P)
     mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts], device=model.device)  # (b, P)
     cache = {}
-    if width > 1:  # all but the last token are read; what comes of them is not used
+    if width > 1:  # all but the last token are read; the token that is written after them is thrown away
         cache = cache_of(model.generate(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], max_new_tokens=1))
         for keys_and_values in cache.values():
             keys_and_values.batch_repeat_interleave(n)

@@ -34,9 +34,9 @@ HEAD_LOGITS = {"cuda": 2**26, "cpu": 2**23}  # logits at a time: enough to keep 
 def body_returns(body, output) -> Iterator[None]:
     """While this is open, `body(...)` computes nothing and returns `output`.
 
-    model(...) is head(body(...)), and we have the body's hidden states already: so only the head runs, with whatever
-    else the model does to logits, and only on the positions that we chose. `forward` of the body is replaced meanwhile:
-    use a model from one thread at a time. Tried: models of PEFT, adapters on the head included, and of `torch.compile`
+    model(...) is head(body(...)). We give it hidden states of the body that we have already, so it runs only its head,
+    and whatever else it does to logits. `forward` of the body is replaced meanwhile: use a model from one thread at a
+    time. Tried: models of PEFT, adapters on the head included, and of `torch.compile`
     give the same numbers. DDP needs `static_graph=True`.
     """
     with patch.object(body, "forward", lambda *args, **kwargs: output):
@@ -53,7 +53,7 @@ def body_of(model):
 
 def rope_limit(config) -> float:
     """Tokens beyond which positions are rotated by the longest row of the batch (rope "longrope", "dynamic")."""
-    config = config.get_text_config()  # within the former where the model sees or hears too
+    config = config.get_text_config()  # the language model's part, where the model also has images or sound
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     limits = [math.inf]
     for part in (rope, *rope.values()):  # some models have one a type of layer

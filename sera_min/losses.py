@@ -23,9 +23,9 @@ def dpo_loss(margin: Tensor, beta: float = 0.1, label_smoothing: float = 0.0) ->
 
 
 def robust_loss(margin: Tensor, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
-    """[(1−ε) L(m) − ε L(−m)] / (1−2ε), L being DPO's loss: where a share ε of labels is flipped, its mean over noisy
-    labels is L's over the right ones.
+    """[(1−ε) L(m) − ε L(−m)] / (1−2ε), where L is DPO's loss: an unbiased estimate of L on the right labels.
 
+    Unbiased, for where a share ε of the labels is flipped at random, the mean of this is the mean of L without flips.
     margin: (B,) in nats, summed rewards. ε = label_smoothing < ½. Its minimum is −∞ where ε > 0.
     Source: robust DPO, arXiv:2403.00409; TRL's `robust`.
     """

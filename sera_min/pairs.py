@@ -70,7 +70,8 @@ class Samples(NamedTuple):
 
 def rows_of(pairs: Sequence[Pair]) -> tuple[list[Ids], list[Ids]]:
     """Prompts and responses of N pairs as 2N rows: chosen, rejected, chosen, rejected, …"""
-    return [pair.prompt for pair in pairs for _ in "wl"], [y for pair in pairs for y in (pair.chosen, pair.rejected)]
+    prompts = [pair.prompt for pair in pairs for _ in range(2)]
+    return prompts, [y for pair in pairs for y in (pair.chosen, pair.rejected)]
 
 
 def tokens_of(pair: Pair) -> int:

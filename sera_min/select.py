@@ -21,8 +21,8 @@ from torch import Tensor
 def ensemble_margin(newest: Tensor, previous: Tensor | None = None, gamma: float = 0.5) -> Tensor:
     """(1−γ)·newest + γ·previous, in nats, of one shape: of margins or, since it is linear, of rewards.
 
-    newest: under π_θ(t−1). previous: under π_θ(t−2); None at t = 2, where it is π_ref, whose reward is 0: the factor
-    1−γ alone would not change the order. (SimPO's reward of π_ref is not 0; leaving it out is our choice.)
+    newest: under π_θ(t−1). previous: under π_θ(t−2). At t = 2 that is π_ref, whose reward is 0, and the factor 1−γ
+    alone changes no order: it is left out, None. (SimPO's reward of π_ref is not 0; leaving it out is our choice.)
     """
     return newest if previous is None else (1 - gamma) * newest + gamma * previous
 
@@ -32,8 +32,8 @@ def length_free(rewards: Tensor, lengths: Tensor) -> Tensor:
 
     rewards: float (P, n) in nats, n responses to each of P prompts, NaN where there is none; lengths: int (P, n).
     b, in nats a token, is the slope of the least-squares line within prompts: Σ δr·δ|y| / Σ δ|y|², where δ is the
-    difference from the prompt's mean. Why: if labels and samples both favour length, the margin
-    rewards length and cannot show it.
+    difference from the prompt's mean. Why: where labels favour length, so does the reward that was learned from them,
+    and the pairs that it selects and makes favour length still more.
     """
     known = lengths.where(~rewards.isnan(), torch.nan)  # (P, n)
     dr = rewards - rewards.nanmean(1, keepdim=True)
