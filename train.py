@@ -7,7 +7,7 @@ The algorithm, for preferences D = {(x, y_w, y_l)}, a reference π_ref (the SFT 
   2. for t = 2 … T:
   3.     r̄_t = (1−γ) r_{t−1} + γ r_{t−2}                       the mean reward of two policies       select.py
   4.     select the K pairs of D with the largest margin under r̄_t
-  5.     for each prompt sample N responses from π_θ(t−1): best and worst under r̄_t are a pair        bootstrap.py
+  5.     sample N responses to each pair's prompt from π_θ(t−1); best and worst under r̄_t are a pair  bootstrap.py
   6.     keep the K̃ of these pairs with the largest margin
   7.     train π_θt on the union, from π_θ(t−1), against the same π_ref.
 
@@ -43,8 +43,8 @@ from sera_min.select import ensemble_margin, length_free, select_top
 
 def reward_of(logps: Tensor, reference: Tensor, lengths: Tensor, config: Resolved) -> Tensor:
     """The implicit reward that goes with the loss in use, see losses.py; all of one shape."""
-    loss = LOSSES[config.loss_type]
-    return implicit_reward(logps, reference * loss.against_reference, lengths if loss.per_token else None)
+    loss, nothing = LOSSES[config.loss_type], torch.zeros_like(reference)
+    return implicit_reward(logps, reference if loss.against_reference else nothing, lengths if loss.per_token else None)
 
 
 def pair_losses(r: Tensor, config: Resolved) -> Tensor:  # (N, 2) -> (N,)
@@ -109,7 +109,7 @@ def rank_samples(t: int, prompts: list[Ids], sample: Callable, reward: Callable,
     written = sample(t - 1, prompts)
     responses = [[y for y, _ in row] for row in written]
     ended = torch.tensor([[end for _, end in row] for row in written])  # (P, n): only those that ended are scored
-    x = [x for x, row in zip(prompts, written) for _, end in row if end]
+    x = [prompt for prompt, row in zip(prompts, written) for _, end in row if end]
     y = [y for row in written for y, end in row if end]
     r, reference, least_likely = (torch.full(ended.shape, math.nan) for _ in range(3))  # (P, n)
     r[ended], reference[ended], least_likely[ended] = reward(x, y, f"samples-{t}")
@@ -156,8 +156,8 @@ def train_step(
         lines = [i + 1 for i, loss in zip(batch, losses) if not loss.isfinite()] or [i + 1 for i in batch]
         raise FloatingPointError(f"pairs.jsonl lines {lines}: the loss is {losses.mean():.3g}, its gradient {norm:.3g}")
     take_step(optimizer)
-    both = {**report.means("rewards", config.beta * r), **report.means("logps", logps)}
-    return {**report.preference_metrics(losses, r, config.beta), **both, "grad_norm": norm}
+    return {**report.preference_metrics(losses, r, config.beta), **report.means("rewards", config.beta * r),
+            **report.means("logps", logps), "grad_norm": norm}  # fmt: skip
 
 
 def batches_of(n: int, t: int, config: Resolved) -> list[list[int]]:

@@ -47,7 +47,7 @@ from trl import DPOConfig, DPOTrainer
 from sera_min import data, folder, report
 from sera_min.bootstrap import read_responses
 from sera_min.config import Config, Resolved, flag, resolve, seed_of
-from sera_min.files import read_rows
+from sera_min.files import in_one_line, read_rows
 from sera_min.forms import InputError
 from sera_min.logprobs import score, sum_and_least
 from sera_min.models import check_before_training, check_positions, eos_ids_of
@@ -125,7 +125,8 @@ class SharedRun(Run):
         policy = self.policies.get(i)
 
         def attempt(max_tokens: int) -> torch.Tensor:
-            with torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=bool(self.args.bf16)):
+            autocast = torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=bool(self.args.bf16))
+            with autocast, in_one_line("the model fails"):
                 return score(policy, prompts, responses, max_tokens=max_tokens, of=sum_and_least)[0]
 
         longest = max(len(x) + len(y) for x, y in zip(prompts, responses))

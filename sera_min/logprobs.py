@@ -37,7 +37,8 @@ def body_returns(body, output) -> Iterator[None]:
     model(...) is head(body(...)). We give it hidden states of the body that we have already, so it runs only its head,
     and whatever else it does to logits. `forward` of the body is replaced meanwhile: use a model from one thread at a
     time. Tried: models of PEFT, adapters on the head included, and of `torch.compile`
-    give the same numbers. DDP needs `static_graph=True`.
+    give the same numbers. DDP(static_graph=True) goes around
+    a module of yours whose forward calls this; a model inside DDP has no head that could be found.
     """
     with patch.object(body, "forward", lambda *args, **kwargs: output):
         yield

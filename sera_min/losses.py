@@ -54,7 +54,8 @@ def slic_loss(margin: Tensor, beta: float = 0.1, delta: float = 1.0) -> Tensor:
 def simpo_loss(margin: Tensor, beta: float = 2.0, gamma: float = 1.0) -> Tensor:
     """−log σ(βm − γ): DPO's loss without a reference, on per-token log-probs, with a target margin γ/β.
 
-    margin: (B,) in nats per token, of rewards log π(y|x)/|y|. Source: SimPO, arXiv:2405.14734, eq. 6; TRL's `simpo`.
+    margin: (B,) in nats per token, of rewards log π(y|x)/|y|. γ = 1 goes with β = 2: for another β give both, as
+    train.py does, whose γ is β/2. Source: SimPO, arXiv:2405.14734, eq. 6; TRL's `simpo`.
     """
     return F.logsigmoid(beta * margin - gamma).neg()
 

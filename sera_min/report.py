@@ -26,7 +26,7 @@ COLUMNS = {  # of the table: heading -> the name in metrics.jsonl, and what it i
     "true reward": ("gold/reward", "mean over fresh answers to evaluation prompts"),
     "win rate": ("gold/win_rate", "share of them with a larger true reward than the SFT policy's answer, ties ½"),
     "KL": ("kl", "mean over fresh answers to evaluation prompts of log π_θ(y|x) − log π_ref(y|x), nats: how far the "
-           "policy has gone from the reference; an estimate, so it may be below 0 at first"),
+           "policy has gone from the reference, at temperature 1; an estimate, so it may be below 0 at first"),
     "words": ("gold/length", "mean length of these answers"),
     "accuracy": ("eval_rewards/accuracies", "share of evaluation pairs with a positive implicit reward margin, ties ½"),
     "β·margin": ("eval_rewards/margins", "β times their mean implicit reward margin"),

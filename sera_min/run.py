@@ -58,9 +58,11 @@ class Run(Data):
     def log_prob(self, i: int, prompts: list[Ids], responses: list[Ids], what: str) -> Tensor:
         """log π_θi(y|x) of R rows and the log-prob of each one's least likely token, (R, 2): a phase for i and what."""
         name, desc = f"logps-{what}-under-{i}", f"score {what} under {f'policy {i}' if i else 'the reference'}"
-        return folder.phase(
+        logps = folder.phase(
             self.out, name, lambda: score_rows(self.policies.get(i), prompts, responses, self.config, desc)
         )
+        assert len(logps) == len(responses), f"{name} was computed of {len(logps)} other rows: choose another name"
+        return logps
 
     def sample(self, i: int, prompts: list[Ids]) -> list[list[tuple[Ids, bool]]]:
         """N responses a prompt from π_θi, for the review of iteration i + 1: a phase."""
@@ -310,13 +312,12 @@ def retry_on_oom(attempt: Callable[[int], Any], tokens: int, least: int, name: s
     """
     while True:
         try:
-            with in_one_line(f"{name}the model fails"):
-                return attempt(tokens), tokens
+            return attempt(tokens), tokens
         except torch.OutOfMemoryError:
             if tokens <= least:
                 raise
-        except FloatingPointError as error:
-            raise FloatingPointError(f"{name}{error}") from None
+        except (FloatingPointError, InputError) as error:
+            raise type(error)(f"{name}{error}") from error
         tokens = max(tokens // 2, least)
         tqdm.write(f"out of memory: again, with {tokens} tokens at a time")
 
@@ -326,7 +327,7 @@ def score_rows(model: Any, prompts: list[Ids], responses: list[Ids], config: Res
     """log π(y|x) of R rows and the log-prob of each one's least likely token, nats: float32 (R, 2), on the CPU."""
 
     def attempt(max_tokens: int) -> Tensor:
-        with amp(config.device):
+        with amp(config.device), in_one_line("the model fails"):
             return score(model, prompts, responses, max_tokens=max_tokens, of=sum_and_least, desc=desc)[0]
 
     longest = max((len(x) + len(y) for x, y in zip(prompts, responses)), default=0)
@@ -343,7 +344,7 @@ def draw_samples(
     """n samples of each prompt, by the flags. Where memory runs out they are drawn anew in smaller batches: others."""
 
     def attempt(max_tokens: int) -> list[list[tuple[Ids, bool]]]:
-        with amp(config.device):
+        with amp(config.device), in_one_line("the model fails"):
             return bootstrap.sample_responses(
                 model, prompts, n, max_new_tokens=config.max_new_tokens, temperature=config.temperature,
                 top_p=config.top_p, eos_token_id=ends, pad_token_id=pad, seed=seed, max_tokens=max_tokens, desc=desc,
@@ -365,7 +366,7 @@ def backward_of_mean(policy: Any, pairs: list[Pair], losses_of: Callable, max_to
     for some in token_batches([tokens_of(pair) for pair in pairs], max_tokens):
         x, y = rows_of([pairs[i] for i in some])  # 2m rows
         passes = token_batches([len(a) + len(b) for a, b in zip(x, y)], max_tokens // 4)
-        with amp(device):
+        with amp(device), in_one_line("the model fails"):
             sums = [sequence_logprobs(policy, [x[i] for i in rows], [y[i] for i in rows])[0] for rows in passes]
         by_length = torch.cat(sums).detach().requires_grad_()  # (2m,), in the order of the passes
         order = torch.tensor([i for rows in passes for i in rows]).argsort()  # back to the rows' order

@@ -1,6 +1,6 @@
 """Self-review: which of the given pairs the policy itself finds clear. Copy this file alone: it needs torch.
 
-    r̄_t = (1−γ)·r_{t−1} + γ·r_{t−2}             the mean reward of the last two policies
+    r̄_t = (1−γ)·r_{t−1} + γ·r_{t−2}             the weighted mean reward of the last two policies
     m̄_t = r̄_t(x, y_w) − r̄_t(x, y_l)             the implicit reward margin of a pair
     keep the K pairs with the largest m̄_t
 
@@ -22,7 +22,7 @@ def ensemble_margin(newest: Tensor, previous: Tensor | None = None, gamma: float
     """(1−γ)·newest + γ·previous, in nats, of one shape: of margins or, since it is linear, of rewards.
 
     newest: under π_θ(t−1). previous: under π_θ(t−2). At t = 2 that is π_ref, whose reward is 0, and the factor 1−γ
-    alone changes no order: it is left out, None. (SimPO's reward of π_ref is not 0; leaving it out is our choice.)
+    alone changes no order (γ < 1): it is left out, None. (SimPO's reward of π_ref is not 0; leaving it out is ours.)
     """
     return newest if previous is None else (1 - gamma) * newest + gamma * previous
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CHATML, bpe_tokenizer, unigram_tokenizer
+from conftest import CHATML, bpe_tokenizer, tiny_model, unigram_tokenizer
 from datasets import Dataset, DatasetDict
 from tokenizers import processors
 
@@ -16,7 +16,7 @@ from sera_min import config, data, folder, run
 from sera_min.data import InputError, decode, encode
 from sera_min.files import fingerprint, read_rows
 from sera_min.forms import Unusable, preference, question
-from sera_min.pairs import Review, TrainingSet, pack, unpack
+from sera_min.pairs import Pair, Review, TrainingSet, pack, unpack
 
 
 def S(text):
@@ -353,8 +353,20 @@ def test_a_configuration_of_a_data_set(monkeypatch):
 
 
 def test_what_a_model_or_a_tokenizer_raises_is_one_line():
-    with pytest.raises(InputError, match=r"^iteration 2, step 5, the model fails: division by zero$"):
-        run.retry_on_oom(lambda tokens: tokens / 0, 8, 4, "iteration 2, step 5, ")
+    def fail(*_, **__):
+        raise ZeroDivisionError("division by zero")
+
+    model, flags = tiny_model(), config.resolve(config.Config(device="cpu"))
+    model.forward = fail
+    with pytest.raises(InputError, match=r"^the model fails: division by zero$"):
+        run.score_rows(model, [[5]], [[6, 7]], flags, None)
+    with pytest.raises(InputError, match=r"^sampling: the model fails: division by zero$"):
+        run.draw_samples(model, [[5]], 2, flags, ends=[1], pad=0, seed=0, desc=None)
+    with pytest.raises(InputError, match=r"^step 5, the model fails: division by zero$"):
+        step = lambda tokens: run.backward_of_mean(model, [Pair([5], [6], [7])], fail, tokens, "cpu")  # noqa: E731
+        run.retry_on_oom(step, 8, 4, "step 5, ")
+    with pytest.raises(ZeroDivisionError):  # of a loss it is the program's own, and shows where
+        run.retry_on_oom(lambda _: run.backward_of_mean(tiny_model(), [Pair([5], [6], [7])], fail, 64, "cpu"), 8, 4, "step 5, ")
 
     class Broken(type(bpe_tokenizer())):
         def __call__(self, texts, **more):
@@ -408,3 +420,11 @@ def test_messages_that_are_an_answer_alone_are_no_prompt():
     assert preference({"messages": answer, "chosen": asked, "rejected": asked}, "row 0").prompt == asked[:1]
     with pytest.raises(Unusable, match="without an answer"):
         preference({"messages": answer, "chosen": asked[:1], "rejected": asked}, "row 0")
+
+
+def test_log_probs_of_other_rows_are_not_taken_for_these(tmp_path):
+    of_run = run.Run(None, tmp_path, None, None, [1], offline=[])
+    folder.phase(tmp_path, "logps-pairs-under-0", lambda: torch.zeros(3, 2))
+    assert of_run.log_prob(0, [[5]] * 3, [[6]] * 3, "pairs").shape == (3, 2)
+    with pytest.raises(AssertionError, match="logps-pairs-under-0 was computed of 3 other rows"):
+        of_run.log_prob(0, [[5]] * 2, [[6]] * 2, "pairs")
