@@ -33,10 +33,10 @@ def sample_responses(
     """n samples y ~ π(·|x) a prompt, as (token ids, ended): those that ended hold their end of sequence, others none.
 
     Prompts of similar length are sampled together, within `max_tokens` tokens of key-value cache (None: CACHE_TOKENS).
-    For one seed, batch size and machine the result is the same; torch's own random generators are not used.
+    For one seed, batch size and machine the result is the same; the random generators of the CPU and of the model's
+    device are left as they were.
     """
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    generator = torch.Generator(model.device).manual_seed(seed)
 
     def draw_next(_, logits: torch.Tensor) -> torch.Tensor:
         """(B, V) -> (B, V): we draw a token, and give all others −∞, so that the greedy `generate` takes it."""
@@ -44,16 +44,17 @@ def sample_responses(
         if top_p < 1:  # the fewest tokens that together have probability top_p
             p, tokens = p.sort(-1, descending=True)
             p = p * (p.cumsum(-1) - p < top_p)
-        drawn = draw_tokens(p, generator=generator)  # (B, 1)
-        drawn = drawn if tokens is None else tokens.gather(1, drawn)
+        drawn = draw_tokens(p) if tokens is None else tokens.gather(1, draw_tokens(p))  # (B, 1)
         return torch.full_like(logits, -torch.inf).scatter_(1, drawn, 0.0)
 
     samples: list[list[tuple[TokenIds, bool]]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     longest = max(map(len, prompts), default=0) + max_new_tokens
     size = max(1, (max_tokens or CACHE_TOKENS.get(model.device.type, 2**15)) // (n * longest))  # prompts of a batch
+    gpus = [model.device] if model.device.type == "cuda" else []
     bar = tqdm(total=len(prompts), desc=desc, unit="prompt", disable=desc is None)
-    with only_our_settings(model, ends, pad_token_id), bar:
+    with only_our_settings(model, ends, pad_token_id), torch.random.fork_rng(gpus), bar:
+        torch.manual_seed(seed)
         for batch in (order[start : start + size] for start in range(0, len(order), size)):
             written = continue_all(model, [prompts[i] for i in batch], n, max_new_tokens, ends, pad_token_id, draw_next)
             for row, tokens in enumerate(written):
@@ -76,7 +77,7 @@ def only_our_settings(model, ends: list[int], pad: int) -> Iterator[None]:
         model.train(was_training)
 
 
-def draw_tokens(p: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
+def draw_tokens(p: torch.Tensor) -> torch.Tensor:
     """For speed: one token a row, as likely as p (B, V) says, (B, 1), by the inverse of the distribution function.
 
     `torch.multinomial` draws a random number for every token of the vocabulary, this draws one a row. In float64: the
@@ -85,8 +86,7 @@ def draw_tokens(p: torch.Tensor, *, generator: torch.Generator | None = None) ->
     cdf = p.cumsum(-1, dtype=torch.float64)  # (B, V)
     if not cdf[:, -1].isfinite().all():
         raise FloatingPointError("sampling: the model's probabilities are not finite numbers")
-    u = torch.rand(len(p), 1, dtype=torch.float64, device=p.device, generator=generator)
-    u = 1 - u  # in (0, 1]: no token of probability 0
+    u = 1 - torch.rand(len(p), 1, dtype=torch.float64, device=p.device)  # in (0, 1]: no token of probability 0
     return torch.searchsorted(cdf, cdf[:, -1:] * u)
 
 

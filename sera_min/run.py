@@ -16,7 +16,7 @@ from sera_min.config import Config, Resolved, resolve, seed_of
 from sera_min.files import Rows, fingerprint, in_one_line, read_rows
 from sera_min.forms import InputError
 from sera_min.logprobs import score, sequence_logprobs, sum_and_least, token_batches
-from sera_min.models import check_before_training, check_positions, eos_ids_of, pad_id_of
+from sera_min.models import check_before_training, check_memory, check_positions, eos_ids_of, pad_id_of
 from sera_min.pairs import (
     Given,
     Ids,
@@ -230,6 +230,7 @@ def prepare(config: Resolved, out: Path, parts: list[tuple[str, Rows]]) -> Run:
     if (newest := policies.newest()) < 0:
         policies.hold(0, *report.timed("SFT")(playground.make_sft_policy)(config.seed, config.device))
     policy, tokenizer = policies.get(max(newest, 0)), policies.tokenizer
+    check_memory(policy, config.device)
     longest = max(config.max_length, config.max_prompt_length + config.max_new_tokens)
     check_positions(policy, longest, "--max_length or --max_prompt_length + --max_new_tokens")
     ends = eos_ids_of(policy, tokenizer)
