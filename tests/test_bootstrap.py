@@ -1,6 +1,7 @@
 """Sampling from the model's own distribution, with our settings alone; pairing; another engine's samples."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -58,6 +59,26 @@ def test_the_nucleus_is_transformers_own():
     assert 1 < (want > 0).sum() < 61 and not share[want == 0].any() and (share - want).abs().max() < 0.04
 
 
+def model_of(logits):
+    """Whatever it reads, the next word's logits are these, and -inf of the words that are not named."""
+    model, row = tiny_model(), torch.full((61,), -torch.inf)
+    row[list(logits)] = torch.tensor(list(logits.values()))
+    model.lm_head.register_forward_hook(lambda module, args, out: row.expand_as(out))
+    return model
+
+
+def test_the_nucleus_is_the_fewest_words_that_reach_top_p():
+    """Of four words of probability 1/4 two make a half, not three."""
+    got = sample(model_of({3: 0.0, 4: 0.0, 5: 0.0, 6: 0.0}), [[8]], n=200, max_new_tokens=1, top_p=0.5)[0]
+    assert len({y[0] for y, _ in got}) == 2
+
+
+def test_no_word_is_cut_off_where_top_p_is_1(monkeypatch):
+    """One of probability 1e-9 is drawn by the number that is its own, though 1 + 1e-9 is 1 in float32."""
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.zeros(size, dtype=torch.float64))
+    assert sample(model_of({3: 0.0, 60: -20.7}), [[8]], n=1, max_new_tokens=1) == [[([60], False)]]
+
+
 def test_a_sample_ends_at_its_first_end_or_not_at_all():
     model, ends = tiny_model(), [1, 7, 9]
     rows = sample(model, [[5, 6], [8]], n=64, eos_token_id=ends, temperature=5.0)
@@ -78,6 +99,16 @@ def test_a_draw_is_as_likely_as_it_says_and_only_of_numbers():
         model.lm_head.weight[3] = float("nan")
     with pytest.raises(FloatingPointError, match="probabilities are not finite"):
         sample(model, [[5, 6]])
+    for column in range(3):
+        p = torch.tensor([[0.5, 0.25, 0.25]]).index_fill(1, torch.tensor([column]), float("nan"))
+        with pytest.raises(FloatingPointError):
+            bootstrap.draw_tokens(p)
+
+
+def test_a_draw_is_made_where_the_probabilities_are():
+    """Whatever the default device is: on meta, which stands for another one, there are no numbers."""
+    with torch.device("meta"):
+        assert bootstrap.draw_tokens(torch.eye(3, device="cpu")).tolist() == [[0], [1], [2]]
 
 
 def test_pad_may_be_the_end():
@@ -95,6 +126,28 @@ def test_the_seed_decides_and_nothing_else_does():
     assert sample(model, prompts) == first != sample(model, prompts, seed=1)
     assert [len(row) for row in sample(model, prompts, max_tokens=1)] == [2, 2, 2]
     assert sample(model, []) == []
+
+
+@pytest.mark.parametrize("max_tokens, sizes", [(31, [1] * 5), (32, [2, 2, 1]), (48, [3, 2]), (1, [1] * 5)])
+def test_a_batch_is_within_max_tokens_or_one_prompt(monkeypatch, max_tokens, sizes):
+    """Two samples of a prompt of two tokens, and up to six more: 16 tokens of cache a prompt."""
+    batches, continue_all = [], bootstrap.continue_all
+    monkeypatch.setattr(bootstrap, "continue_all", lambda model, x, *rest: (batches.append(len(x)), continue_all(model, x, *rest))[1])
+    sample(tiny_model(), [[5, 6]] * 5, max_tokens=max_tokens)
+    assert batches == sizes
+
+
+def test_a_gpu_s_generator_is_left_as_it_was_too(monkeypatch):
+    """The GPU is played by the name of its device: nothing is sampled."""
+    model, kept = tiny_model(), []
+    monkeypatch.setattr(type(model), "device", torch.device("cuda", 0))
+    monkeypatch.setattr(torch.random, "fork_rng", lambda devices: (kept.extend(devices), nullcontext())[1])
+    assert sample(model, []) == [] and kept == [torch.device("cuda", 0)]
+
+
+def test_a_device_of_another_kind_has_room_too(monkeypatch):
+    monkeypatch.setattr(bootstrap, "CACHE_TOKENS", {"cuda": 2**17})  # as if the CPU were none of those named
+    assert [len(row) for row in sample(tiny_model(), [[5, 6], [7]])] == [2, 2]
 
 
 def test_pairs_are_best_against_worst_and_every_drop_is_counted():
@@ -146,6 +199,13 @@ def test_another_engine_s_samples(tmp_path):
     responses, ended = ([[s[k] for s in row] for row in samples] for k in (0, 1))
     pairs, _, _ = best_worst_pairs([[0.0, 9.0, 1.0], [0.0]], ended, responses)
     assert pairs == [(0, 2, 0)]
+
+
+def test_another_engine_s_samples_are_utf_8_whatever_the_machine_s_encoding(tmp_path, monkeypatch):
+    monkeypatch.setattr(bootstrap, "open", lambda file, encoding=None: open(file, encoding=encoding or "ascii"), raising=False)  # noqa: SIM115
+    file = tmp_path / "samples.jsonl"
+    file.write_text('{"prompt": "naïve", "response": "é"}', encoding="utf-8")
+    assert read_responses(file, encode, 1) == (["naïve"], [[([233, 1], True)]])
 
 
 @pytest.mark.parametrize("line, what", [("{", "not JSON"), ("[]", "'prompt'"), ('{"prompt": "p"}', "'response'"), ('{"prompt": 3, "response": "a"}', "'prompt'")])

@@ -124,7 +124,7 @@ def test_draws_are_fine_enough_for_what_is_improbable(monkeypatch):
     cdf = p[0].double().cumsum(-1)
     for word in (7, 40_000, 99_998):
         u = (cdf[word] - 1e-8) / cdf[-1]  # the middle of what is the word's
-        monkeypatch.setattr(torch, "rand", lambda *size, dtype=torch.float32, u=u, **_: (1 - u).to(dtype).expand(*size))
+        monkeypatch.setattr(torch, "rand", lambda *size, dtype=None, u=u, **_: (1 - u).to(dtype or torch.float32).expand(*size))
         assert bootstrap.draw_tokens(p).item() == word
 
 

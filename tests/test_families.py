@@ -10,7 +10,7 @@ from sera_min import bootstrap
 sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import families
 
-RIGHT = ["mamba", "falcon_h1", "lfm2", "qwen3_next", "jamba", "llama4_text", "modernbert-decoder"]
+RIGHT = ["mamba", "falcon_h1", "lfm2", "qwen3_next", "jamba", "llama4_text", "modernbert-decoder", "gemma3"]
 REFUSED = {
     "rwkv": "as it is sampled differs from its logits'",  # no padding on the left
     "minimax": "as it is sampled differs from its logits'",

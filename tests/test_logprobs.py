@@ -1,13 +1,15 @@
 """log π(y|x) against a float64 loop, one token at a time, no batching, on the logits of the model as its authors wrote it."""
 
 import random
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
 
 from sera_min import logprobs
-from sera_min.logprobs import implicit_reward, score, sequence_logprobs, sum_and_least, token_batches
+from sera_min.logprobs import implicit_reward, rope_limit, score, sequence_logprobs, sum_and_least, token_batches
 
 
 def ragged(n=5, vocab=61, seed=0):
@@ -177,3 +179,42 @@ def test_score_leaves_the_model_in_its_mode_even_where_it_fails():
     with pytest.raises(ValueError, match="empty response"):
         score(model, [[3]], [[]], max_tokens=9)
     assert model.training
+
+
+def test_the_head_runs_in_the_type_of_its_own_weights():
+    """A float32 head above a bfloat16 body; under autocast hidden states are bfloat16 too."""
+    model, y = tiny_model().to(torch.bfloat16), [7, 9, 1]
+    model.lm_head.float()
+    with torch.no_grad():
+        hidden = model.model(input_ids=torch.tensor([[5, *y]])).last_hidden_state[0, :-1]
+        want = (hidden.float() @ model.lm_head.weight.T).log_softmax(-1)[range(3), y].sum()
+    torch.testing.assert_close(sequence_logprobs(model, [[5]], [y])[0][0].detach(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])  # a body of bloom's returns a tuple where it is not asked for more
+def test_a_config_that_asks_for_tuples_changes_nothing(family, monkeypatch):
+    monkeypatch.setitem(FAMILIES, "bloom", {})
+    prompts, responses = ragged()
+    want, _ = sequence_logprobs(tiny_model(family), prompts, responses)
+    assert torch.equal(sequence_logprobs(tiny_model(family, return_dict=False), prompts, responses)[0], want)
+
+
+def test_all_that_is_made_is_on_the_model_s_device(monkeypatch):
+    """The meta device, where nothing is computed, stands for a GPU. Only embeddings take what is on another device."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # meta has none
+    model, inputs = tiny_model("opt").to("meta"), []
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, args: inputs.append(args[0].device))
+    sums, counts = sequence_logprobs(model, *ragged())
+    sums.sum().backward()
+    assert {sums.device, counts.device, *inputs} == {torch.device("meta")}
+
+
+def test_the_rope_limit_is_found_where_each_version_of_transformers_writes_it():
+    def limit(**settings):
+        config = SimpleNamespace(original_max_position_embeddings=64, **settings)
+        config.get_text_config = lambda: config
+        return rope_limit(config)
+
+    long, own = {"rope_type": "longrope"}, {"rope_type": "longrope", "original_max_position_embeddings": 32}
+    assert limit(rope_parameters=long) == limit(rope_scaling=long) == limit(rope_parameters=None, rope_scaling=long) == 64
+    assert limit(rope_parameters=own) == limit(rope_scaling=own) == limit(rope_parameters={"full_attention": own}) == 32

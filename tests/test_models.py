@@ -180,6 +180,11 @@ def test_the_check_accepts_a_model_and_says_so(capsys):
     assert "check: log π(y|x) is the logits'" in capsys.readouterr().out
 
 
+def test_the_check_accepts_a_model_whose_samples_end_at_once():
+    """Sampling stops where all have ended: the last passes are the samples'."""
+    check_before_training(tiny_model(), PAIR, list(range(61)))
+
+
 def test_the_check_sees_a_wrong_cache(monkeypatch):
     """Rows of the cache in another order than the samples."""
 
