@@ -2,16 +2,15 @@
 
     python experiments/claims.py                       every study, one process a core; stopped, it goes on where it was
     python experiments/claims.py --studies main noise  some of them
-    python experiments/claims.py --quick               one seed, one setting, small: does it all still run?
+    python experiments/claims.py --quick               one seed, small: does it all still run?
     python experiments/claims.py --check 12            12 of its runs again, drawn at random: do they end alike?
     python experiments/claims.py --write               run nothing: tables, figures and READMEs anew from claims.json
 
-    main    SFT, plain DPO, random K, bootstrapping only, selection only, SeRA, SeRA with our two remedies; each at its
-            own best β and learning rate of one grid, chosen on validation prompts with seeds of their own, reported on
-            test prompts
-    baselines  DPO's other answers to wrong labels: cDPO and robust DPO, told the share of flipped labels or another;
-            selection of the smallest and of the middle margins
-    losses  the same under IPO, SLiC and SimPO
+    main    SFT, plain DPO; what review is made of: random K, bootstrapping only, selection only, SeRA, SeRA with our
+            two remedies; the other answers to wrong labels: cDPO and robust DPO, told the share of flipped labels or
+            another; and selection of the smallest and of the middle margins. Each method at every β of one grid (the
+            frontier: true reward against KL), and at its own best β, ten seeds
+    losses  the first six of these under IPO, SLiC and SimPO
     noise   0 to 40 % flipped labels; precision of what is selected against K
     length  labels of which half favour the longer response: the kept pairs' length and the policy's
     over    six iterations: where the policy begins to fool itself, and what mends it
@@ -19,15 +18,15 @@
     near    the same at the playground's own β and learning rate, which keep the policy near the reference
     asked   the reviewers' questions: all pairs of the samples, bootstrapped pairs alone, the ensemble's γ, N, cost
 
-The studies after `losses` have every method at its best of `main`, tuned at 30 % flipped labels, whatever they change.
-Every run is `train.main`, and every iteration of every run takes as many optimizer steps. What runs share, the SFT
-policy and iteration 1, is computed once: a run goes on from a copy of it (a "base"). Intervals are of the mean paired
-difference over the seeds, 95 %, by Student's t. Needs matplotlib. Writes experiments/results/claims.json (every run,
-each iteration of it, and the machines they ran on), claims.md (the tables), PNG figures, and the blocks of README.md
-and experiments/README.md, see `filled`. What is in claims.json is not run again: delete it to have everything anew, as
-after a change of the code that `--check` finds to matter. claims-earlier.json has the runs of an earlier version
-(commit 079f315: the same method, other draws): its tuning is taken as it is, and its tables are shown for the studies
-that have not been made anew.
+β is chosen on validation prompts with seeds of their own, results are on test prompts with other seeds. The studies
+after `losses` have every method at its best of `main`, tuned at 30 % flipped labels, whatever they change. Every run is
+`train.main`, and every iteration of every run takes as many optimizer steps. What runs share, the SFT policy and
+iteration 1, is computed once: a run goes on from a copy of it (a "base"). Intervals are of the mean paired difference
+over the seeds, by Student's t. Needs matplotlib. Writes experiments/results/claims.json (every run, each iteration of
+it, and the machines they ran on), claims.md (the tables), PNG figures, and the blocks of README.md and
+experiments/README.md, see `filled`. What is in claims.json is not run again: delete it to have everything anew, as
+after a change of the code that `--check` finds to matter. Of studies that have not been made anew, earlier.json has the
+tables and sentences that earlier versions wrote (the same method, other draws and other tuning).
 """
 
 import argparse
@@ -69,10 +68,11 @@ from sera_min import bootstrap, folder, logprobs, playground, report
 from sera_min.config import resolve
 from sera_min.select import ensemble_margin
 
-SEEDS, TUNING_SEEDS = [0, 1, 2, 3, 4], {"dpo": [10, 11], "ipo": [10], "slic": [10], "simpo": [10]}
+SEEDS = [*range(10)]  # of `main` under DPO; the other studies take the first five
+TUNING_SEEDS = {"dpo": [10, 11, 12, 13, 14], "ipo": [10, 11], "slic": [10, 11], "simpo": [10, 11]}
 GRID = {  # β × learning rate, the same for every method
-    "dpo": ([0.01, 0.03, 0.1, 0.3, 1.0], [3e-4, 1e-3, 3e-3]), "ipo": ([0.03, 0.1, 0.3, 1.0], [3e-4, 1e-3]),
-    "slic": ([0.03, 0.1, 0.3, 1.0], [3e-4, 1e-3]), "simpo": ([0.25, 0.5, 1.0, 2.0], [3e-4, 1e-3]),
+    "dpo": ([0.01, 0.03, 0.1, 0.3, 1.0, 3.0], [1e-3]), "ipo": ([0.03, 0.1, 0.3, 1.0], [1e-3]),
+    "slic": ([0.03, 0.1, 0.3, 1.0], [1e-3]), "simpo": ([0.25, 0.5, 1.0, 2.0], [1e-3]),
 }  # fmt: skip
 LOSSES = {"ipo": "IPO", "slic": "SLiC-HF", "simpo": "SimPO"}  # beside DPO
 METHODS: dict[str, dict] = {
@@ -83,13 +83,19 @@ METHODS: dict[str, dict] = {
     "SeRA": {},
     "SeRA + both remedies": {"token_floor": 0.01, "length_free": True},
 }
-BASELINES: dict[str, dict] = {  # DPO's other answers to wrong labels, at the share that is flipped (0.3) and at others
+BASELINES: dict[str, dict] = {  # other answers to wrong labels, of which 30 % are; and the other ends of the margins
     **{f"cDPO, ε = {eps}": {"keep": 1.0, "bootstrap": 0.0, "label_smoothing": eps} for eps in (0.1, 0.3, 0.4)},
     **{f"robust DPO, ε = {eps}": {"keep": 1.0, "bootstrap": 0.0, "label_smoothing": eps, "loss_type": "robust"}
        for eps in (0.1, 0.3, 0.4)},
     "the smallest margins": {"bootstrap": 0.0, "patch": "smallest"},
     "the middle margins": {"bootstrap": 0.0, "patch": "middle"},
 }  # fmt: skip
+IN_FIGURE = {  # the methods of the frontier's figure and of the short table: colour, marker
+    "plain training": ("black", "o"), "cDPO, ε = 0.3": ("#999999", "v"), "robust DPO, ε = 0.3": ("#CC79A7", "^"),
+    "bootstrapping only": ("#56B4E9", "P"), "selection only": ("#0072B2", "s"), "SeRA": ("#D55E00", "D"),
+    "SeRA + both remedies": ("#009E73", "*"), "the smallest margins": ("#E69F00", "x"),
+}  # fmt: skip
+KLS = 1, 2, 4, 8  # nats, of the frontier's table
 EVERY: dict = {"device": "cpu", "steps_per_iteration": 63}  # of all runs: 2,000 pairs by 32, whatever K and K̃ are
 REMEDIES: dict[str, dict] = {
     "SeRA + floor": {"token_floor": 0.01}, "SeRA + length-free": {"length_free": True},
@@ -101,7 +107,6 @@ SHARED = (
 )  # fmt: skip
 TOLERANCE = 0.01  # of --check on another processor, see `check`
 KINDS = "trained", "scored", "sampled"  # of tokens
-T975 = {1: 12.71, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's t
 
 
 def every_pair(rewards, ended, responses, usable):
@@ -278,8 +283,6 @@ def measured(out: Path, config: train.Config) -> list[dict]:
         if t == 2 and config.keep == 1 and config.bootstrap == 0:  # all of D, sorted by margin: any K can be looked at
             right = [playground.precision([pair]) for pair in pairs]
             row["precision at K"] = [statistics.mean(right[: len(right) * k // 10]) for k in range(1, 11)]
-            if config.seed == SEEDS[0]:
-                row["margins"] = [[round(p["margin"], 2), int(r)] for p, r in zip(pairs, right)]
     return rows
 
 
@@ -322,11 +325,15 @@ def best(runs: Runs, loss: str, method: str) -> dict:
     return tried[0] if len(tried) == 1 else max(tried, key=lambda point: validation(runs, loss, method, point))
 
 
+def methods_of(part: str) -> dict[str, dict]:
+    return METHODS | BASELINES if part == "main" else METHODS
+
+
 def tuning(part: str) -> list[dict]:
     """The grid's runs of a study's methods; the studies of changed labels and settings take those of `main`."""
-    loss, methods = loss_of(part), BASELINES if part == "baselines" else METHODS
+    loss = loss_of(part)
     return [at(loss, method, seed, eval_split="validation", **point) for seed in TUNING_SEEDS[loss]
-            for point in grid(loss) for method in methods if len(grid(loss)) > 1]  # fmt: skip
+            for point in grid(loss) for method in methods_of("main" if loss == "dpo" else part)]  # fmt: skip
 
 
 def settings(runs: Runs, study: str) -> dict[str, tuple[str, dict]]:
@@ -334,8 +341,7 @@ def settings(runs: Runs, study: str) -> dict[str, tuple[str, dict]]:
     long = {"iterations": LONG}
     sera = lambda **changed: ("SeRA", {**changed})  # noqa: E731
     return {
-        "main": {method: (method, long) for method in METHODS},
-        "baselines": {method: (method, {}) for method in BASELINES},
+        "main": {method: (method, {}) for method in methods_of("main")},
         **{loss: {method: (method, {}) for method in METHODS} for loss in LOSSES},
         **{f"noise {noise}": {m: (m, {"label_noise": noise}) for m in METHODS if m != "random K"} for noise in NOISE},
         "length": {
@@ -351,10 +357,10 @@ def settings(runs: Runs, study: str) -> dict[str, tuple[str, dict]]:
             "SeRA + both, N = 8": sera(**long, **NEAR, **REMEDIES["SeRA + both"], samples_per_prompt=8),
         },
         "asked": {
-            "SeRA: γ = 0.5, N = 4, best against worst": sera(**long),
+            "SeRA: γ = 0.5, N = 4, best against worst": sera(),
             "every pair of the samples": sera(patch="every pair"),
             "bootstrapped pairs alone (K = 0, K̃ = all)": sera(keep=0.0, bootstrap=1.0),
-            "nothing removed (K = all)": ("bootstrapping only", long),
+            "nothing removed (K = all)": ("bootstrapping only", {}),
             **{f"γ = {gamma}": sera(ensemble_gamma=gamma) for gamma in (0.0, 0.3, 0.7)},
             **{f"N = {n}": sera(samples_per_prompt=n) for n in (2, 8, 16)},
         },
@@ -376,14 +382,15 @@ def loss_of(study: str) -> str:
 def specs(runs: Runs, study: str) -> dict[str, list[dict]]:
     """The runs of a study's rows, a seed each."""
     loss = loss_of(study)
-    return {row: [at(loss, method, seed, **{**best(runs, loss, method), **changed}) for seed in SEEDS]
+    seeds = SEEDS if study == "main" else SEEDS[:5]
+    return {row: [at(loss, method, seed, **{**best(runs, loss, method), **changed}) for seed in seeds]
             for row, (method, changed) in settings(runs, study).items()}  # fmt: skip
 
 
 LONG, NOISE, BIASED = 6, (0.0, 0.1, 0.2, 0.4), {"length_bias": 0.5, "label_noise": 0.15}
 NEAR = {"beta": playground.BETA["dpo"], "learning_rate": playground.LEARNING_RATE}  # as `python train.py` has them
 STUDIES = {
-    "main": ["main"], "baselines": ["main", "baselines"], "over": ["over"], "tried": ["tried"], "near": ["near"],
+    "main": ["main"], "over": ["over"], "tried": ["tried"], "near": ["near"],
     "noise": [f"noise {noise}" for noise in NOISE], "length": ["length"],
     "asked": ["asked", "three"], "losses": list(LOSSES),
 }  # fmt: skip
@@ -437,8 +444,7 @@ def check(runs: Runs, machines: set[str], count: int, work: Path) -> None:
     otherwise, and runs part: there the win rates after one and two iterations must be as near as TOLERANCE (rounded
     otherwise on one machine they were within 0.001; later a run that collapses may be anywhere).
     """
-    names = [name for name in sorted(runs) if "eval_split" not in json.loads(name)]
-    names = random.sample(names, min(count, len(names))) or sys.exit("claims.json holds no run: nothing to check")
+    names = random.sample(sorted(runs), min(count, len(runs))) or sys.exit("claims.json holds no run: nothing to check")
     make([json.loads(name) for name in names], {}, set(), work / "again.json", work, "check")
     again = json.loads((work / "again.json").read_text())["runs"]
     known = any(one.endswith(f", {machine()}") for one in machines)
@@ -466,16 +472,32 @@ def spread(values: list[float | None], digits: int = 3) -> str:
     return f"{statistics.mean(numbers):.{digits}f}{more}"
 
 
-def gain(ours: list[float], theirs: list[float]) -> str:
-    """The mean paired difference over the seeds, and its 95 % interval."""
-    low, mean, high = interval(ours, theirs)
+def gain(ours: list[float], theirs: list[float], comparisons: int = 1) -> str:
+    """The mean paired difference over the seeds, and its interval, see `interval`."""
+    low, mean, high = interval(ours, theirs, comparisons)
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" if len(ours) > 1 else f"{mean:+.3f}"
 
 
-def interval(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
+def student_t(probability: float, freedom: int) -> float:
+    """The two-sided quantile t of Student's distribution: |T| ≤ t with this probability. By bisection and Simpson."""
+    total = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
+    density = lambda x: total * (1 + x * x / freedom) ** (-(freedom + 1) / 2)  # noqa: E731
+    low, high = 0.0, 100.0
+    while high - low > 1e-6:
+        t, n = (low + high) / 2, 1000
+        weights = [1, *[4, 2] * (n // 2 - 1), 4, 1]
+        inside = 2 * t / n / 3 * sum(w * density(t * k / n) for k, w in enumerate(weights))
+        low, high = (t, high) if inside < probability else (low, t)
+    return high
+
+
+def interval(ours: list[float], theirs: list[float], comparisons: int = 1) -> tuple[float, float, float]:
+    """Of the mean paired difference, 95 %; of several comparisons, all of them at once (Bonferroni)."""
     differences = [a - b for a, b in zip(ours, theirs, strict=True)]
     mean, n = statistics.mean(differences), len(differences)
-    half = T975[n - 1] * statistics.stdev(differences) / math.sqrt(n) if n > 1 else math.nan
+    if n == 1:
+        return math.nan, mean, math.nan
+    half = student_t(1 - 0.05 / comparisons, n - 1) * statistics.stdev(differences) / math.sqrt(n)
     return mean - half, mean, mean + half
 
 
@@ -486,7 +508,7 @@ def column(runs: Runs, row: list[dict], key: str, t: int = 3) -> list:
 
 def markdown(headings: list[str], rows: list[list[str]]) -> str:
     lines = [headings, ["---", *["--:"] * (len(headings) - 1)], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return "\n".join("|" + "|".join(line) + "|" for line in lines)
 
 
 def cost(runs: Runs, row: list[dict]) -> list[str]:
@@ -495,30 +517,86 @@ def cost(runs: Runs, row: list[dict]) -> list[str]:
     return [f"{sum(by_t) / len(row) / 1e6:.2f}" for by_t in every]
 
 
-def methods_table(runs: Runs, study: str) -> str:
-    """SFT and every method, after T = 3 iterations."""
+def methods_table(runs: Runs, study: str, shown: Callable[[str], bool] = bool) -> str:
+    """SFT and every method, after T = 3 iterations; of the methods those that are `shown`."""
     rows, loss = specs(runs, study), loss_of(study)
-    plain = (specs(runs, "main") if study == "baselines" else rows)["plain training"]
-    alone = column(runs, plain, "gold/win_rate")
-    lines = [["SFT", "–", *(spread(column(runs, plain, key, 0)) for key in ("gold/reward", "gold/win_rate")),
-              "–", "–", "–", spread(column(runs, plain, "gold/length", 0), 1), "0"]]  # fmt: skip
-    for method, row in rows.items():
-        point, win = best(runs, loss, method), column(runs, row, "gold/win_rate")
-        lines.append([
-            method, f"{point['beta']:g}, {point['learning_rate']:g}",
-            spread(column(runs, row, "gold/reward")), spread(win),
-            "–" if method == "plain training" else gain(win, alone), spread(column(runs, row, "select/precision")),
-            spread(column(runs, row, "bootstrap/precision")), spread(column(runs, row, "gold/length"), 1),
-            spread(column(runs, row, "kl"), 1),
-        ])  # fmt: skip
-    return markdown(["method", "β, learning rate", "true reward", "win rate over SFT", "against plain training",
-                     "precision", "precision of the bootstrapped pairs", "words", "KL, nats"], lines)  # fmt: skip
+    plain = rows["plain training"]
+    sft, alone = (column(runs, plain, key, t) for key, t in (("gold/reward", 0), ("gold/win_rate", 3)))
+    lines = [["SFT", "–", spread(sft), "–", "0", spread(column(runs, plain, "gold/win_rate", 0)), "–"]]
+    for method, row in ((method, row) for method, row in rows.items() if shown(method)):
+        reward, win = column(runs, row, "gold/reward"), column(runs, row, "gold/win_rate")
+        collapsed = sum(ours < theirs for ours, theirs in zip(reward, sft))
+        difference = "–" if method == "plain training" else gain(win, alone, len(rows) - 1)
+        lines.append([method, f"{best(runs, loss, method)['beta']:g}", spread(reward), f"{collapsed} of {len(row)}",
+                      spread(column(runs, row, "kl"), 1), spread(win), difference])  # fmt: skip
+    return markdown(["method", "β", "true reward", "collapsed", "KL, nats", "win rate over SFT",
+                     "against plain training"], lines)  # fmt: skip
+
+
+def details_table(runs: Runs, study: str) -> str:
+    """What else is known of the runs of `methods_table`."""
+    lines = [[method, middle_of(column(runs, row, "gold/reward")), middle_of(column(runs, row, "gold/win_rate")),
+              spread(column(runs, row, "select/precision")), spread(column(runs, row, "bootstrap/precision")),
+              spread(column(runs, row, "gold/length"), 1), *cost(runs, row)]
+             for method, row in specs(runs, study).items()]  # fmt: skip
+    return markdown(["method", "median true reward", "median win rate", "precision",
+                     "precision of the bootstrapped pairs", "words", *(f"M tokens {kind}" for kind in KINDS)],
+                    lines)  # fmt: skip
+
+
+def middle_of(values: list[float]) -> str:
+    return f"{statistics.median(values):.3f}"
+
+
+Points = list[list[tuple[float, float]]]  # of every β, of every seed: KL, true reward
+
+
+def frontier(runs: Runs, method: str) -> Points:
+    """Where a method ends after T = 3 iterations, at every β of the grid: on validation prompts, the tuning seeds."""
+    rows = [[at("dpo", method, seed, eval_split="validation", **point) for seed in TUNING_SEEDS["dpo"]]
+            for point in grid("dpo")]  # fmt: skip
+    return [list(zip(column(runs, row, "kl"), column(runs, row, "gold/reward"))) for row in rows]
+
+
+def reward_at(points: Points, kl: float, sft: float, seeds: list[int]) -> float | None:
+    """The largest true reward at this KL on the straight lines from SFT through the means over the seeds at each β."""
+    means = [[statistics.mean(of_beta[seed][k] for seed in seeds) for k in (0, 1)] for of_beta in points]
+    line = [[0.0, sft], *reversed(means)]  # from the largest β to the smallest
+    crossed = [low + (high - low) * (kl - a) / (b - a) for (a, low), (b, high) in itertools.pairwise(line)
+               if a != b and min(a, b) <= kl <= max(a, b)]  # fmt: skip
+    return max(crossed, default=None)  # None: further than the method goes
+
+
+def frontier_at(points: Points, kl: float, sft: list[float]) -> tuple[float, float, float] | None:
+    """The true reward at this KL, its 95 % interval by drawing the seeds anew 1,000 times; None beyond the points."""
+    n, rng = len(sft), random.Random(0)
+    if (mean := reward_at(points, kl, statistics.mean(sft), [*range(n)])) is None:
+        return None
+    drawn = [rng.choices(range(n), k=n) for _ in range(1000)]
+    values = [reward_at(points, kl, statistics.mean(sft[seed] for seed in seeds), seeds) for seeds in drawn]
+    known = sorted(value for value in values if value is not None)
+    return known[int(0.025 * len(known))], mean, known[int(0.975 * len(known))]
+
+
+def sft_rewards(runs: Runs) -> list[float]:
+    row = [at("dpo", "plain training", seed, eval_split="validation", **grid("dpo")[0]) for seed in TUNING_SEEDS["dpo"]]
+    return column(runs, row, "gold/reward", 0)
+
+
+def frontier_table(runs: Runs) -> str:
+    """The true reward at equal distance from the reference."""
+    sft, lines = sft_rewards(runs), []
+    for method in methods_of("main"):
+        found = [frontier_at(frontier(runs, method), kl, sft) for kl in KLS]
+        lines.append([method, *(f"{at[1]:.2f} [{at[0]:.2f}, {at[2]:.2f}]" if at else "–" for at in found)])
+    return markdown(["true reward at a KL of", *(f"{kl} nats" for kl in KLS)], lines)
 
 
 def tuning_table(runs: Runs, loss: str) -> str:
     """Win rates on validation prompts, means over the tuning seeds, at every β with its best learning rate."""
     betas = GRID[loss][0]
-    lines = [[method, *(f"{at_beta(runs, loss, method, beta):.3f}" for beta in betas)] for method in METHODS]
+    methods = methods_of("main" if loss == "dpo" else loss)
+    lines = [[method, *(f"{at_beta(runs, loss, method, beta):.3f}" for beta in betas)] for method in methods]
     return markdown(["win rate over SFT, validation", *(f"β = {beta:g}" for beta in betas)], lines)
 
 
@@ -530,8 +608,9 @@ def noise_tables(runs: Runs) -> str:
     levels = sorted([*NOISE, 0.3])
     rows, at_k = [], []
     for noise in levels:
-        every = specs(runs, "main" if noise == 0.3 else f"noise {noise}")
-        win = {method: column(runs, row, "gold/win_rate") for method, row in every.items() if method != "random K"}
+        rows_of = specs(runs, "main" if noise == 0.3 else f"noise {noise}")
+        every = {method: rows_of[method][:5] for method in METHODS if method != "random K"}
+        win = {method: column(runs, row, "gold/win_rate") for method, row in every.items()}
         rows.append([f"{noise:.0%}", *map(spread, win.values()), gain(win["SeRA"], win["plain training"])])
         ks = zip(*column(runs, every["plain training"], "precision at K", 2))
         at_k.append([f"{noise:.0%}", *(f"{statistics.mean(k):.3f}" for k in ks)])
@@ -603,11 +682,13 @@ def losses_table(runs: Runs) -> str:
 
 
 TITLES = {
-    "main": "DPO, each method at its best β and learning rate: 30 % flipped labels, after three iterations",
-    "tuning": "DPO, by β: validation prompts, each β with its best learning rate",
-    "baselines": "Other answers to wrong labels, each at its best β and learning rate",
+    "main": "DPO, each method at its best β: 30 % flipped labels, after three iterations",
+    "short": "DPO, some of these methods (of the README)",
+    "details": "The same runs: medians, pairs and cost",
+    "frontier": "DPO: true reward at equal distance from the reference; validation prompts",
+    "tuning": "DPO, by β: validation prompts",
     "noise": "DPO, by the share of flipped labels; and the share of right labels among the K widest pairs",
-    "over": "Over-optimisation: six iterations at the best β and learning rate; and the difference from plain DPO",
+    "over": "Over-optimisation: six iterations at the best β; and the difference from plain DPO",
     "tried": "Three other remedies, which are not kept: six iterations",
     "near": "The same at the playground's own β and learning rate",
     "length": "Labels of which half favour the longer response, and 15 % are flipped then",
@@ -615,7 +696,7 @@ TITLES = {
     "three": "Selection by the last three policies: six iterations",
     "losses": "IPO, SLiC-HF and SimPO: win rates",
     **{loss + more: f"{what}, {title}" for loss, what in LOSSES.items() for more, title in (
-        ("", "each method at its best β and learning rate"), (" tuning", "by β: validation prompts"))},
+        ("", "each method at its best β"), (" tuning", "by β: validation prompts"))},
 }  # fmt: skip
 
 
@@ -623,7 +704,9 @@ def tables(runs: Runs) -> dict[str, str]:
     """Of every study all of whose runs have been made."""
     makers = {
         "main": partial(methods_table, runs, "main"), "tuning": partial(tuning_table, runs, "dpo"),
-        "baselines": partial(methods_table, runs, "baselines"), "noise": partial(noise_tables, runs),
+        "short": partial(methods_table, runs, "main", IN_FIGURE.__contains__),
+        "details": partial(details_table, runs, "main"), "frontier": partial(frontier_table, runs),
+        "noise": partial(noise_tables, runs),
         "length": partial(length_table, runs), "over": partial(over_table, runs), "asked": partial(asked_table, runs),
         "near": partial(over_table, runs, "near", ("gold/reward", "gold/win_rate", *list(OVER)[2:5])),
         "tried": partial(over_table, runs, "tried", tuple(OVER)[:5]),
@@ -646,6 +729,14 @@ def made(makers: dict[str, Callable[[], str]]) -> dict[str, str]:
     return shown
 
 
+def all_tables(runs: Runs, earlier: dict[str, str]) -> str:
+    """claims.md"""
+    anew = tables(runs)
+    shown, note = earlier | anew, " (made by an earlier version)"
+    return "".join(f"## {title}{'' if name in anew else note}\n\n{shown[name]}\n\n"
+                   for name, title in TITLES.items() if name in shown and name != "short")  # fmt: skip
+
+
 def sentences(runs: Runs) -> dict[str, str]:
     """What the READMEs say in words. Every number is made of the runs, and so is whether a difference is one."""
 
@@ -658,19 +749,39 @@ def sentences(runs: Runs) -> dict[str, str]:
     def against_plain(study: str, *rows: str) -> str:
         """SeRA wins more often than plain DPO (+0.026 [+0.009, +0.044]); …"""
         plain, said = values(study, "plain training", "gold/win_rate"), []
+        n, comparisons = len(plain), len(specs(runs, study)) - 1
         for row in rows:
             win = values(study, row, "gold/win_rate")
-            low, _, high = interval(win, plain)
-            alike = f"as often as plain DPO, as far as {len(SEEDS)} seeds tell"
-            verdict = "more often than plain DPO" if low > 0 else "less often than plain DPO" if high < 0 else alike
-            said.append(f"{row} wins {verdict} ({gain(win, plain)})")
-        return "; ".join(said) + f". Differences in win rate over SFT, means over {len(SEEDS)} seeds, 95 % intervals."
+            low, _, high = interval(win, plain, comparisons)
+            verdict = "more often" if low > 0 else "less often" if high < 0 else "no differently, as far as is shown"
+            said.append(f"{row} wins {verdict} ({gain(win, plain, comparisons)})")
+        return "; ".join(said) + (f". Against plain DPO: differences in win rate over SFT, means over {n} seeds, with "
+                                  f"intervals that hold for all {comparisons} comparisons at once (95 %).")  # fmt: skip
 
+    def at_kl(kl: float, *methods: str) -> str:
+        """SeRA 0.61 [0.58, 0.64], …"""
+        found = {method: frontier_at(frontier(runs, method), kl, sft_rewards(runs)) for method in methods}
+        return ", ".join(f"{method} {at[1]:.2f} [{at[0]:.2f}, {at[2]:.2f}]" for method, at in found.items() if at)
+
+    others = "plain training", "robust DPO, ε = 0.3", "selection only", "SeRA", "SeRA + both remedies"
     headline, right = ("SeRA", "selection only", "SeRA + both remedies"), "bootstrap/precision"
     return made({
-        "headline": lambda: f"With 30 % of the labels flipped {against_plain('main', *headline)}",
-        "noise40": lambda: f"With 40 % of the labels flipped {against_plain('noise 0.4', *headline)}",
-        "clean": lambda: f"With clean labels {against_plain('noise 0.0', *headline)}",
+        "headline": lambda: (
+            "With 30 % of the labels flipped, each method at its own best β: "
+            f"{against_plain('main', *headline, 'cDPO, ε = 0.3', 'robust DPO, ε = 0.3')}"),
+        "frontier": lambda: (
+            f"True reward two nats from the reference: {at_kl(2, *others)}; eight nats from it: {at_kl(8, *others)}."
+        ).replace("plain training", "plain DPO"),
+        "direction": lambda: (
+            f"True reward by what is kept: the largest margins {mean('main', 'selection only', 'gold/reward')}, the "
+            f"middle ones {mean('main', 'the middle margins', 'gold/reward')}, random pairs "
+            f"{mean('main', 'random K', 'gold/reward')}, the smallest "
+            f"{mean('main', 'the smallest margins', 'gold/reward')}; the share of right labels among them is "
+            f"{mean('main', 'selection only', 'select/precision')}, "
+            f"{mean('main', 'the middle margins', 'select/precision')}, {mean('main', 'random K', 'select/precision')} "
+            f"and {mean('main', 'the smallest margins', 'select/precision')}."),
+        "noise40": lambda: f"With 40 % of the labels flipped: {against_plain('noise 0.4', *headline)}",
+        "clean": lambda: f"With clean labels: {against_plain('noise 0.0', *headline)}",
         "beta1": lambda: (
             f"With β = 1 for both, SeRA's win rate over SFT on validation prompts is "
             f"{at_beta(runs, 'dpo', 'SeRA', 1.0):.3f}, plain DPO's {at_beta(runs, 'dpo', 'plain training', 1.0):.3f}."),
@@ -717,74 +828,70 @@ def blocks(runs: Runs) -> dict[str, str]:
     return tables(runs) | {f"sentence:{key}": text for key, text in sentences(runs).items()}
 
 
-def figures(runs: Runs, place: Path) -> None:
+@contextlib.contextmanager
+def figure(file: Path):
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    plt.rcParams.update({"figure.figsize": (7, 3.6), "axes.spines.top": False, "axes.spines.right": False,
-                         "figure.dpi": 120, "savefig.bbox": "tight"})  # fmt: skip
-
-    def save(name: str) -> None:
-        plt.savefig(place / f"{name}.png")
-        plt.close()
-
-    def band(row: list[dict], key: str, label: str) -> None:
-        times = [t for t in range(LONG + 1) if None not in column(runs, row, key, t)]
-        values = [column(runs, row, key, t) for t in times]
-        mean = [statistics.mean(v) for v in values]
-        sd = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-        plt.plot(times, mean, marker="o", markersize=3, label=label)
-        plt.xticks(times)
-        plt.fill_between(times, [m - s for m, s in zip(mean, sd)], [m + s for m, s in zip(mean, sd)], alpha=0.15)
-
-    main, over = specs(runs, "main"), specs(runs, "over")
-    margins = column(runs, main["plain training"], "margins", 2)[0]
-    cut = margins[round(0.7 * len(margins)) - 1][0]
-    groups = [[m for m, right in margins if right == r] for r in (1, 0)]
-    plt.hist(groups, bins=60, label=["rightly labelled", "wrongly labelled"], stacked=True)
-    plt.axvline(cut, color="black", linestyle="--")
-    plt.text(cut, plt.ylim()[1] * 0.95, " kept: K = 0.7·|D| →", va="top")
-    plt.xlabel("implicit reward margin after iteration 1, nats")
-    plt.ylabel("pairs")
-    plt.legend(frameon=False, loc="upper left")
-    save("margins")
-
-    for name, row in main.items():
-        band(row, "gold/reward", name)
-    plt.xlabel("iteration")
-    plt.ylabel("true reward")
-    plt.legend(frameon=False, fontsize="small")
-    save("reward")
-
-    for name, row in over.items():
-        if name != "plain training":
-            band(row, "bootstrap/precision", name)
-    plt.axhline(0.5, color="grey", linewidth=0.8)
-    plt.xlabel("iteration")
-    plt.ylabel("precision of the bootstrapped pairs, ties ½")
-    plt.legend(frameon=False, fontsize="small")
-    save("bootstrapped-precision")
+    style = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": "small"}
+    with plt.rc_context(style):
+        drawn, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        yield axes
+        axes.legend()
+        drawn.savefig(file, dpi=100)
+        plt.close(drawn)
 
 
-def read_earlier(results: Path) -> Measured:
-    """The runs of an earlier version, where there are some."""
-    file = results / "claims-earlier.json"
-    return Measured(json.loads(file.read_text())["runs"] if file.exists() else {})
+def draw_frontier(runs: Runs, place: Path) -> None:
+    """True reward against KL: a line a method, a point a β, means over the seeds and their standard errors."""
+    points = {method: frontier(runs, method) for method in IN_FIGURE}
+    with figure(place / "frontier.png") as axes:
+        for method, of_betas in points.items():
+            means = [[statistics.mean(values) for values in zip(*seeds)] for seeds in of_betas]
+            errors = [[statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else 0 for v in zip(*seeds)]
+                      for seeds in of_betas]  # fmt: skip
+            (kl, reward), (kl_error, reward_error) = zip(*means), zip(*errors)
+            colour, marker = IN_FIGURE[method]
+            axes.errorbar(kl, reward, reward_error, kl_error, color=colour, marker=marker, markersize=5, linewidth=1,
+                          elinewidth=0.6, label=method.replace("plain training", "plain DPO"))  # fmt: skip
+        axes.set(xscale="log", xlabel="KL(π_θ ‖ π_ref), nats a response", ylabel="true reward")
 
 
-def tuning_of(runs: Runs) -> Runs:
-    return {name: run for name, run in runs.items() if "eval_split" in json.loads(name)}
+def draw_over(runs: Runs, place: Path) -> None:
+    """By iteration: the true reward, and the precision of the bootstrapped pairs; means and standard deviations."""
+    rows = specs(runs, "over")
+    for key, file, label in [("gold/reward", "reward", "true reward"),
+                             ("bootstrap/precision", "bootstrapped-precision", "precision of the bootstrapped pairs")]:
+        by_t = {row: {t: values for t in range(LONG + 1) if None not in (values := column(runs, rows[row], key, t))}
+                for row in rows}  # fmt: skip
+        with figure(place / f"{file}.png") as axes:
+            for row, values in by_t.items():
+                mean = [statistics.mean(v) for v in values.values()]
+                sd = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values.values()]
+                if mean:
+                    name = row.replace("plain training", "plain DPO")
+                    axes.plot([*values], mean, marker="o", markersize=3, label=name)
+                    low, high = ([m + sign * d for m, d in zip(mean, sd)] for sign in (-1, 1))
+                    axes.fill_between([*values], low, high, alpha=0.15)
+            axes.set(xlabel="iteration", ylabel=label, xticks=range(LONG + 1))
+
+
+def read_earlier(results: Path) -> dict[str, str]:
+    """What earlier versions wrote, block by block, of studies that have not been made anew."""
+    file = results / "earlier.json"
+    return json.loads(file.read_text())["blocks"] if file.exists() else {}
 
 
 def make_quick() -> None:
     """One seed, one point of the grid, fewer pairs: every study in minutes, its figures worth nothing."""
     global SEEDS, LONG
     SEEDS, LONG = [0], 3
+    TUNING_SEEDS.update({loss: [10] for loss in GRID})
     EVERY.update(max_train_pairs=320, steps_per_iteration=10)
     for loss, (betas, rates) in GRID.items():
-        GRID[loss] = ([betas[-2]], [rates[1]])
+        GRID[loss] = (betas[-2:], rates)
 
 
 def at_least_one(text: str) -> int:
@@ -801,8 +908,7 @@ def main(arguments: list[str] | None = None) -> None:
     instead.add_argument(
         "--check", type=at_least_one, metavar="N", help="make N of the runs again, write nothing, and exit with 1 "
         "unless they end alike: on a machine that claims.json names in every figure, on another to "
-        f"{TOLERANCE} of the win rates of two iterations; tuning runs, which may stem from an earlier "
-        "version, are not drawn")  # fmt: skip
+        f"{TOLERANCE} of the win rates of two iterations")  # fmt: skip
     instead.add_argument("--write", action="store_true", help="run nothing, and write all that is made of claims.json")
     options = parser.parse_args(arguments)
     results = RESULTS / "quick" if options.quick else RESULTS
@@ -812,29 +918,26 @@ def main(arguments: list[str] | None = None) -> None:
     file = results / "claims.json"
     saved = json.loads(file.read_text()) if file.exists() else {"machines": [], "runs": {}}
     runs, machines = Measured(saved["runs"]), set(saved["machines"])
-    earlier = read_earlier(results)
-    tuned = tuning_of(earlier)
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
         if options.check:
             return check(runs, machines, options.check, work)
         if not options.write:
             parts = [part for study in options.studies for part in STUDIES[study]]
-            wanted = [spec for part in parts for spec in tuning(part) if name_of(spec) not in tuned]
+            wanted = [spec for part in parts for spec in tuning(part)]
             make(wanted, runs, machines, file, work, "tuning")
-            wanted = [spec for part in parts for row in specs(Measured(tuned | runs), part).values() for spec in row]
+            wanted = [spec for part in parts for row in specs(runs, part).values() for spec in row]
             make(wanted, runs, machines, file, work, "studies")
-    runs = Measured(tuned | runs)
-    anew = tables(runs)
-    shown = tables(earlier) | anew
-    written = "\n\n".join(f"## {title}\n\n{shown[name]}" for name, title in TITLES.items() if name in shown)
-    (results / "claims.md").write_text(written + "\n")
-    if {"main", "over"} <= anew.keys():
-        figures(runs, results)
+    earlier = read_earlier(results)
+    written = all_tables(runs, earlier)
+    (results / "claims.md").write_text(written)
+    for draw in (draw_frontier, draw_over):
+        with contextlib.suppress(Missing):
+            draw(runs, results)
     print(written)
     if options.quick:
         return
-    shown = blocks(earlier) | blocks(runs)
+    shown = earlier | blocks(runs)
     for readme in filter(Path.exists, READMES):
         try:
             readme.write_text(filled(readme.read_text(), shown))

@@ -22,30 +22,30 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import claims  # noqa: E402
 
 RESULTS = ROOT / "experiments/results"
-EARLIER, NEW = claims.read_earlier(RESULTS), json.loads((RESULTS / "claims.json").read_text())["runs"]
-RUNS = claims.Measured(claims.tuning_of(EARLIER) | NEW)
+RUNS, EARLIER = claims.Measured(json.loads((RESULTS / "claims.json").read_text())["runs"]), claims.read_earlier(RESULTS)
 README = (ROOT / "README.md").read_text()
 WRITTEN = (ROOT / "experiments/results/claims.md").read_text()
-SHOWN = claims.blocks(EARLIER) | claims.blocks(RUNS)
+SHOWN = EARLIER | claims.blocks(RUNS)
 
 
 def test_every_block_is_what_the_runs_say():
     """Tables and sentences with numbers stand in blocks of the READMEs, which claims.py writes."""
-    shown = SHOWN
-    titles = {name: title for name, title in claims.TITLES.items() if name != "baselines" or name in shown}
-    assert {*titles, "sentence:noise40", "sentence:clean"} < shown.keys()  # every study has been run
-    assert {"main", "over"} <= claims.tables(RUNS).keys()  # these by the code as it is
-    assert WRITTEN == "\n\n".join(f"## {title}\n\n{shown[name]}" for name, title in titles.items()) + "\n"
+    shown, of_now = SHOWN, claims.tables(RUNS).keys()
+    assert {*claims.TITLES, "sentence:noise40", "sentence:clean"} < shown.keys()  # every study has been run
+    assert {"main", "details", "frontier", "tuning"} <= of_now  # these by the code as it is
+    assert WRITTEN == claims.all_tables(RUNS, EARLIER) and WRITTEN.count("## ") == len(claims.TITLES) - 1  # short
+    assert WRITTEN.count("an earlier version)") == len(claims.TITLES.keys() - of_now)
     for file in claims.READMES:
         text = file.read_text()
         assert claims.filled(text, shown) == text
         assert len(claims.BLOCK.findall(text)) == text.count("<!-- claims:")  # each has its end
     names = {name for file in claims.READMES for name in re.findall("<!-- claims: (.+?) -->", file.read_text())}
-    assert {"main", "tuning", "noise", "length", "over", "near", "tried", "asked", "three", "losses", "sentence:headline"} <= names
+    assert {"main", "short", "details", "frontier", "tuning", "noise", "length", "over", "near", "tried", "asked", "three",
+            "losses", "sentence:headline", "sentence:frontier", "sentence:direction"} <= names  # fmt: skip
     with pytest.raises(KeyError, match="unheard of"):
         claims.filled("<!-- claims: unheard of --> <!-- end -->", shown)
-    for name in ("main", "sentence:headline"):  # what is copied wrongly is seen, and mended
-        begins = re.compile(rf"(<!-- claims: {name} -->.*?\d\.\d\d)(\d)", re.DOTALL)
+    for name in ("short", "sentence:frontier"):  # what is copied wrongly is seen, and mended
+        begins = re.compile(rf"(<!-- claims: {name} -->.*?\d\.\d)(\d)", re.DOTALL)
         changed = begins.sub(lambda match: match[1] + str(9 - int(match[2])), README)
         assert changed != README and claims.filled(changed, shown) == README
     within = "- <!-- claims: sentence:clean -->0.5<!-- end --> So much for that."
@@ -57,8 +57,9 @@ def test_write_fills_the_blocks_and_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
     monkeypatch.setattr(claims, "READMES", (tmp_path / "a.md", tmp_path / "not there.md"))
     monkeypatch.setattr(claims, "make", lambda *_: pytest.fail("a run is made"))
-    monkeypatch.setattr(claims, "figures", lambda *_: None)
-    for name in ("claims.json", "claims-earlier.json"):
+    monkeypatch.setattr(claims, "draw_frontier", lambda *_: None)
+    monkeypatch.setattr(claims, "draw_over", lambda *_: None)
+    for name in ("claims.json", "earlier.json"):
         (tmp_path / name).write_text((RESULTS / name).read_text())
     (tmp_path / "a.md").write_text("# A\n<!-- claims: near -->\nold\n<!-- end -->\nB\n")
     claims.main(["--write"])
@@ -76,9 +77,11 @@ def test_no_result_stands_outside_a_block():
     sections = [README[README.index("## Does it beat DPO?") : README.index("## Your own model")],
                 experiments[experiments.index("## 1 Results") : experiments.index("## 2 Speed")]]  # fmt: skip
     for section in sections:
-        prose = re.sub("`[^`]*`", "", claims.BLOCK.sub("", section))
+        prose = re.sub("<!-- distrust -->.*?<!-- end -->", "", claims.BLOCK.sub("", section), flags=re.DOTALL)
+        prose = re.sub("`[^`]*`", "", prose)
         numbers = set(re.findall(r"\d+\.\d+", prose))  # of tables too
-        assert numbers <= {"0.7", "0.3", "0.5", "2.13", "0.015", "2410.09362"}, numbers
+        settings = {"0.01", "0.03", "0.1", "0.3", "0.4", "0.5", "0.7", "0.015", "2.13"}
+        assert numbers <= settings | {"2403.00409", "2410.09362", "2508.04149"}, numbers
     for figure in re.findall(r"!\[.*?\]\((.*?)\)", sections[1]):
         assert (ROOT / "experiments" / figure).stat().st_size > 5000
 
@@ -86,41 +89,62 @@ def test_no_result_stands_outside_a_block():
 def test_what_the_runs_start_from():
     """SFT learns most of its data's true reward (0.25); at a β as large as 1 SeRA is ahead by far, as the README says."""
     rows = claims.specs(RUNS, "main")
-    assert len(rows["SeRA"]) >= 5
+    assert len(rows["SeRA"]) == 10
     sft = claims.column(RUNS, rows["SeRA"], "gold/reward", 0)
     assert 0.6 * 0.25 < statistics.mean(sft) < 0.25
     ours, plain = (claims.at_beta(RUNS, "dpo", method, 1.0) for method in ("SeRA", "plain training"))
     assert ours - plain > 0.1
 
 
-def test_a_sentence_says_a_difference_where_the_interval_has_no_zero():
+def test_a_sentence_says_a_difference_where_the_interval_of_all_comparisons_has_no_zero():
     def said(*differences):
         rows, runs = claims.specs(RUNS, "main"), claims.Measured(RUNS)
-        for ours, plain, difference in zip(rows["SeRA"], rows["plain training"], differences):
+        for ours, plain, difference in zip(rows["SeRA"], rows["plain training"], 2 * differences):
             ours, plain = claims.name_of(ours), claims.name_of(plain)
             both = zip(RUNS[ours]["iterations"], RUNS[plain]["iterations"])
             runs[ours] = {"iterations": [row | {"gold/win_rate": other["gold/win_rate"] + difference} for row, other in both]}
         return claims.sentences(runs)["headline"]
 
-    assert "SeRA wins more often than plain DPO (+0.120 [" in said(0.1, 0.12, 0.11, 0.13, 0.14)
-    assert "SeRA wins less often than plain DPO (-0.120 [" in said(-0.1, -0.12, -0.11, -0.13, -0.14)
-    assert "SeRA wins as often as plain DPO, as far as 5 seeds tell (-0.020 [" in said(-0.2, 0.1, 0.1, -0.2, 0.1)
+    assert "SeRA wins more often (+0.120 [" in said(0.1, 0.12, 0.11, 0.13, 0.14)
+    assert "SeRA wins less often (-0.120 [" in said(-0.1, -0.12, -0.11, -0.13, -0.14)
+    assert "SeRA wins no differently, as far as is shown (-0.020 [" in said(-0.2, 0.1, 0.1, -0.2, 0.1)
+    # standard deviation 0.0422, t 2.262: ±0.0302 without the correction, which would have no zero
+    assert "SeRA wins no differently, as far as is shown (+0.040 [" in said(0.0, 0.0, 0.04, 0.08, 0.08)
 
 
 def test_every_method_takes_as_many_steps_at_a_point_of_one_grid():
-    for loss in claims.GRID:
-        for method in claims.METHODS:
-            assert claims.best(RUNS, loss, method) in claims.grid(loss)
-            for point in claims.grid(loss):
-                for seed in claims.TUNING_SEEDS[loss]:
-                    assert claims.name_of(claims.at(loss, method, seed, eval_split="validation", **point)) in RUNS
+    assert {claims.name_of(spec) for spec in claims.tuning("main")} <= RUNS.keys()
+    for method in claims.methods_of("main"):
+        assert claims.best(RUNS, "dpo", method) in claims.grid("dpo")
     assert not {*claims.SEEDS} & {seed for seeds in claims.TUNING_SEEDS.values() for seed in seeds}
+    changed = {name for row in claims.methods_of("main").values() for name in row}
+    assert not changed & {"steps_per_iteration", "per_device_train_batch_size", "iterations", "beta", "learning_rate"}
+
+
+@pytest.mark.parametrize("probability, freedom, quantile", [
+    (0.95, 4, 2.776), (0.95, 9, 2.262), (0.99, 9, 3.250), (0.998, 9, 4.297), (0.95, 1, 12.706),  # of a printed table
+])  # fmt: skip
+def test_student_s_quantile(probability, freedom, quantile):
+    assert claims.student_t(probability, freedom) == pytest.approx(quantile, abs=1e-3)
 
 
 def test_interval_is_student_s():
     differences = [0.1, 0.3, 0.2, 0.25, 0.15]  # mean 0.2, standard deviation 0.0791: half-width 2.776 * 0.0791 / sqrt(5)
     low, mean, high = claims.interval(differences, [0.0] * 5)
     assert (low, mean, high) == pytest.approx((0.2 - 0.09816, 0.2, 0.2 + 0.09816), abs=1e-4)
+    low, mean, high = claims.interval(differences, [0.0] * 5, comparisons=5)  # 4.604, of 99 %
+    assert (low, mean, high) == pytest.approx((0.2 - 0.16279, 0.2, 0.2 + 0.16279), abs=1e-4)
+
+
+def test_the_frontier_is_read_on_straight_lines():
+    points = [[(3.0, 0.5), (5.0, 0.7)], [(2.0, 0.9), (2.0, 0.7)], [(1.0, 0.4), (1.0, 0.4)]]  # smallest β first
+    at = lambda kl, seeds=(0, 1): claims.reward_at(points, kl, 0.2, seeds)  # noqa: E731
+    assert at(0.5) == pytest.approx(0.3) and at(1.5) == pytest.approx(0.6) and at(3.0) == pytest.approx(0.7)
+    assert at(4.0) == pytest.approx(0.6) and at(4.1) is None and at(3.5, [0]) is None
+    assert claims.reward_at([[(1.0, 0.3)], [(2.0, 0.8)]], 1.0, 0.2, [0]) == pytest.approx(0.5)  # the way out, not back
+    low, mean, high = claims.frontier_at(points, 2.0, [0.2, 0.2])
+    assert (low, mean, high) == pytest.approx((0.7, 0.8, 0.9))
+    assert claims.frontier_at(points, 9.0, [0.2, 0.2]) is None
 
 
 def test_what_stands_in_the_place_of_the_method():
@@ -173,22 +197,24 @@ def test_quick_and_smaller(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(playground, "make_sft_policy", functools.partial(made, steps=40))
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
     monkeypatch.setattr(claims, "ProcessPoolExecutor", InThisProcess)
-    for name in ("SEEDS", "LONG", "GRID", "EVERY"):
-        monkeypatch.setattr(claims, name, getattr(claims, name).copy() if name in ("GRID", "EVERY") else getattr(claims, name))
-    make_quick, rows, few = claims.make_quick, claims.settings, {"plain training", "selection only", "SeRA", "SeRA + both remedies"}
-    monkeypatch.setattr(claims, "settings", lambda runs, study: {
-        name: row for name, row in rows(runs, study).items() if study != "main" or name in few})  # fmt: skip
+    for name in ("GRID", "EVERY", "TUNING_SEEDS"):
+        monkeypatch.setattr(claims, name, getattr(claims, name).copy())
+    few, make_quick = ("plain training", "selection only", "SeRA", "SeRA + both remedies"), claims.make_quick
+    methods = {name: claims.METHODS[name] for name in few}
+    for name, value in {"SEEDS": [0], "LONG": 3, "IN_FIGURE": {"SeRA": ("black", "o")}, "methods_of": lambda _: methods}.items():
+        monkeypatch.setattr(claims, name, value)
 
     def smaller():
         make_quick()
         claims.EVERY.update(max_train_pairs=64, steps_per_iteration=2)
+        claims.GRID["dpo"] = ([1.0], [1e-3])
 
     monkeypatch.setattr(claims, "make_quick", smaller)
     claims.main(["--quick", "--studies", "main", "over"])
     folder = tmp_path / "quick"
     runs = json.loads((folder / "claims.json").read_text())["runs"]
-    assert {path.name for path in folder.glob("*.png")} == {"margins.png", "reward.png", "bootstrapped-precision.png"}
-    assert (folder / "claims.md").read_text().count("| SeRA |") == 1 + (7 + 1)
+    assert {path.name for path in folder.glob("*.png")} == {"frontier.png", "reward.png", "bootstrapped-precision.png"}
+    assert (folder / "claims.md").read_text().count("|SeRA|") == 4 + (7 + 1)  # main, details, frontier, tuning; over
     [spec] = claims.specs(runs, "main")["SeRA"]
     others = json.loads(json.dumps({name: run for name, run in runs.items() if name == claims.name_of(spec)}))
     here = {f"2 CPU cores, {claims.machine()}"}
@@ -221,18 +247,16 @@ def test_a_check_of_no_run_is_refused(count, capsys):
     assert stopped.value.code == 2 and "argument --check: " in capsys.readouterr().err
 
 
-def test_a_check_draws_every_run_but_those_of_tuning(tmp_path, monkeypatch, capsys):
+def test_a_check_draws_of_all_runs(tmp_path, monkeypatch, capsys):
     def same(wanted, runs, machines, file, *_):
         made = {claims.name_of(spec): RUNS[claims.name_of(spec)] for spec in wanted}
         file.write_text(json.dumps({"runs": made}))
 
     monkeypatch.setattr(claims, "make", same)
-    studies = [name for name in RUNS if "validation" not in name]
-    assert {*studies} == {*NEW}
-    for count in (5, len(RUNS)):
+    for count in (5, 10 * len(RUNS)):
         claims.check(RUNS, {claims.machine()}, count, tmp_path)
         drawn = json.loads((tmp_path / "again.json").read_text())["runs"]
-        assert len(drawn) == min(count, len(studies)) and drawn.keys() <= {*studies}
+        assert len(drawn) == min(count, len(RUNS)) and drawn.keys() <= RUNS.keys()
     monkeypatch.setattr(claims, "RESULTS", tmp_path / "empty")
     with pytest.raises(SystemExit, match="holds no run"):
         claims.main(["--check", "3"])
