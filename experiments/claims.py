@@ -31,6 +31,7 @@ tables and sentences that earlier versions wrote (the same method, other draws a
 
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -379,12 +380,18 @@ def loss_of(study: str) -> str:
     return study if study in GRID else "dpo"
 
 
+def seeds_of(study: str) -> list[int]:
+    return SEEDS if study == "main" else SEEDS[:5]
+
+
 def specs(runs: Runs, study: str) -> dict[str, list[dict]]:
     """The runs of a study's rows, a seed each."""
     loss = loss_of(study)
-    seeds = SEEDS if study == "main" else SEEDS[:5]
-    return {row: [at(loss, method, seed, **{**best(runs, loss, method), **changed}) for seed in seeds]
-            for row, (method, changed) in settings(runs, study).items()}  # fmt: skip
+    rows = {}
+    for row, (method, changed) in settings(runs, study).items():
+        point = best(runs, loss, method)
+        rows[row] = [at(loss, method, seed, **{**point, **changed}) for seed in seeds_of(study)]
+    return rows
 
 
 LONG, NOISE, BIASED = 6, (0.0, 0.1, 0.2, 0.4), {"length_bias": 0.5, "label_noise": 0.15}
@@ -478,6 +485,7 @@ def gain(ours: list[float], theirs: list[float], comparisons: int = 1) -> str:
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]" if len(ours) > 1 else f"{mean:+.3f}"
 
 
+@functools.cache
 def student_t(probability: float, freedom: int) -> float:
     """The two-sided quantile t of Student's distribution: |T| ≤ t with this probability. By bisection and Simpson."""
     total = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
@@ -560,7 +568,7 @@ def frontier(runs: Runs, method: str) -> Points:
 
 def reward_at(points: Points, kl: float, sft: float, seeds: list[int]) -> float | None:
     """The largest true reward at this KL on the straight lines from SFT through the means over the seeds at each β."""
-    means = [[statistics.mean(of_beta[seed][k] for seed in seeds) for k in (0, 1)] for of_beta in points]
+    means = [[sum(of_beta[seed][k] for seed in seeds) / len(seeds) for k in (0, 1)] for of_beta in points]
     line = [[0.0, sft], *reversed(means)]  # from the largest β to the smallest
     crossed = [low + (high - low) * (kl - a) / (b - a) for (a, low), (b, high) in itertools.pairwise(line)
                if a != b and min(a, b) <= kl <= max(a, b)]  # fmt: skip
@@ -573,7 +581,7 @@ def frontier_at(points: Points, kl: float, sft: list[float]) -> tuple[float, flo
     if (mean := reward_at(points, kl, statistics.mean(sft), [*range(n)])) is None:
         return None
     drawn = [rng.choices(range(n), k=n) for _ in range(1000)]
-    values = [reward_at(points, kl, statistics.mean(sft[seed] for seed in seeds), seeds) for seeds in drawn]
+    values = [reward_at(points, kl, sum(sft[seed] for seed in seeds) / n, seeds) for seeds in drawn]
     known = sorted(value for value in values if value is not None)
     return known[int(0.025 * len(known))], mean, known[int(0.975 * len(known))]
 

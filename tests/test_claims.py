@@ -199,7 +199,7 @@ def test_quick_and_smaller(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(claims, "ProcessPoolExecutor", InThisProcess)
     for name in ("GRID", "EVERY", "TUNING_SEEDS"):
         monkeypatch.setattr(claims, name, getattr(claims, name).copy())
-    few, make_quick = ("plain training", "selection only", "SeRA", "SeRA + both remedies"), claims.make_quick
+    few, make_quick = ("plain training", "SeRA"), claims.make_quick
     methods = {name: claims.METHODS[name] for name in few}
     for name, value in {"SEEDS": [0], "LONG": 3, "IN_FIGURE": {"SeRA": ("black", "o")}, "methods_of": lambda _: methods}.items():
         monkeypatch.setattr(claims, name, value)
