@@ -231,6 +231,6 @@ def command_line(main: Callable[[Config], Any], description: str | None, argumen
         sys.exit("error: out of GPU memory, however few rows at a time: resume with --gradient_checkpointing, or begin "
                  "with a smaller --max_length, --max_new_tokens or --samples_per_prompt")  # fmt: skip
     except KeyboardInterrupt:
-        how = f"to go on from the last checkpoint: the same command with --resume_from_checkpoint {out}"
+        how = f"to go on: the same command with --resume_from_checkpoint {out}"
         print("interrupted;", how if (out / "config.json").exists() else "nothing is saved yet", file=sys.stderr)
         sys.exit(130)
