@@ -90,7 +90,7 @@ def review(t: int, offline: list[Pair], log_prob: Callable, sample: Callable, co
         r = length_free(r, lengths_of(offline))
     margins = r[:, 0] - r[:, 1]  # (|D|,)
     kept = pick(margins, round(config.keep * len(offline)))
-    left_out = [i for i in margins.argsort(stable=True).tolist() if i not in {*kept}]  # smallest margin first
+    left_out = sorted({*range(len(offline))} - {*kept}, key=margins.tolist().__getitem__)  # smallest margin first
     selected, dropped = (TrainingSet.given(offline, reference, margins, numbers) for numbers in (kept, left_out))
     if (wanted := round(config.bootstrap * len(offline))) == 0:  # K̃
         return Review(selected, dropped)

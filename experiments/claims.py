@@ -894,7 +894,7 @@ def read_earlier(results: Path) -> dict[str, str]:
 
 
 def make_quick() -> None:
-    """One seed, one point of the grid, fewer pairs: every study in minutes, its figures worth nothing."""
+    """One seed, two values of β, fewer pairs: every study in minutes, its figures worth nothing."""
     global SEEDS, LONG
     SEEDS, LONG = [0], 3
     TUNING_SEEDS.update({loss: [10] for loss in GRID})

@@ -41,7 +41,6 @@ from sera_min.pairs import Pair, rows_of
 
 NOISE, SEEDS, SHARES = (0.1, 0.2, 0.3, 0.4), range(10), (0.01, 0.05, 0.2)
 README = Path(__file__).parent / "README.md"
-FIGURES = {"auc": "AUC", **{f"{share:.0%}": f"flipped among the {share:.0%}" for share in SHARES}}
 
 
 def margins_of(run: train.Run, t: int, pairs: list[Pair], what: str) -> torch.Tensor:
@@ -120,13 +119,13 @@ def _measure(work: Path, seed: int, noise: float) -> dict[str, dict[str, float]]
 
 def table(done: dict[str, dict]) -> str:
     """Means over the seeds, and the standard deviation of the AUC."""
-    rows = []
+    rows, names = [], [f"{share:.0%}" for share in SHARES]
     for way in next(iter(done.values())):
         cells = [way]
         for noise in NOISE:
             of_seeds = [done[f"{noise} {seed}"][way] for seed in SEEDS]
             auc = [one["auc"] for one in of_seeds]
-            found = " / ".join(f"{statistics.mean(one[name] for one in of_seeds):.2f}" for name in list(FIGURES)[1:])
+            found = " / ".join(f"{statistics.mean(one[name] for one in of_seeds):.2f}" for name in names)
             cells.append(f"{statistics.mean(auc):.3f} ± {statistics.stdev(auc):.3f}; {found}")
         rows.append(cells)
     return markdown(["AUC; flipped among the 1 / 5 / 20 % of the smallest margins",
