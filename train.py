@@ -15,8 +15,7 @@ Choices of ours, where the paper is silent or was not known to us:
   1. The form of step 3 (at t = 2 only r_1), the K largest margins of step 4, always from all of D, and step 7.
   2. T = 3, K = 0.7·|D|, K̃ = 0.3·|D|, N = 4, γ = 0.5, sampling at temperature 1 from the whole distribution.
   3. One epoch an iteration: fresh AdamW without weight decay, 10 % warm-up, linear decay, gradients clipped to norm 1.
-  4. IPO's reward is per token, as in TRL; SimPO's is per token and without reference, and its γ is half its β.
-     The review uses the reward of the loss in use.
+  4. IPO's and SimPO's reward is per token, as in TRL; SimPO's γ is half its β. The review uses the loss's reward.
   5. Samples that were cut off by the length limit, or repeat another, are never paired.
   6. `--select random`: which pairs are kept is random, the control. `--keep 1 --bootstrap 0` is plain training.
   7. Two remedies that are not the paper's, off unless asked for: `--length_free` and `--token_floor`.
@@ -33,11 +32,14 @@ from tqdm import tqdm
 
 from sera_min import folder, playground, report
 from sera_min.bootstrap import best_worst_pairs
+from sera_min.compute import amp, retry_on_oom, take_step
 from sera_min.config import Config, Resolved, command_line, seed_of
-from sera_min.logprobs import implicit_reward
+from sera_min.files import in_one_line
+from sera_min.logprobs import implicit_reward, sequence_logprobs, token_batches
 from sera_min.losses import LOSSES
 from sera_min.pairs import Ids, Pair, Review, Samples, TrainingSet, format_counts, lengths_of, rows_of, tokens_of
-from sera_min.run import Run, backward_of_mean, opened, retry_on_oom, take_step
+from sera_min.prepare import opened
+from sera_min.run import Run, batches_of
 from sera_min.select import ensemble_margin, length_free, select_top
 
 
@@ -123,14 +125,9 @@ def rank_samples(t: int, prompts: list[Ids], sample: Callable, reward: Callable,
 def pair_samples(offline: list[Pair], samples: Samples, pick: Callable, wanted: int) -> tuple[TrainingSet, Any]:
     """Best against worst, and of these pairs those that are picked; and what was dropped."""
     rewards, ended, usable = samples.rewards.tolist(), samples.ended.tolist(), samples.usable.tolist()
-    y = samples.responses  # y[i][j]: sample j of prompt i
-    triples, margins, dropped = best_worst_pairs(rewards, ended, y, usable)
+    triples, margins, dropped = best_worst_pairs(rewards, ended, samples.responses, usable)
     taken = pick(margins, wanted)
-    index = torch.tensor([triples[p] for p in taken], dtype=torch.int64).view(-1, 3)  # (K̃, 3): prompt, best, worst
-    pairs = [Pair(offline[i].prompt, y[i][best], y[i][worst]) for i, best, worst in index.tolist()]
-    reference = samples.reference[index[:, :1], index[:, 1:]]  # (P, n) -> (K̃, 2)
-    sources, numbers = ["bootstrap"] * len(pairs), index[:, 0].tolist()
-    return TrainingSet(pairs, reference, margins[taken], sources, numbers), dropped
+    return TrainingSet.bootstrapped(offline, samples, [triples[p] for p in taken], margins[taken]), dropped
 
 
 def train_step(
@@ -138,19 +135,14 @@ def train_step(
 ) -> dict[str, float]:
     """One optimizer step on the mean loss of the b pairs numbered `batch`; what came of it, by TRL's names.
 
-    `max_tokens` tokens are in memory at a time. Raises FloatingPointError where a loss or the gradient is not finite.
+    In micro-batches of `max_tokens` tokens: the mean is the same. Raises FloatingPointError where it is not finite.
     """
-    pairs, reference = [training_set.pairs[i] for i in batch], training_set.reference[batch]  # (b, 2)
-    lengths = lengths_of(pairs)  # (b, 2)
-
-    def rewards(logps: Tensor, some: Any = slice(None)) -> Tensor:  # (m, 2): of the pairs with the numbers `some`
-        return reward_of(logps, reference[some].to(logps.device), lengths[some].to(logps.device), config)
-
     optimizer.zero_grad()
-    logps = backward_of_mean(policy, pairs, lambda logps, some: pair_losses(rewards(logps, some), config),
-                             max_tokens, config.device)  # (b, 2)  # fmt: skip
+    pairs, reference, b = [training_set.pairs[i] for i in batch], training_set.reference[batch], len(batch)  # (b, 2)
+    r, logps = torch.empty(2, b, 2)  # (b, 2) each: chosen, rejected
+    for some in token_batches([tokens_of(pair) for pair in pairs], max_tokens):
+        r[some], logps[some] = backward(policy, [pairs[i] for i in some], reference[some], b, config, max_tokens)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item()
-    r = rewards(logps)
     losses = pair_losses(r, config)  # (b,)
     if not (losses.isfinite().all() and math.isfinite(norm)):
         lines = [i + 1 for i, loss in zip(batch, losses) if not loss.isfinite()] or [i + 1 for i in batch]
@@ -160,13 +152,21 @@ def train_step(
             **report.means("logps", logps), "grad_norm": norm}  # fmt: skip
 
 
-def batches_of(n: int, t: int, config: Resolved) -> list[list[int]]:
-    """The numbers of every step's pairs: epoch after epoch, each in an order of its own."""
-    generator = torch.Generator().manual_seed(seed_of(config.seed, t, "order"))
-    size = config.per_device_train_batch_size
-    steps = config.steps_per_iteration or config.epochs_per_iteration * math.ceil(n / size)
-    epochs = math.ceil(steps / math.ceil(n / size))
-    return [b.tolist() for _ in range(epochs) for b in torch.randperm(n, generator=generator).split(size)][:steps]
+def backward(policy, pairs: list[Pair], reference: Tensor, b: int, config: Resolved, max_tokens: int) -> list[Tensor]:
+    """Adds the gradient of the losses of m pairs of a batch of b. Returns their rewards and log π(y|x), (m, 2) each."""
+    x, y = rows_of(pairs)  # 2m rows: chosen, rejected, chosen, …
+    # For speed, in passes of rows of like length: there is little padding.
+    passes = token_batches([len(prompt) + len(response) for prompt, response in zip(x, y)], max_tokens // 4)
+    with amp(config.device), in_one_line("the model fails"):
+        sums = [sequence_logprobs(policy, [x[i] for i in rows], [y[i] for i in rows])[0] for rows in passes]
+    by_length = torch.cat(sums).detach().requires_grad_()  # (2m,), in the order of the passes
+    order = torch.tensor([i for rows in passes for i in rows]).argsort()
+    logps = by_length[order].view(-1, 2)  # (2m,) -> (m, 2)
+    r = reward_of(logps, reference.to(logps.device), lengths_of(pairs).to(logps.device), config)
+    (pair_losses(r, config).sum() / b).backward()  # as far as the log-probs
+    for one, gradient in zip(sums, by_length.grad.split([len(rows) for rows in passes])):  # type: ignore[union-attr]
+        one.backward(gradient)  # and through the model, a pass at a time: one gradient of the weights in memory
+    return [r.detach().cpu(), logps.detach().cpu()]
 
 
 @report.timed("training")

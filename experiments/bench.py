@@ -43,7 +43,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import train
-from sera_min import bootstrap, folder, logprobs, report, run
+from sera_min import bootstrap, compute, folder, logprobs, report
 from sera_min.config import Resolved, resolve
 from sera_min.pairs import Pair, TrainingSet, rows_of
 
@@ -130,7 +130,7 @@ def training_set(pairs: list[Pair], reference: torch.Tensor) -> TrainingSet:
 
 
 def pair_logps(model, pairs: list[Pair], config: Resolved) -> torch.Tensor:
-    return run.score_rows(model, *rows_of(pairs), config, desc=None)[:, 0].view(-1, 2)  # (2N, 2) -> (N, 2)
+    return compute.score_rows(model, *rows_of(pairs), config, desc=None)[:, 0].view(-1, 2)  # (2N, 2) -> (N, 2)
 
 
 class Ours:
@@ -337,7 +337,7 @@ def score_part(shape: str, repeats: int) -> list[tuple]:
     chunk = logprobs.HEAD_LOGITS[DEVICE] // model.config.vocab_size
 
     def bare(head: bool) -> None:
-        with run.amp(DEVICE):
+        with compute.amp(DEVICE):
             for ids, count in zip(inputs, responses):
                 hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[:count]
                 for h in hidden.split(chunk) if head else ():
@@ -362,7 +362,7 @@ def sampling_settings(model) -> dict:
 
 
 def sample_ours(model, prompts, n=N, **changed) -> int:
-    with run.amp(DEVICE):
+    with compute.amp(DEVICE):
         rows = bootstrap.sample_responses(
             model, prompts, n, temperature=1.0, top_p=1.0, seed=0, **{**sampling_settings(model), **changed}
         )
@@ -378,7 +378,7 @@ def sample_plain(model, prompts) -> int:
         width = max(map(len, some))
         ids = torch.tensor([[0] * (width - len(x)) + x for x in some], device=DEVICE)
         mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in some], device=DEVICE)
-        with run.amp(DEVICE):
+        with compute.amp(DEVICE):
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:]
         ends = torch.isin(output, torch.tensor(config.eos_token_id, device=DEVICE)).int()
         count += ((ends.cumsum(1) - ends) == 0).sum().item()  # up to the first end
@@ -537,12 +537,12 @@ def without(ours: Ours) -> dict:
         "ours": contextlib.nullcontext,
         "with a padding mask": lambda: with_mask(ours.model),
         "a step in one micro-batch and one pass": lambda: patch(ours, "config", replace(ours.config, max_tokens=2**30)),
-        "a micro-batch in one pass": lambda: patch(run, "token_batches", one_pass),
-        "pairs and rows as they come, not sorted by length": lambda: patch(run, "token_batches", in_order),
+        "a micro-batch in one pass": lambda: patch(train, "token_batches", one_pass),
+        "pairs and rows as they come, not sorted by length": lambda: patch(train, "token_batches", in_order),
         "the head's logits kept, not recomputed": lambda: patch(logprobs, "checkpoint", lambda f, *args, **_: f(*args)),
         "the head in one chunk": lambda: patch(logprobs, "HEAD_LOGITS", {DEVICE: 2**62}),
         "AdamW not fused": lambda: mock.patch.dict(group, fused=False, foreach=True),
-        "mask, full logits, log_softmax": lambda: patch(run, "sequence_logprobs", naive),
+        "mask, full logits, log_softmax": lambda: patch(train, "sequence_logprobs", naive),
     }  # fmt: skip
 
 

@@ -46,13 +46,14 @@ from trl import DPOConfig, DPOTrainer
 
 from sera_min import data, folder, report
 from sera_min.bootstrap import read_responses
+from sera_min.compute import draw_samples, retry_on_oom
 from sera_min.config import Config, Resolved, flag, resolve, seed_of
 from sera_min.files import in_one_line, read_rows
 from sera_min.forms import InputError
 from sera_min.logprobs import score, sum_and_least
 from sera_min.models import check_before_training, check_positions, eos_ids_of
 from sera_min.pairs import Ids, TrainingSet, format_counts
-from sera_min.run import Run, draw_samples, retry_on_oom
+from sera_min.run import Run
 from train import all_pairs, review
 
 CHUNK = 64  # a task of one process is about so many rows or prompts; the samples depend on it

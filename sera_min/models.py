@@ -141,19 +141,6 @@ def check_positions(policy: Any, longest: int, flags: str) -> None:
         raise InputError(f"{flags} is {longest}: beyond {limit} tokens this model's log-probs depend on the batch")
 
 
-def check_memory(policy: Any, device: str) -> None:
-    """The GPU holds what training needs beside the activations. Raises InputError."""
-    if device != "cuda":
-        return
-    count = sum(p.numel() for p in policy.parameters())
-    needed, there = 18 * count / 1e9, torch.cuda.get_device_properties(policy.device).total_memory / 1e9
-    if needed > there:
-        parts = "18 bytes each: weight, gradient, AdamW's two moments, bfloat16 copy"
-        raise InputError(f"training {count / 1e9:.1f} billion parameters needs {needed:.0f} GB ({parts}) and room for "
-                         f"activations; the GPU has {there:.0f} GB. Take a smaller model, or experiments/with_trl.py "
-                         "on several GPUs with FSDP")  # fmt: skip
-
-
 def check_before_training(policy: Any, pair: Pair, ends: list[int], checkpointing: bool = False) -> None:
     """In float32: log-probs are the logits', alike when scored, when trained and when sampled. Raises InputError.
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Ids = list[int]  # token ids
+Triple = tuple[int, int, int]
 
 
 class Pair(NamedTuple):
@@ -42,6 +43,14 @@ class TrainingSet(NamedTuple):
         """Of D, its log π_ref (|D|, 2) and its margins (|D|,), the pairs with these numbers, in this order."""
         pairs = [offline[i] for i in numbers]
         return TrainingSet(pairs, reference[numbers], margins[numbers], ["offline"] * len(pairs), numbers)
+
+    @staticmethod
+    def bootstrapped(offline: list[Pair], samples: "Samples", triples: list[Triple], margins: Tensor) -> "TrainingSet":
+        """The pairs that (prompt, best, worst) name, numbers of prompts and of their samples, with their margins."""
+        y, index = samples.responses, torch.tensor(triples, dtype=torch.int64).view(-1, 3)  # y[i][j]: sample j of x_i
+        pairs = [Pair(offline[i].prompt, y[i][best], y[i][worst]) for i, best, worst in triples]
+        reference = samples.reference[index[:, :1], index[:, 1:]]  # (P, n) -> (K̃, 2)
+        return TrainingSet(pairs, reference, margins, ["bootstrap"] * len(pairs), index[:, 0].tolist())
 
     def union(self, others: "TrainingSet") -> "TrainingSet":
         return TrainingSet(

@@ -12,7 +12,8 @@ from conftest import CHATML, bpe_tokenizer, tiny_model, unigram_tokenizer
 from datasets import Dataset, DatasetDict
 from tokenizers import processors
 
-from sera_min import config, data, folder, run
+import train
+from sera_min import compute, config, data, folder, prepare, run
 from sera_min.data import InputError, decode, encode
 from sera_min.files import fingerprint, read_rows
 from sera_min.forms import Unusable, preference, question
@@ -279,7 +280,7 @@ def test_people_see_a_conversation(tmp_path):
     rows = [{"prompt": [S("be kind"), U("red?")], **SAME}, {"prompt": [U("blue?")], **SAME}]
     tokenizer, flags = smollm(), config.Config(model_name_or_path="m", dataset_name="d", eval_fraction=0, device="cpu")
     limits = {"eos_ids": [tokenizer.eos_token_id], "max_length": 400, "max_prompt_length": 300}
-    given, _, prompts, texts = run.user_pairs(config.resolve(flags), tokenizer, limits, ("d", rows), ("d", []))
+    given, _, prompts, texts = prepare.user_pairs(config.resolve(flags), tokenizer, limits, ("d", rows), ("d", []))
     offline = [one.pair for one in given]
     assert prompts == [pair.prompt for pair in offline] and texts == ["system: be kind\n\nuser: red?", "blue?"]
     of_run = run.Run(None, tmp_path, None, tokenizer, limits["eos_ids"], offline=offline, eval_prompts=prompts, eval_texts=texts)
@@ -342,7 +343,7 @@ def test_a_configuration_of_a_data_set(monkeypatch):
     rows = Dataset.from_list([{"prompt": "a", **SAME}])
     monkeypatch.setattr("datasets.load_dataset", lambda *name, **more: asked.append((*name, more["split"])) or rows)
     flags = config.Config(model_name_or_path="m", dataset_name="some/data", dataset_config="clean", eval_split="test", device="cpu")
-    run.read_parts(config.resolve(flags))
+    prepare.read_parts(config.resolve(flags))
     assert asked == [("some/data", "clean", "train"), ("some/data", "clean", "test")]
     for wrong in ({}, {"model_name_or_path": "m", "dataset_name": "."}):
         with pytest.raises(InputError, match="--dataset_config is "):
@@ -352,21 +353,22 @@ def test_a_configuration_of_a_data_set(monkeypatch):
 # Errors of others, size
 
 
-def test_what_a_model_or_a_tokenizer_raises_is_one_line():
+def test_what_a_model_or_a_tokenizer_raises_is_one_line(monkeypatch):
     def fail(*_, **__):
         raise ZeroDivisionError("division by zero")
 
     model, flags = tiny_model(), config.resolve(config.Config(device="cpu"))
     model.forward = fail
     with pytest.raises(InputError, match=r"^the model fails: division by zero$"):
-        run.score_rows(model, [[5]], [[6, 7]], flags, None)
+        compute.score_rows(model, [[5]], [[6, 7]], flags, None)
     with pytest.raises(InputError, match=r"^sampling: the model fails: division by zero$"):
-        run.draw_samples(model, [[5]], 2, flags, ends=[1], pad=0, seed=0, desc=None)
+        compute.draw_samples(model, [[5]], 2, flags, ends=[1], pad=0, seed=0, desc=None)
+    of_pair = [Pair([5], [6], [7])], torch.zeros(1, 2), 1, flags
     with pytest.raises(InputError, match=r"^step 5, the model fails: division by zero$"):
-        step = lambda tokens: run.backward_of_mean(model, [Pair([5], [6], [7])], fail, tokens, "cpu")  # noqa: E731
-        run.retry_on_oom(step, 8, 4, "step 5, ")
+        compute.retry_on_oom(lambda tokens: train.backward(model, *of_pair, tokens), 8, 4, "step 5, ")
+    monkeypatch.setattr(train, "pair_losses", fail)
     with pytest.raises(ZeroDivisionError):  # of a loss it is the program's own, and shows where
-        run.retry_on_oom(lambda _: run.backward_of_mean(tiny_model(), [Pair([5], [6], [7])], fail, 64, "cpu"), 8, 4, "step 5, ")
+        compute.retry_on_oom(lambda tokens: train.backward(tiny_model(), *of_pair, tokens), 8, 4, "step 5, ")
 
     class Broken(type(bpe_tokenizer())):
         def __call__(self, texts, **more):

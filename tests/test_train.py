@@ -29,7 +29,7 @@ from test_oracle import WORDS, some_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import train
-from sera_min import bootstrap, config, folder, playground, report, run
+from sera_min import bootstrap, compute, config, folder, playground, report, run
 from sera_min.config import resolve
 from sera_min.data import InputError
 from sera_min.logprobs import sequence_logprobs
@@ -388,12 +388,12 @@ def test_one_policy_at_a_time_is_in_memory_and_scores_things_once(stopped, tmp_p
         policies.append(weakref.ref(policy))
         return policy, tokenizer
 
-    def scores(model, prompts, responses, flags, desc, real=run.score_rows):
+    def scores(model, prompts, responses, flags, desc, real=compute.score_rows):
         scored.append(desc)
         return real(model, prompts, responses, flags, desc)
 
     monkeypatch.setattr(folder, "load", loads)
-    for module, name in [(train, "train_step"), (run, "draw_samples"), (run, "score")]:
+    for module, name in [(train, "train_step"), (run, "draw_samples"), (compute, "score")]:
         monkeypatch.setattr(module, name, watched(getattr(module, name)))
     monkeypatch.setattr(run, "score_rows", scores)
     main(replace(flags, output_dir=str(tmp_path / "run"), iterations=3))
@@ -446,7 +446,7 @@ def test_a_pair_that_is_nan_is_named(tmp_path):
 
 def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(tmp_path, monkeypatch, capsys):
     """The GPU is played by a model that holds 60 tokens at a time; the steps are those of one that holds any."""
-    real_pass, pairs, steps, held = run.sequence_logprobs, some_pairs(16), {}, [0]
+    real_pass, pairs, steps, held = train.sequence_logprobs, some_pairs(16), {}, [0]
 
     def limited(model, x, y):
         held[0] += sum(map(len, [*x, *y]))
@@ -461,21 +461,21 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(tmp_path, monk
 
     for name in ("any", "sixty"):
         if name == "sixty":
-            monkeypatch.setattr(run, "sequence_logprobs", limited)
+            monkeypatch.setattr(train, "sequence_logprobs", limited)
             monkeypatch.setattr(torch.Tensor, "backward", backward)
         steps[name] = trained(tmp_path / name, tiny_model(), pairs, torch.zeros(16, 2), per_device_train_batch_size=8)
     said = [line for line in capsys.readouterr().out.splitlines() if "out of memory" in line]
     assert 1 <= len(said) <= 10 and said[-1].endswith(("with 64 tokens at a time", "with 32 tokens at a time"))
     for a, b in zip(steps["any"], steps["sixty"], strict=True):
         assert b.pop("phase") == a.pop("phase") and b == pytest.approx(a, rel=1e-4, abs=1e-5)
-    monkeypatch.setattr(run, "sequence_logprobs", lambda model, x, y: limited(model, x * 99, y))
+    monkeypatch.setattr(train, "sequence_logprobs", lambda model, x, y: limited(model, x * 99, y))
     with pytest.raises(torch.OutOfMemoryError):  # not for ever
         trained(tmp_path / "none", tiny_model(), pairs, torch.zeros(16, 2), per_device_train_batch_size=8)
 
 
 def test_out_of_memory_after_a_backward_pass_starts_the_step_anew(tmp_path, monkeypatch):
     """What the first micro-batch has added to the gradients is not added twice."""
-    real_pass, steps, failed = run.sequence_logprobs, [], []
+    real_pass, steps, failed = train.sequence_logprobs, [], []
     flags, pairs = resolve(real("m", "d", tmp_path)), some_pairs(8)
     for fails in (False, True):
         model = tiny_model()
@@ -486,13 +486,13 @@ def test_out_of_memory_after_a_backward_pass_starts_the_step_anew(tmp_path, monk
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return real_pass(model, x, y)
 
-        monkeypatch.setattr(run, "sequence_logprobs", limited)
+        monkeypatch.setattr(train, "sequence_logprobs", limited)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
 
         def step(max_tokens, model=model, optimizer=optimizer):
             return train.train_step(model, optimizer, training_set_of(pairs, torch.zeros(8, 2)), [*range(8)], flags, max_tokens)
 
-        steps.append(run.retry_on_oom(step, 100, 20))
+        steps.append(compute.retry_on_oom(step, 100, 20))
     assert failed and steps[1][1] == 50 and steps[1][0] == pytest.approx(steps[0][0], rel=1e-4)
 
 
@@ -508,7 +508,7 @@ def test_out_of_memory_in_sampling_halves_the_batch(tmp_path, monkeypatch, capsy
         return real_sampling(*args, max_tokens=max_tokens, **settings)
 
     def sample():
-        return run.draw_samples(tiny_model(), [[5, 6], [7]], 2, flags, ends=[1], pad=0, seed=0, desc=None)
+        return compute.draw_samples(tiny_model(), [[5, 6], [7]], 2, flags, ends=[1], pad=0, seed=0, desc=None)
 
     monkeypatch.setattr(bootstrap, "sample_responses", limited)
     got = sample()
@@ -523,20 +523,20 @@ def test_out_of_memory_in_scoring_halves_the_batch_and_changes_nothing(tmp_path,
     """The GPU is played by a model that holds 90 tokens, padding included; the log-probs are those of one that holds any."""
     flags, pairs, model, room = resolve(real("m", "d", tmp_path)), some_pairs(30), tiny_model().train(), [90]
     rows = [pair.prompt for pair in pairs], [pair.chosen for pair in pairs]
-    want = run.score_rows(model, *rows, flags, "all")
+    want = compute.score_rows(model, *rows, flags, "all")
 
     def limited(module, args, kwargs):
         if kwargs["input_ids"].numel() > room[0]:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     model.model.register_forward_pre_hook(limited, with_kwargs=True)
-    got = run.score_rows(model, *rows, flags, "some")
+    got = compute.score_rows(model, *rows, flags, "some")
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     assert got.shape == (30, 2) and model.training
     assert re.search(r"again, with (64|128) tokens at a time\n$", capsys.readouterr().out)
     room[0] = 0
     with pytest.raises(torch.OutOfMemoryError):  # not for ever
-        run.score_rows(model, *rows, flags, "none")
+        compute.score_rows(model, *rows, flags, "none")
 
 
 # A run that is stopped, and goes on
