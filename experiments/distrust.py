@@ -1,29 +1,37 @@
 """How well does the margin find wrong labels? The labels that a model distrusts most, against the truth.
 
     python experiments/distrust.py            four shares of flipped labels, ten seeds; stopped, it goes on where it was
-    python experiments/distrust.py --write    run nothing: the table, anew, from results/distrust.json
+    python experiments/distrust.py --model DIR --data FILE    a model and pairs of your own: 20 % flipped, two seeds
+    python experiments/distrust.py --write    run nothing: the tables, anew, from results/distrust.json
 
-The playground, at its own β and learning rate. A pair's label is distrusted as its margin is small, under
+The playground, at its own β and learning rate; or a model of your own, on pairs taken to be labelled rightly, of which
+160 with different, short prompts are drawn, and 64 more, not flipped, to evaluate on (see MODEL).
+A pair's label is distrusted as its margin is small, under
     SeRA             the reward with which it reviews: at t = 2 that is plain DPO after one epoch, at t = 3 its ensemble
     plain DPO        the policy after one and after three epochs; the mean reward of its three policies
     robust DPO       (arXiv:2403.00409) told the true share of flipped labels, after three epochs
     cross-fitted     plain DPO on each half of the pairs, which judges the other half: no pair is judged by a policy
                      that was trained on it
-An epoch of D is 63 steps of 32 pairs, for SeRA as for the others; one of each half is as many steps together.
+An epoch of D is as many steps for SeRA as for the others; one of each half is as many steps together.
 
 Of the flipped labels: AUC, the area under the ROC curve (the share of pairs of a flipped and a right label of which the
 flipped one has the smaller margin; 0.5 by chance), and the share of flipped labels among the 1, 5 and 20 % of the pairs
-with the smallest margins. Writes results/distrust.json, and the table into README.md beside this file.
+with the smallest margins. Writes results/distrust.json, and the tables into README.md beside this file.
 """
 
 import argparse
 import json
+import math
 import os
+import random
 import re
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -41,6 +49,12 @@ from sera_min.pairs import Pair, rows_of
 
 NOISE, SEEDS, SHARES = (0.1, 0.2, 0.3, 0.4), range(10), (0.01, 0.05, 0.2)
 README = Path(__file__).parent / "README.md"
+MODEL = {  # the flags of a run on a model of one's own
+    "max_length": 128, "max_new_tokens": 32, "learning_rate": 1e-5, "max_tokens": 2048,
+    "per_device_train_batch_size": 8, "device": "cpu",
+}  # fmt: skip
+PAIRS, CLEAN, MODEL_NOISE, MODEL_SEEDS = 160, 64, (0.2,), (0, 1)
+PLAIN = {"keep": 1.0, "bootstrap": 0.0}
 
 
 def margins_of(run: train.Run, t: int, pairs: list[Pair], what: str) -> torch.Tensor:
@@ -50,29 +64,34 @@ def margins_of(run: train.Run, t: int, pairs: list[Pair], what: str) -> torch.Te
     return r[:, 0] - r[:, 1]
 
 
-def run_of(seed: int, noise: float, work: Path, preferences=playground.preferences, **flags) -> list[torch.Tensor]:
-    """Three iterations of train.py; after each, the margins of D and then those of the evaluation pairs."""
-    margins: list[torch.Tensor] = []
+@contextmanager
+def watched(margins: list[torch.Tensor]) -> Iterator[None]:
+    """While this is open, runs leave there the margins of D and then of the evaluation pairs, after each iteration."""
 
     def evaluate(run: train.Run, t: int, plain=train.evaluate) -> dict:
         if t > 0:
             of_both = ((run.offline, "pairs"), (run.held_out, "evaluation pairs"))
             margins.append(torch.cat([margins_of(run, t, *some) for some in of_both]))
-        return plain(run, t)
+        few = {name: getattr(run, name)[:2] for name in ("eval_prompts", "eval_texts")}  # answers are not looked at
+        return plain(replace(run, **few), t)
 
     with (
-        tempfile.TemporaryDirectory() as place, mock.patch.object(train, "evaluate", evaluate),
+        mock.patch.object(train, "evaluate", evaluate),
         mock.patch.multiple(report, draw_figures=lambda *_: [], events=lambda *_: None),
-        mock.patch.multiple(playground, preferences=preferences, prompts=partial(few_to_answer, playground.prompts),
+    ):
+        yield
+
+
+def run_of(seed: int, noise: float, work: Path, preferences=playground.preferences, **flags) -> list[torch.Tensor]:
+    """Three iterations of train.py in the playground: the margins of each."""
+    margins: list[torch.Tensor] = []
+    with (
+        tempfile.TemporaryDirectory() as place, watched(margins),
+        mock.patch.multiple(playground, preferences=preferences,
                             make_sft_policy=lambda seed, on: folder.load(work / f"sft-{seed}", on)),
     ):  # fmt: skip
         train.main(train.Config(device="cpu", seed=seed, label_noise=noise, output_dir=f"{place}/run", **flags))
     return margins
-
-
-def few_to_answer(plain, part: str) -> list[str]:
-    """Answers are not looked at here."""
-    return plain(part)[:16] if part == "test" else plain(part)
 
 
 def one_half(half: int, noise: float, n: int, part: str, *, seed: int, plain=playground.preferences, **_) -> list[dict]:
@@ -98,15 +117,25 @@ def measure(work: Path, seed: int, noise: float) -> dict[str, dict[str, float]]:
 def _measure(work: Path, seed: int, noise: float) -> dict[str, dict[str, float]]:
     rows = playground.preferences(2000, "train", seed=seed, label_noise=noise, length_bias=0)
     flipped, n = torch.tensor([playground.is_flipped(row) for row in rows]), len(rows)
-    alone = {"keep": 1.0, "bootstrap": 0.0}
     sera, plain, robust = (
         [margins[:n] for margins in run_of(seed, noise, work, **flags)]
-        for flags in ({}, alone, {**alone, "loss_type": "robust", "label_smoothing": noise})
+        for flags in ({}, PLAIN, {**PLAIN, "loss_type": "robust", "label_smoothing": noise})
     )
-    crossed = [torch.empty(n) for _ in plain]
-    for half in (0, 1):
-        for margins, of_run in zip(crossed, run_of(seed, noise, work, partial(one_half, half, noise), **alone)):
-            margins[1 - half :: 2] = of_run[n // 2 :]  # of the evaluation pairs, which are the other half
+    halves = [run_of(seed, noise, work, partial(one_half, half, noise), **PLAIN) for half in (0, 1)]
+    return figures_of_all(sera, plain, robust, crossed(halves, n), flipped)
+
+
+def crossed(halves: list[list[torch.Tensor]], n: int) -> list[torch.Tensor]:
+    """The margins of all n pairs, each by the policy that was trained on the other half of them, by iteration."""
+    margins = [torch.empty(n) for _ in halves[0]]
+    for half, of_half in enumerate(halves):
+        for all_pairs, of_run in zip(margins, of_half):
+            all_pairs[1 - half :: 2] = of_run[len(of_run) - len(all_pairs[1 - half :: 2]) :]  # of the evaluation pairs
+    return margins
+
+
+def figures_of_all(sera, plain, robust, crossed, flipped: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Way of judging -> its figures; each argument: the margins of D after iterations 1, 2 and 3."""
     ways = {
         "SeRA, t = 2: plain DPO after one epoch": plain[0], "SeRA, t = 3": (sera[0] + sera[1]) / 2,
         "SeRA, as t = 4 would see": (sera[1] + sera[2]) / 2,
@@ -117,43 +146,141 @@ def _measure(work: Path, seed: int, noise: float) -> dict[str, dict[str, float]]
     return {way: figures_of(margins, flipped) for way, margins in ways.items()}
 
 
-def table(done: dict[str, dict]) -> str:
+def rows_for_model(data: str, seed: int, noise: float) -> tuple[list[dict], list[dict], torch.Tensor]:
+    """PAIRS rows of D, CLEAN rows to evaluate on, none of whose prompts D has, and which of D are flipped."""
+    fields = ("instruction", "input", "chosen", "rejected")
+    read = json.loads(Path(data).read_text(encoding="utf-8"))
+    rows = {(row["instruction"], row["input"]): {name: row[name] for name in fields} for row in read}
+    usable = [row for row in rows.values() if row["chosen"] != row["rejected"] and sum(map(len, row.values())) < 600]
+    generator = random.Random(seed)
+    drawn = generator.sample(usable, PAIRS + CLEAN)
+    wrong = {*generator.sample(range(PAIRS), round(noise * PAIRS))}
+    offline = [
+        {**row, "chosen": row["rejected"], "rejected": row["chosen"]} if i in wrong else row
+        for i, row in enumerate(drawn[:PAIRS])
+    ]
+    return offline, drawn[PAIRS:], torch.tensor([i in wrong for i in range(PAIRS)])
+
+
+def runs_for_model(noise: float) -> dict[str, tuple[dict, int | None]]:
+    """Name of a run -> its flags, and which half of D it is trained on; None: all of it."""
+    robust = {**PLAIN, "loss_type": "robust", "label_smoothing": noise}
+    whole = {"SeRA": ({}, None), "plain": (PLAIN, None), "robust": (robust, None)}
+    return {**whole, "half 0": (PLAIN, 0), "half 1": (PLAIN, 1)}
+
+
+def measure_model(model: str, data: str, seed: int, noise: float, run: str) -> dict:
+    """Of each iteration the margins of D and then of the evaluation pairs, and the share of the latter above 0."""
+    offline, test, _ = rows_for_model(data, seed, noise)
+    flags, half = runs_for_model(noise)[run]
+    if half is not None:
+        offline, test = offline[half::2], offline[1 - half :: 2]
+    steps = math.ceil(len(offline) / MODEL["per_device_train_batch_size"])
+    margins: list[torch.Tensor] = []
+    with tempfile.TemporaryDirectory() as place, watched(margins):
+        for name, rows in {"train": offline, "test": test}.items():
+            Path(place, f"{name}.json").write_text(json.dumps(rows))
+        config = train.Config(
+            **MODEL, **flags, seed=seed, model_name_or_path=model, steps_per_iteration=steps,
+            dataset_name=f"{place}/train.json", eval_dataset_name=f"{place}/test.json", eval_split="train",
+            output_dir=f"{place}/run",
+        )  # fmt: skip
+        quiet(train.main, config)
+    assert all(len(some) == len(offline) + len(test) for some in margins), "a pair was dropped"
+    return {"margins": [[round(m, 4) for m in some.tolist()] for some in margins],
+            "accuracy": [(some[len(offline) :] > 0).float().mean().item() for some in margins]}  # fmt: skip
+
+
+def figures_of_model(of_model: dict[str, dict], data_flipped: dict[str, list[bool]], seed: int, noise: float) -> dict:
+    margins = {run: [torch.tensor(some) for some in of_model[f"{noise} {seed} {run}"]["margins"]]
+               for run in runs_for_model(noise)}  # fmt: skip
+    of_d = {run: [some[:PAIRS] for some in margins[run]] for run in ("SeRA", "plain", "robust")}
+    flipped = torch.tensor(data_flipped[f"{noise} {seed}"])
+    return figures_of_all(*of_d.values(), crossed([margins["half 0"], margins["half 1"]], PAIRS), flipped)
+
+
+def table(done: dict[str, dict], noises=NOISE, seeds=SEEDS) -> str:
     """Means over the seeds, and the standard deviation of the AUC."""
     rows, names = [], [f"{share:.0%}" for share in SHARES]
     for way in next(iter(done.values())):
         cells = [way]
-        for noise in NOISE:
-            of_seeds = [done[f"{noise} {seed}"][way] for seed in SEEDS]
+        for noise in noises:
+            of_seeds = [done[f"{noise} {seed}"][way] for seed in seeds]
             auc = [one["auc"] for one in of_seeds]
             found = " / ".join(f"{statistics.mean(one[name] for one in of_seeds):.2f}" for name in names)
             cells.append(f"{statistics.mean(auc):.3f} ± {statistics.stdev(auc):.3f}; {found}")
         rows.append(cells)
     return markdown(["AUC; flipped among the 1 / 5 / 20 % of the smallest margins",
-                     *(f"{noise:.0%} flipped" for noise in NOISE)], rows)  # fmt: skip
+                     *(f"{noise:.0%} flipped" for noise in noises)], rows)  # fmt: skip
 
 
-def filled(text: str, shown: str) -> str:
-    return re.sub(r"(<!-- distrust -->\n).*?(\n<!-- end -->)", lambda m: m[1] + shown + m[2], text, flags=re.DOTALL)
+def accuracy_table(of_model: dict[str, dict], noise: float) -> str:
+    """Accuracy on the evaluation pairs, whose labels are right, after each iteration: one number a seed."""
+    rows = []
+    for run in ("plain", "robust", "SeRA"):
+        by_seed = [of_model[f"{noise} {seed} {run}"]["accuracy"] for seed in MODEL_SEEDS]
+        rows.append([{"plain": "plain DPO", "robust": "robust DPO"}.get(run, run),
+                     *(" / ".join(f"{a:.3f}" for a in of_t) for of_t in zip(*by_seed))])  # fmt: skip
+    return markdown([f"accuracy, {noise:.0%} flipped in training", *(f"iteration {t}" for t in (1, 2, 3))], rows)
+
+
+def tables(saved: dict) -> dict[str, str]:
+    """By the names of README.md's blocks."""
+    shown = {"distrust": table(saved["runs"])}
+    if of_model := saved.get("model"):
+        figures = {f"{noise} {seed}": figures_of_model(of_model, saved["flipped"], seed, noise)
+                   for noise in MODEL_NOISE for seed in MODEL_SEEDS}  # fmt: skip
+        shown["distrust: model"] = table(figures, MODEL_NOISE, MODEL_SEEDS)
+        shown["distrust: accuracy"] = accuracy_table(of_model, MODEL_NOISE[0])
+    return shown
+
+
+def filled(text: str, shown: dict[str, str]) -> str:
+    for name, block in shown.items():
+        parts = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
+        text = re.sub(parts, lambda m, block=block: m[1] + block + m[2], text, flags=re.DOTALL)
+    return text
+
+
+def all_of(jobs: dict, pool: ProcessPoolExecutor, into: dict, save: Callable[[], None], desc: str) -> None:
+    """jobs: name -> what to submit. What one returns is kept under its name, and saved."""
+    running = {pool.submit(*job): name for name, job in jobs.items()}
+    for job in tqdm(as_completed(running), desc, len(running)):
+        into[running[job]] = job.result()
+        save()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--model")
+    parser.add_argument("--data")
     options, file = parser.parse_args(), RESULTS / "distrust.json"
     saved = json.loads(file.read_text()) if file.exists() else {"machines": [], "runs": {}}
-    lacking = [(seed, noise) for seed in SEEDS for noise in NOISE if f"{noise} {seed}" not in saved["runs"]]
-    if lacking and not options.write:
+
+    def save() -> None:
         saved["machines"] = sorted({*saved["machines"], machine()})
-        with tempfile.TemporaryDirectory() as place, ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
-            work, seeds = Path(place), sorted({seed for seed, _ in lacking})
+        file.with_suffix(".tmp").write_text(json.dumps(saved, sort_keys=True, indent=1) + "\n")
+        file.with_suffix(".tmp").replace(file)
+
+    with tempfile.TemporaryDirectory() as place, ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        if options.model:
+            of_model = saved.setdefault("model", {})
+            worlds = [(seed, noise) for seed in MODEL_SEEDS for noise in MODEL_NOISE]
+            saved["flipped"] = {f"{noise} {seed}": rows_for_model(options.data, seed, noise)[2].tolist()
+                                for seed, noise in worlds}  # fmt: skip
+            jobs = {f"{noise} {seed} {run}": (measure_model, options.model, options.data, seed, noise, run)
+                    for seed, noise in worlds for run in runs_for_model(noise)}  # fmt: skip
+            all_of({name: job for name, job in jobs.items() if name not in of_model}, pool, of_model, save, "runs")
+        elif not options.write:
+            work, lacking = Path(place), [(s, n) for s in SEEDS for n in NOISE if f"{n} {s}" not in saved["runs"]]
+            seeds = sorted({seed for seed, _ in lacking})
             list(pool.map(sft, [work / f"sft-{seed}" for seed in seeds], seeds))
-            jobs = {pool.submit(measure, work, seed, noise): f"{noise} {seed}" for seed, noise in lacking}
-            for job in tqdm(as_completed(jobs), "worlds", len(jobs)):
-                saved["runs"][jobs[job]] = job.result()
-                file.with_suffix(".tmp").write_text(json.dumps(saved, indent=1, sort_keys=True) + "\n")
-                file.with_suffix(".tmp").replace(file)
-    README.write_text(filled(README.read_text(), table(saved["runs"])))
-    print(table(saved["runs"]))
+            jobs = {f"{noise} {seed}": (measure, work, seed, noise) for seed, noise in lacking}
+            all_of(jobs, pool, saved["runs"], save, "worlds")
+    shown = tables(saved)
+    README.write_text(filled(README.read_text(), shown))
+    print("\n\n".join(shown.values()))
 
 
 if __name__ == "__main__":
