@@ -65,7 +65,7 @@ def all_pairs(run: Run) -> Review:
 
 
 def review(t: int, offline: list[Pair], log_prob: Callable, sample: Callable, config: Resolved) -> Review:
-    """Steps 3 to 6: the TrainingSet of π_θt, the given pairs that it leaves out, and the samples of its other pairs.
+    """Steps 3 to 6: the TrainingSet of π_θt, the given pairs that it leaves out, and the samples that it used.
 
     log_prob(i, prompts, responses, what): log π_θi(y|x) and the log-prob of its least likely token, (R, 2); i = 0 is
     the reference. `what` is the name of these rows: what was computed under a name is read, not computed again.
@@ -74,7 +74,7 @@ def review(t: int, offline: list[Pair], log_prob: Callable, sample: Callable, co
     generator = torch.Generator().manual_seed(seed_of(config.seed, t, "random"))
 
     def reward(prompts: list[Ids], responses: list[Ids], what: str) -> tuple[Tensor, Tensor, Tensor]:
-        """r̄_t(x,y), log π_ref(y|x), and the log-prob of its least likely token: (R,) each."""
+        """r̄_t(x,y), log π_ref(y|x), and the log-prob under π_ref of y's least likely token: (R,) each."""
         reference, least_likely = log_prob(0, prompts, responses, what).unbind(-1)
         lengths = torch.tensor([len(y) for y in responses])
         newest, *older = [reward_of(log_prob(i, prompts, responses, what)[:, 0], reference, lengths, config)
@@ -125,9 +125,9 @@ def rank_samples(t: int, prompts: list[Ids], sample: Callable, reward: Callable,
 def pair_samples(offline: list[Pair], samples: Samples, pick: Callable, wanted: int) -> tuple[TrainingSet, Any]:
     """Best against worst, and of these pairs those that are picked; and what was dropped."""
     rewards, ended, usable = samples.rewards.tolist(), samples.ended.tolist(), samples.usable.tolist()
-    triples, margins, dropped = best_worst_pairs(rewards, ended, samples.responses, usable)
+    triples, margins, counts = best_worst_pairs(rewards, ended, samples.responses, usable)
     taken = pick(margins, wanted)
-    return TrainingSet.bootstrapped(offline, samples, [triples[p] for p in taken], margins[taken]), dropped
+    return TrainingSet.bootstrapped(offline, samples, [triples[p] for p in taken], margins[taken]), counts
 
 
 def train_step(
@@ -138,8 +138,8 @@ def train_step(
     In micro-batches of `max_tokens` tokens: the mean is the same. Raises FloatingPointError where it is not finite.
     """
     optimizer.zero_grad()
-    pairs, reference, b = [training_set.pairs[i] for i in batch], training_set.reference[batch], len(batch)  # (b, 2)
-    r, logps = torch.empty(2, b, 2)  # (b, 2) each: chosen, rejected
+    pairs, reference, b = [training_set.pairs[i] for i in batch], training_set.reference[batch], len(batch)
+    r, logps = torch.empty(2, b, 2)  # (b, 2) each, as reference: chosen, rejected
     for some in token_batches([tokens_of(pair) for pair in pairs], max_tokens):
         r[some], logps[some] = backward(policy, [pairs[i] for i in some], reference[some], b, config, max_tokens)
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0).item()
@@ -155,17 +155,17 @@ def train_step(
 def backward(policy, pairs: list[Pair], reference: Tensor, b: int, config: Resolved, max_tokens: int) -> list[Tensor]:
     """Adds the gradient of the losses of m pairs of a batch of b. Returns their rewards and log π(y|x), (m, 2) each."""
     x, y = rows_of(pairs)  # 2m rows: chosen, rejected, chosen, …
-    # For speed, in passes of rows of like length: there is little padding.
+    # For speed, in passes of rows of like length, a quarter of the tokens each: there is little padding.
     passes = token_batches([len(prompt) + len(response) for prompt, response in zip(x, y)], max_tokens // 4)
     with amp(config.device), in_one_line("the model fails"):
         sums = [sequence_logprobs(policy, [x[i] for i in rows], [y[i] for i in rows])[0] for rows in passes]
-    by_length = torch.cat(sums).detach().requires_grad_()  # (2m,), in the order of the passes
-    order = torch.tensor([i for rows in passes for i in rows]).argsort()
+    by_length = torch.cat(sums).detach().requires_grad_()  # (2m,), a leaf: the gradient of the losses ends here
+    order = torch.tensor([i for rows in passes for i in rows]).argsort()  # back from the order of the passes
     logps = by_length[order].view(-1, 2)  # (2m,) -> (m, 2)
     r = reward_of(logps, reference.to(logps.device), lengths_of(pairs).to(logps.device), config)
-    (pair_losses(r, config).sum() / b).backward()  # as far as the log-probs
+    (pair_losses(r, config).sum() / b).backward()  # d loss / d log π(y|x), into by_length.grad
     for one, gradient in zip(sums, by_length.grad.split([len(rows) for rows in passes])):  # type: ignore[union-attr]
-        one.backward(gradient)  # and through the model, a pass at a time: one gradient of the weights in memory
+        one.backward(gradient)  # through the model, pass by pass: no second gradient of all weights in memory
     return [r.detach().cpu(), logps.detach().cpu()]
 
 
@@ -213,7 +213,7 @@ def evaluate(run: Run, t: int) -> dict[str, Any]:
         line |= {f"eval_{name}": value for name, value in metrics.items()}
     before = run.answer(0, run.eval_prompts, "reference answers")  # drawn at t = 0, read later
     answers = run.answer(t, run.eval_prompts, "answers")
-    # KL(π_θ ‖ π_ref) is the mean of log π_θ(y|x) − log π_ref(y|x) over samples y of π_θ; these are its estimate
+    # KL(π_θ ‖ π_ref), the mean over y ~ π_θ: of these answers an estimate, at --temperature 1 and --top_p 1
     logps, reference = (run.log_prob(i, run.eval_prompts, answers, f"answers-{t}")[:, 0] for i in (t, 0))  # (N,)
     line["kl"] = (logps - reference).mean().item()
     texts = run.write_answers(t, before, answers)

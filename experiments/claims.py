@@ -778,7 +778,7 @@ def sentences(runs: Runs) -> dict[str, str]:
             "With 30 % of the labels flipped, each method at its own best β: "
             f"{against_plain('main', *headline, 'cDPO, ε = 0.3', 'robust DPO, ε = 0.3')}"),
         "frontier": lambda: (
-            f"True reward two nats from the reference (95 %, seeds drawn anew): {at_kl(2, *others)}; "
+            f"True reward two nats from the reference (95 %, seeds resampled): {at_kl(2, *others)}; "
             f"eight nats from it: {at_kl(8, *others)}."
         ).replace("plain training", "plain DPO"),
         "direction": lambda: (

@@ -3,8 +3,8 @@
     for each prompt x:  y_1 … y_N ~ π_θ(t−1)(·|x),     y_w = argmax_j r̄_t(x, y_j),     y_l = argmin_j r̄_t(x, y_j)
 
 (SeRA, arXiv:2410.09362.) Sampling is one function and pairing another, so that samples may come from any engine. What
-cannot be paired is dropped and counted. Above all samples that were cut off by the length limit: do not append an end
-of sequence to them, the model never wrote it, so its log-probability means nothing.
+cannot be paired is dropped and counted, above all samples that were cut off by the length limit: do not append an end
+of sequence to them; the model never wrote it, so its log-probability means nothing.
 
 To understand the method read `sample_responses` and `best_worst_pairs`. The functions between them make sampling fast
 and exact; you may skip them.
@@ -14,8 +14,9 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from tqdm import tqdm
@@ -37,10 +38,12 @@ def sample_responses(
     device are left as they were.
     """
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    broken: list[torch.Tensor] = []  # for every token of a batch: is a row's distribution no numbers?
 
     def draw_next(_, logits: torch.Tensor) -> torch.Tensor:
         """(B, V) -> (B, V): we draw a token, and give all others −∞, so that the greedy `generate` takes it."""
         p, tokens = (logits.float() / temperature).softmax(-1), None
+        broken.append(p[:, 0].isnan().any())  # one NaN or ∞ among the logits makes all of a softmax NaN
         if top_p < 1:  # the fewest tokens that together have probability top_p
             p, tokens = p.sort(-1, descending=True)
             p = p * (p.cumsum(-1) - p < top_p)
@@ -57,6 +60,9 @@ def sample_responses(
         torch.manual_seed(seed)
         for batch in (order[start : start + size] for start in range(0, len(order), size)):
             written = continue_all(model, [prompts[i] for i in batch], n, max_new_tokens, ends, pad_token_id, draw_next)
+            if torch.stack(broken).any():  # asked once a batch: a GPU need not wait for it at every token
+                raise FloatingPointError("sampling: the model's probabilities are not finite numbers")
+            broken.clear()
             for row, tokens in enumerate(written):
                 samples[batch[row // n]].append((tokens, tokens[-1] in ends))
             bar.update(len(batch))
@@ -81,13 +87,11 @@ def draw_tokens(p: torch.Tensor) -> torch.Tensor:
     """For speed: one token a row, as likely as p (B, V) says, (B, 1), by the inverse of the distribution function.
 
     `torch.multinomial` draws a random number for every token of the vocabulary, this draws one a row. In float64: the
-    float32 sum of 100,000 probabilities loses the small ones. Raises FloatingPointError where p is not finite.
+    float32 sum of 100,000 probabilities loses the small ones. Where p is NaN it is some token.
     """
     cdf = p.cumsum(-1, dtype=torch.float64)  # (B, V)
-    if not cdf[:, -1].isfinite().all():
-        raise FloatingPointError("sampling: the model's probabilities are not finite numbers")
     u = 1 - torch.rand(len(p), 1, dtype=torch.float64, device=p.device)  # in (0, 1]: no token of probability 0
-    return torch.searchsorted(cdf, cdf[:, -1:] * u)
+    return torch.searchsorted(cdf, cdf[:, -1:] * u).clamp(max=p.shape[1] - 1)
 
 
 @torch.no_grad()
@@ -109,22 +113,43 @@ def continue_all(
     ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)  # (b·n, P)
     written: list[TokenIds] = [[] for _ in ids]
     rows = list(range(len(ids)))  # those that go on, B of them
-    for start in range(0, max_new_tokens, STRIDE):
-        stride = min(STRIDE, max_new_tokens - start)
-        read = {"input_ids": ids, "attention_mask": mask, **cache}
-        output = model.generate(**read, max_new_tokens=stride, logits_processor=[draw_next])
-        ids, cache = output.sequences, cache_of(output)  # (B, P) -> (B, P + stride)
-        for row, tokens in zip(rows, ids[:, mask.shape[1] :].tolist()):
-            end = next((j + 1 for j, token in enumerate(tokens) if token in ends), None)
-            written[row] += tokens[:end]
-        alive = [k for k, row in enumerate(rows) if written[row][-1] not in ends]
-        if not alive:
-            break
-        rows, ids = [rows[k] for k in alive], ids[alive]
-        mask = torch.cat([mask[alive], mask.new_ones(len(alive), ids.shape[1] - mask.shape[1])], 1)
-        for keys_and_values in cache.values():
-            keys_and_values.batch_select_indices(torch.tensor(alive, device=model.device))
+    with keys_like_values(cache):
+        for start in range(0, max_new_tokens, STRIDE):
+            stride = min(STRIDE, max_new_tokens - start)
+            read = {"input_ids": ids, "attention_mask": mask, **cache}
+            output = model.generate(**read, max_new_tokens=stride, logits_processor=[draw_next])
+            ids, cache = output.sequences, cache_of(output)  # (B, P) -> (B, P + stride)
+            for row, tokens in zip(rows, ids[:, mask.shape[1] :].tolist()):
+                end = next((j + 1 for j, token in enumerate(tokens) if token in ends), None)
+                written[row] += tokens[:end]
+            alive = [k for k, row in enumerate(rows) if written[row][-1] not in ends]
+            if not alive:
+                break
+            rows, ids = [rows[k] for k in alive], ids[alive]
+            mask = torch.cat([mask[alive], mask.new_ones(len(alive), ids.shape[1] - mask.shape[1])], 1)
+            for keys_and_values in cache.values():
+                keys_and_values.batch_select_indices(torch.tensor(alive, device=model.device))
     return written
+
+
+@contextmanager
+def keys_like_values(cache: dict) -> Iterator[None]:
+    """For memory and speed: meanwhile the keys of this cache are kept in the type of its values.
+
+    Under autocast rotary positions leave keys in float32, beside values in bfloat16; attention would take all of them
+    to bfloat16 again at every token, so this changes no number.
+    """
+    layers = [layer for keys_and_values in cache.values() for layer in keys_and_values.layers]
+    with ExitStack() as patches:
+        for kind in {type(layer) for layer in layers}:
+
+            def update(layer, keys, values, *args, plain=kind.update, **kwargs):
+                return plain(layer, keys.to(values.dtype), values, *args, **kwargs)
+
+            patches.enter_context(patch.object(kind, "update", update))
+        for layer in layers:
+            layer.keys = layer.keys.to(layer.values.dtype)
+        yield
 
 
 def cache_of(output) -> dict:

@@ -21,7 +21,7 @@ def amp(device: str) -> torch.autocast:
 
 
 def retry_on_oom(attempt: Callable[[int], Any], tokens: int, least: int, name: str = "") -> tuple[Any, int]:
-    """attempt(tokens) and what was enough: where memory runs out, again with half the tokens, at least `least`.
+    """Returns attempt(tokens) and the tokens that fitted: where memory runs out, again with half, not below `least`.
 
     `name` is put before what is said of an error.
     """
@@ -56,7 +56,7 @@ def score_rows(model: Any, prompts: list[Ids], responses: list[Ids], config: Res
 def draw_samples(
     model: Any, prompts: list[Ids], n: int, config: Resolved, *, ends: list[int], pad: int, seed: int, desc: str | None
 ) -> list[list[tuple[Ids, bool]]]:
-    """n samples of each prompt, by the flags. Where memory runs out they are drawn anew in smaller batches: others."""
+    """n samples of each prompt, by the flags. Where memory runs out others are drawn, in smaller batches."""
 
     def attempt(max_tokens: int) -> list[list[tuple[Ids, bool]]]:
         with amp(config.device), in_one_line("the model fails"):

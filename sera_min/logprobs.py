@@ -36,9 +36,8 @@ def body_returns(body, output) -> Iterator[None]:
 
     model(...) is head(body(...)). We give it hidden states of the body that we have already, so it runs only its head,
     and whatever else it does to logits. `forward` of the body is replaced meanwhile: use a model from one thread at a
-    time. Tried: models of PEFT, adapters on the head included, and of `torch.compile`
-    give the same numbers. DDP(static_graph=True) goes around
-    a module of yours whose forward calls this; a model inside DDP has no head that could be found.
+    time. Models of PEFT, adapters on the head included, and of `torch.compile` were tried and give the same numbers.
+    Under DDP, wrap a module of yours whose forward calls this, with static_graph=True; not the model itself.
     """
     with patch.object(body, "forward", lambda *args, **kwargs: output):
         yield
@@ -89,7 +88,7 @@ def token_logprobs(model, prompts: Sequence[TokenIds], responses: Sequence[Token
     output_type = type(output)
     del output  # (B, T, H) need not wait in memory for the backward pass
 
-    def head(h: Tensor, y: Tensor) -> Tensor:  # (r, H), (r,) -> (r,)
+    def head_logprobs(h: Tensor, y: Tensor) -> Tensor:  # (r, H), (r,) -> (r,)
         with body_returns(body, output_type(last_hidden_state=h[None])), torch.autocast(device.type, enabled=False):
             # input_ids tells only the shape: the body returns h, whatever it is given
             logits = model(input_ids=y[None], use_cache=False, return_dict=True).logits[0]  # (r, V)
@@ -102,9 +101,9 @@ def token_logprobs(model, prompts: Sequence[TokenIds], responses: Sequence[Token
     if torch.is_grad_enabled():
         # Reentrant, so that a chunk's gradient of the head is added to .grad at once: the other kind of checkpoint
         # holds two more (V, H).
-        logps = [checkpoint(head, h, y, use_reentrant=True, preserve_rng_state=False) for h, y in chunks]
+        logps = [checkpoint(head_logprobs, h, y, use_reentrant=True, preserve_rng_state=False) for h, y in chunks]
     else:
-        logps = [head(h, y) for h, y in chunks]
+        logps = [head_logprobs(h, y) for h, y in chunks]
     return torch.cat(logps).split(counts)  # (R,) -> B of (|y|,)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def dpo_loss(margin: Tensor, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
-    """−(1−ε) log σ(βm) − ε log σ(−βm): −log-probability of the label in a Bradley-Terry model, rewards βr.
+    """−(1−ε) log σ(βm) − ε log σ(−βm): cross-entropy of the smoothed label in a Bradley-Terry model of rewards βr.
 
     margin: (B,) in nats, summed rewards. ε = label_smoothing is the share of labels taken to be flipped (cDPO).
     Source: DPO, arXiv:2305.18290, eq. 7; TRL's `sigmoid`. At m = 0 it is ln 2 for every β and ε.
@@ -25,7 +25,7 @@ def dpo_loss(margin: Tensor, beta: float = 0.1, label_smoothing: float = 0.0) ->
 def robust_loss(margin: Tensor, beta: float = 0.1, label_smoothing: float = 0.0) -> Tensor:
     """[(1−ε) L(m) − ε L(−m)] / (1−2ε), where L is DPO's loss: an unbiased estimate of L on the right labels.
 
-    Unbiased, for where a share ε of the labels is flipped at random, the mean of this is the mean of L without flips.
+    If a share ε of the labels is flipped at random, its expected value is that of L on the right labels.
     margin: (B,) in nats, summed rewards. ε = label_smoothing < ½. Its minimum is −∞ where ε > 0.
     Source: robust DPO, arXiv:2403.00409; TRL's `robust`.
     """

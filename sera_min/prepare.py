@@ -25,7 +25,7 @@ def opened(flags: Config) -> Iterator[Run]:
     report.start()
     parts = read_parts(config)
     run = prepare(config, out, parts)
-    needed = 10 * sum(p.nbytes for p in run.policies.policy.parameters())  # four policies, two checkpoints of three
+    needed = 10 * sum(p.nbytes for p in run.policies.policy.parameters())  # four policies, two checkpoints
     with folder.claimed(out, values, fingerprint(parts), needed):
         if run.policies.newest() < 0:
             run.policies.put(0, run.policies.policy, run.tokenizer)
@@ -69,7 +69,7 @@ def unpacked_data(state: dict[str, Any]) -> Data:
 
 
 def prepare(config: Resolved, out: Path, parts: list[tuple[str, Rows]]) -> Run:
-    """Everything is read and checked, nothing written. Raises InputError."""
+    """Everything is read and checked; in the playground π_ref is trained. Nothing is written. Raises InputError."""
     policies = folder.Policies(out, config.model_name_or_path, config.device)
     if (newest := policies.newest()) < 0:
         policies.hold(0, *report.timed("SFT")(playground.make_sft_policy)(config.seed, config.device))

@@ -44,7 +44,7 @@ class Run(Data):
     eos_ids: list[int]  # the tokens that end a response
 
     def log_prob(self, i: int, prompts: list[Ids], responses: list[Ids], what: str) -> Tensor:
-        """log π_θi(y|x) of R rows and the log-prob of each one's least likely token, (R, 2): a phase for i and what."""
+        """log π_θi(y|x) of R rows and the log-prob of each one's least likely token, (R, 2): a phase."""
         name, desc = f"logps-{what}-under-{i}", f"score {what} under {f'policy {i}' if i else 'the reference'}"
         logps = folder.phase(
             self.out, name, lambda: score_rows(self.policies.get(i), prompts, responses, self.config, desc)
@@ -79,10 +79,10 @@ class Run(Data):
     def text(self, ids: Ids, after: Ids | None = None) -> str:
         return data.decode(self.tokenizer, ids, self.eos_ids, after)
 
-    def texts(self, pairs: list[Pair]) -> Iterator[dict[str, str]]:
+    def texts(self, some: list[Pair]) -> Iterator[dict[str, str]]:
         """Pairs as TRL reads them to the same token ids: rendered by the template, and without the EOS that it adds."""
         ends = [self.tokenizer.eos_token_id]
-        for x, *both in tqdm(pairs, "decode pairs", disable=len(pairs) < 10_000):
+        for x, *both in tqdm(some, "decode pairs", disable=len(some) < 10_000):
             chosen, rejected = data.decode_responses(self.tokenizer, x, both, ends)
             yield {"prompt": self.text(x), "chosen": chosen, "rejected": rejected}
 

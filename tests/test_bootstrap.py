@@ -99,10 +99,41 @@ def test_a_draw_is_as_likely_as_it_says_and_only_of_numbers():
         model.lm_head.weight[3] = float("nan")
     with pytest.raises(FloatingPointError, match="probabilities are not finite"):
         sample(model, [[5, 6]])
-    for column in range(3):
-        p = torch.tensor([[0.5, 0.25, 0.25]]).index_fill(1, torch.tensor([column]), float("nan"))
-        with pytest.raises(FloatingPointError):
-            bootstrap.draw_tokens(p)
+    with torch.no_grad():  # one prompt of two, in the batch of the other: its second token has no numbers
+        model = tiny_model()
+        model.get_input_embeddings().weight[6] = float("inf")
+    with pytest.raises(FloatingPointError, match="probabilities are not finite"):
+        sample(model, [[5, 6], [5, 7]])
+    p = torch.tensor([[float("nan")] * 3, [0.0, 1.0, 0.0]])
+    assert 0 <= bootstrap.draw_tokens(p)[0] < 3 and bootstrap.draw_tokens(p)[1] == 1  # and no other row is touched
+
+
+def test_the_check_of_the_draws_is_made_once_a_batch(monkeypatch):
+    """At every token a GPU would have to wait for it."""
+    asked = []
+    monkeypatch.setattr(torch, "stack", lambda parts, *a, real=torch.stack: (asked.append(len(parts)), real(parts, *a))[1])
+    sample(tiny_model(), [[5, 6], [7], [8, 9]], max_new_tokens=6, max_tokens=16, eos_token_id=99)  # a batch each
+    assert asked == [6, 6, 6]
+
+
+def test_keys_are_cached_in_the_type_of_the_values_and_no_draw_changes(monkeypatch):
+    model, kinds = tiny_model(), []
+
+    def draw() -> list:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return sample(model, [[5, 6, 7], [8, 9]], n=3, max_new_tokens=40, eos_token_id=99)
+
+    def watched(output, real=bootstrap.cache_of):
+        cache = real(output)
+        kinds.extend((layer.keys.dtype, layer.values.dtype) for one in cache.values() for layer in one.layers)
+        return cache
+
+    monkeypatch.setattr(bootstrap, "cache_of", watched)
+    with_cast = draw()
+    of_prompts, *others = kinds[:: model.config.num_hidden_layers]
+    assert of_prompts == (torch.float32, torch.bfloat16) and {*others} == {(torch.bfloat16, torch.bfloat16)}
+    monkeypatch.setattr(bootstrap, "keys_like_values", lambda cache: nullcontext())
+    assert draw() == with_cast and kinds[-1] == (torch.float32, torch.bfloat16)
 
 
 def test_a_draw_is_made_where_the_probabilities_are():
