@@ -17,7 +17,23 @@ from sera_min.pairs import Ids
 
 def amp(device: str) -> torch.autocast:
     """Weights stay float32; on a GPU products are bfloat16. End it before a step: it keeps copies of the weights."""
-    return torch.autocast(device, dtype=torch.bfloat16, enabled=device == "cuda")
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=has_bfloat16(device))
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether `device` is a GPU that multiplies in bfloat16: of NVIDIA's those since Ampere (A100, RTX 30)."""
+    if torch.device(device).type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def set_precision(device: str) -> None:
+    """On a GPU the head's float32 products, which are in no autocast, are TF32: as exact as 10 bits, and fast."""
+    if torch.device(device).type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = True
+        if not has_bfloat16(device):
+            print(f"{torch.cuda.get_device_name(device)} has no bfloat16: all products are float32, which is slow")
 
 
 def retry_on_oom(attempt: Callable[[int], Any], tokens: int, least: int, name: str = "") -> tuple[Any, int]:
@@ -65,8 +81,9 @@ def draw_samples(
                 top_p=config.top_p, eos_token_id=ends, pad_token_id=pad, seed=seed, max_tokens=max_tokens, desc=desc,
             )  # fmt: skip
 
+    cache = bootstrap.CACHE_TOKENS[torch.device(config.device).type]
     least = n * (config.max_prompt_length + config.max_new_tokens)  # longest prompts come first: it fails at once
-    return retry_on_oom(attempt, bootstrap.CACHE_TOKENS[config.device], least, f"{desc or 'sampling'}: ")[0]
+    return retry_on_oom(attempt, cache, least, f"{desc or 'sampling'}: ")[0]
 
 
 def take_step(optimizer: torch.optim.Optimizer) -> None:
@@ -80,12 +97,13 @@ def take_step(optimizer: torch.optim.Optimizer) -> None:
 
 def check_memory(policy: Any, device: str) -> None:
     """The GPU holds what training needs beside the activations. Raises InputError."""
-    if device != "cuda":
+    if torch.device(device).type != "cuda":
         return
     count = sum(p.numel() for p in policy.parameters())
-    needed, there = 18 * count / 1e9, torch.cuda.get_device_properties(policy.device).total_memory / 1e9
+    each = 18 if has_bfloat16(device) else 16  # bytes
+    needed, there = each * count / 1e9, torch.cuda.get_device_properties(policy.device).total_memory / 1e9
     if needed > there:
-        parts = "18 bytes each: weight, gradient, AdamW's two moments, bfloat16 copy"
+        parts = f"{each} bytes each: weight, gradient, AdamW's two moments{', bfloat16 copy' * (each == 18)}"
         raise InputError(f"training {count / 1e9:.1f} billion parameters needs {needed:.0f} GB ({parts}) and room for "
                          f"activations; the GPU has {there:.0f} GB. Take a smaller model, or experiments/with_trl.py "
                          "on several GPUs with FSDP")  # fmt: skip

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 import signal
 import sys
 import zlib
@@ -15,7 +16,7 @@ import transformers
 from transformers import HfArgumentParser
 
 from sera_min import playground
-from sera_min.forms import InputError
+from sera_min.forms import InputError, Paused
 from sera_min.losses import LOSSES
 
 
@@ -74,6 +75,9 @@ class Config:
         0.0, "ours: a sample is never paired if its least likely token under π_ref is below this quantile of the same "
         "over D's responses; 0.01 keeps out broken text")  # fmt: skip
 
+    pause_before_sampling: bool = flag(
+        False, "stop where samples are due, for another engine to write them (experiments/sample_with_vllm.py)"
+    )
     label_smoothing: float = flag(0.0, "ε, dpo and robust: the share of labels that the loss expects to be flipped")
     epochs_per_iteration: int = flag(1, "epochs over an iteration's pairs")
     steps_per_iteration: int | None = flag(None, "this many optimizer steps an iteration, whatever K and K̃")
@@ -81,7 +85,7 @@ class Config:
     max_tokens: int = flag(16384, "tokens in memory at a time, in training and scoring: lower it if memory runs out")
     gradient_checkpointing: bool = flag(False, "recompute activations in backward: less memory, a third more time")
     save_steps: int = flag(500, "steps between checkpoints within an iteration; its end is always saved")
-    device: str | None = flag(None, "cuda or cpu (cuda where there is one)")
+    device: str | None = flag(None, "cuda, cuda:1 or cpu (cuda where there is one)")
     seed: int = flag(0, "of the order of pairs, sampling, the held-out prompts and the playground")
 
     label_noise: float = flag(0.3, "share of flipped labels")
@@ -117,7 +121,7 @@ RANGES = [  # flags, where they are given: names, check, what it expects
     ("label_smoothing", lambda v: 0 <= v < 0.5, "at least 0 and below 0.5"),
     ("loss_type", LOSSES.__contains__, "one of " + ", ".join(LOSSES)),
     ("select", ("margin", "random").__contains__, "margin or random"),
-    ("device", ("cpu", "cuda").__contains__, "cpu or cuda"),
+    ("device", lambda v: re.fullmatch(r"cpu|cuda(:\d+)?", v), "cpu, cuda, or cuda:1 for the second GPU"),
 ]  # fmt: skip
 
 
@@ -152,6 +156,7 @@ def refuse_contradictions(flags: Config, c: Resolved) -> None:
     def same(folder: str, *others: str) -> bool:
         return Path(folder).resolve() in [Path(other).resolve() for other in others]
 
+    gpu = int(c.device.partition(":")[2] or 0) if c.device.startswith("cuda") else -1
     for wrong, message in [
         (c.keep + c.bootstrap == 0, "--keep and --bootstrap are both 0: nothing would be left to train on"),
         (c.max_length <= c.max_prompt_length, "--max_length is not above --max_prompt_length: no room for a response"),
@@ -176,9 +181,11 @@ def refuse_contradictions(flags: Config, c: Resolved) -> None:
         (changed("steps_per_iteration") and changed("epochs_per_iteration"),
          "--steps_per_iteration and --epochs_per_iteration: give one of them"),
         (c.token_floor > 0 and c.bootstrap == 0, "--token_floor is for bootstrapped pairs, and --bootstrap is 0"),
+        (c.pause_before_sampling and (c.bootstrap == 0 or c.iterations == 1),
+         "--pause_before_sampling: nothing is sampled where --bootstrap is 0 or --iterations is 1"),
         (flags.resume_from_checkpoint is not None and not same(flags.output_dir, c.output_dir, Config.output_dir),
          "--output_dir: a run that is resumed stays where it is"),
-        (c.device == "cuda" and not torch.cuda.is_available(), "--device is cuda, and there is no CUDA GPU"),
+        (gpu >= torch.cuda.device_count(), f"--device is {c.device}: torch sees {torch.cuda.device_count()} CUDA GPUs"),
     ]:  # fmt: skip
         if wrong:
             raise InputError(message)
@@ -222,6 +229,8 @@ def command_line(main: Callable[[Config], Any], description: str | None, argumen
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(flags)
+    except Paused as pause:
+        print(pause)
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     except FloatingPointError as error:

@@ -10,6 +10,8 @@
       state/                         until the run ends
         policy-<t>/                  π_θt, of the last two iterations (and π_θ0, where the run made it)
         steps-<t>.jsonl              the lines of metrics.jsonl that its training wrote
+        prompts-<t>.json             with --pause_before_sampling: what another engine is asked to sample,
+        samples-<t>.jsonl            and what it wrote, see `read_samples` in run.py
         checkpoint-<t>-<step>/       within the training of π_θt: policy, optimizer, lines so far
         <name>.pt                    what another phase returned: data, log-probs, samples, evaluations
 
@@ -31,7 +33,8 @@ import torch
 from sera_min.forms import InputError
 from sera_min.models import load
 
-MAY_CHANGE = {"output_dir", "max_tokens", "gradient_checkpointing", "save_steps"}  # at a resume: nothing but rounding
+# at a resume: nothing but rounding comes of it
+MAY_CHANGE = {"output_dir", "max_tokens", "gradient_checkpointing", "save_steps", "pause_before_sampling"}
 
 
 def check(out: Path, config: dict[str, Any], resume: bool) -> None:

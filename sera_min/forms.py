@@ -43,6 +43,10 @@ class InputError(ValueError):
     """What the user gave is not as expected. The message is one line: where, and what was expected."""
 
 
+class Paused(Exception):
+    """The run ends here, and goes on when another program has done its part. The message says what and how."""
+
+
 class Unusable(Exception):
     """A row of a right form that is no pair to train on: it is dropped, and counted under this message."""
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sera_min import data, folder, pairs, playground, report
-from sera_min.compute import check_memory
+from sera_min.compute import check_memory, set_precision
 from sera_min.config import Config, Resolved, resolve
 from sera_min.files import Rows, fingerprint, read_rows
 from sera_min.forms import InputError
@@ -86,6 +86,7 @@ def prepare(config: Resolved, out: Path, parts: list[tuple[str, Rows]]) -> Run:
         read = encode_parts(config, tokenizer, ends, parts)
     if newest < 1:
         check_before_training(policy, read.offline[0], ends, config.gradient_checkpointing)
+    set_precision(config.device)  # after the check, which is in float32
     return Run(config, out, policies, tokenizer, ends, **vars(read))
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from sera_min import data, folder, pairs, playground, report
 from sera_min.compute import draw_samples, score_rows
 from sera_min.config import Resolved, seed_of
-from sera_min.forms import InputError
+from sera_min.forms import InputError, Paused
 from sera_min.models import pad_id_of
 from sera_min.pairs import Ids, Pair, Review, Samples, TrainingSet
 
@@ -53,17 +53,40 @@ class Run(Data):
         return logps
 
     def sample(self, i: int, prompts: list[Ids]) -> list[list[tuple[Ids, bool]]]:
-        """N responses a prompt from π_θi, for the review of iteration i + 1: a phase."""
+        """N responses a prompt from π_θi, for the review of iteration i + 1: a phase, or what another engine wrote."""
         n, t = self.config.samples_per_prompt, i + 1
-        *packed, ended = folder.phase(
-            self.out, f"samples-{t}", lambda: pack_samples(self.draw(i, prompts, n, t, "samples"))
-        )
+        given = self.out / "state" / f"samples-{t}.jsonl"
+
+        def compute() -> tuple[Tensor, Tensor, Tensor]:
+            if given.exists():
+                return pack_samples(read_samples(given, prompts, self.sampling_request(i, prompts)))
+            if self.config.pause_before_sampling:
+                self.pause(t, self.sampling_request(i, prompts))
+            return pack_samples(self.draw(i, prompts, n, t, "samples"))
+
+        *packed, ended = folder.phase(self.out, f"samples-{t}", compute)
         if (cut_off := 1 - ended.float().mean().item()) > 0.5:
             limit = f"--max_new_tokens {self.config.max_new_tokens}"
             print(f"iteration {t}: {cut_off:.0%} of the samples reach {limit} without an end, and cannot be paired: "
                   "a larger one uses more of them")  # fmt: skip
         samples = list(zip(pairs.unpack(*packed), ended.tolist()))  # P·n
         return [samples[first : first + n] for first in range(0, len(samples), n)]
+
+    def sampling_request(self, i: int, prompts: list[Ids]) -> dict[str, Any]:
+        """What another engine has to know to sample as we would."""
+        names = ("samples_per_prompt", "max_new_tokens", "temperature", "top_p")
+        flags = {name: getattr(self.config, name) for name in names}
+        seed = seed_of(self.config.seed, i + 1, "samples")
+        return {"policy": f"policy-{i}", **flags, "eos_token_ids": self.eos_ids, "seed": seed, "prompts": prompts}
+
+    def pause(self, t: int, request: dict[str, Any]) -> None:
+        file = self.out / "state" / f"prompts-{t}.json"
+        folder.write(file, json.dumps(request) + "\n")
+        raise Paused(
+            f"paused: iteration {t} needs {request['samples_per_prompt']} samples of each prompt in {file}, in "
+            f"{file.with_name(f'samples-{t}.jsonl')}: python experiments/sample_with_vllm.py {self.out}\n"
+            f"to go on: the same command with --resume_from_checkpoint {self.out}"
+        )
 
     def answer(self, i: int, prompts: list[Ids], phase: str) -> list[Ids]:
         """One response a prompt from π_θi: a phase."""
@@ -161,6 +184,35 @@ def batches_of(n: int, t: int, config: Resolved) -> list[list[int]]:
     steps = config.steps_per_iteration or config.epochs_per_iteration * math.ceil(n / size)
     epochs = math.ceil(steps / math.ceil(n / size))
     return [b.tolist() for _ in range(epochs) for b in torch.randperm(n, generator=generator).split(size)][:steps]
+
+
+def read_samples(file: Path, prompts: list[Ids], asked: dict[str, Any]) -> list[list[tuple[Ids, bool]]]:
+    """Another engine's samples: a JSON object a line, of each prompt in order, with all ids as the engine had them:
+
+        {"prompt": [ids], "responses": [[ids], …], "finish_reasons": ["stop" or "length", …]}
+
+    A response that stopped has the end of sequence that it stopped at, another has none. Raises InputError.
+    """
+    rows, n, ends = folder.read_jsonl(file), asked["samples_per_prompt"], set(asked["eos_token_ids"])
+    if len(rows) != len(prompts):
+        raise InputError(f"{file}: {len(rows)} lines, expected one for each of the {len(prompts)} prompts")
+    samples = []
+    for number, (row, x) in enumerate(zip(rows, prompts), 1):
+        where = f"{file}, line {number}"
+        if not isinstance(row, dict) or row.get("prompt") != x:
+            raise InputError(f"{where}: prompt is not the ids of this prompt in prompts-*.json")
+        responses, reasons = row.get("responses"), row.get("finish_reasons")
+        if not (isinstance(responses, list) and isinstance(reasons, list) and len(responses) == len(reasons) == n):
+            raise InputError(f"{where}: expected {n} responses and {n} finish_reasons")
+        for y, reason in zip(responses, reasons):
+            if not (isinstance(y, list) and y and all(type(token) is int and token >= 0 for token in y)):
+                raise InputError(f"{where}: responses: expected lists of token ids")
+            if len(y) > (limit := asked["max_new_tokens"]):
+                raise InputError(f"{where}: responses: one has {len(y)} tokens, --max_new_tokens is {limit}")
+            if (reason == "stop") != (y[-1] in ends) or ends & {*y[:-1]}:
+                raise InputError(f"{where}: responses: one of eos_token_ids ends those that stopped, and only those")
+        samples.append([(y, reason == "stop") for y, reason in zip(responses, reasons)])
+    return samples
 
 
 def pack_samples(samples: list[list[tuple[Ids, bool]]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 import json
 import weakref
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicLayer
 
-from sera_min.compute import check_memory
 from sera_min.files import is_lfs_pointer
 from sera_min.forms import InputError
 from sera_min.logprobs import score, sequence_logprobs
@@ -247,16 +245,3 @@ def test_a_row_is_scored_alike_beside_a_long_one(make):
     together = score(model, *rows, max_tokens=999)[0]
     alone = torch.cat([score(model, [x], [y], max_tokens=999)[0] for x, y in zip(*rows)])
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-4)
-
-
-def test_what_does_not_fit_the_gpu_is_refused_at_the_start(monkeypatch):
-    model = tiny_model()
-    needed = 18 * sum(p.numel() for p in model.parameters())
-    for there, fits in ((needed, True), (needed - 1, False)):
-        of_gpu = SimpleNamespace(total_memory=there)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, of_gpu=of_gpu: of_gpu)
-        check_memory(model, "cpu")
-        if fits:
-            check_memory(model, "cuda")
-    with pytest.raises(InputError, match=r"needs 0 GB .* room for activations; the GPU has 0 GB. Take a smaller model"):
-        check_memory(model, "cuda")
