@@ -3,6 +3,7 @@
     python experiments/bench.py                        all parts, on the CUDA GPU if there is one, else on the CPU
     python experiments/bench.py --parts fair score     some of them
     python experiments/bench.py --shape 1.1B           a model of that shape, with random weights
+    python experiments/bench.py --parts precision --model DIR --data FILE    what bfloat16 costs, on a real model
 
 Both sides take their steps in turn, A B A B …, from the same weights, on the same pairs in the same order. A rate is
 real (unpadded) tokens by the median of the timed steps. Peak memory is a fresh process's: how far it grows above the
@@ -45,6 +46,9 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 import train
 from sera_min import bootstrap, compute, folder, logprobs, report
 from sera_min.config import Resolved, resolve
+from sera_min.data import encode
+from sera_min.files import read_rows
+from sera_min.models import eos_ids_of, load
 from sera_min.pairs import Pair, TrainingSet, rows_of
 
 SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, vocabulary
@@ -578,6 +582,62 @@ def ablation_part(shape: str, repeats: int) -> list[tuple]:
     return rows + ratios("sampling", seconds, {})
 
 
+def precision_part(model: str | None, data: str | None) -> list[tuple]:
+    """Log-probs and margins of 64 pairs under bfloat16 against float32: with train.py's float32 head, and without it.
+
+    The margins are those after four steps of 16 pairs. Once the model's weights are numbers of bfloat16, as most models
+    are published: a step that is smaller than half the distance to the next such number rounds back to nothing, in
+    bfloat16. And once they are no such numbers, as after much training.
+    """
+    if model is None or data is None:
+        sys.exit("error: --parts precision needs --model and --data")
+    policy, tokenizer = load(model, DEVICE)
+    limits = {"eos_ids": eos_ids_of(policy, tokenizer), "max_length": 256, "max_prompt_length": 128}
+    pairs = encode(read_rows(data, "train", 80), tokenizer, name=data, **limits)[0][:64]
+    tokens = statistics.mean(len(y) for pair in pairs for y in (pair.chosen, pair.rejected))
+    rows: list[tuple] = []
+    for weights in ("published in bfloat16", "between its numbers"):
+        with torch.no_grad():
+            for p in policy.parameters():
+                p.copy_(p.bfloat16() if "published" in weights else p * (1 + 1e-3 * torch.randn_like(p)))
+        before = logps_by_precision(policy, pairs)
+        rows.append((f"{weights}: log π(y|x), {tokens:.0f} tokens: noise, nats", *noise(before), None))
+        for rate in (1e-6, 1e-5):
+            ours = Ours(copy.deepcopy(policy), pairs, replace(settings(), learning_rate=rate))
+            for _ in range(len(pairs) // PAIRS):
+                ours.step()
+            after = logps_by_precision(ours.model, pairs)
+            margins = {side: (after[side] - before[side]) @ torch.tensor([1.0, -1.0]) for side in after}
+            what = f"{weights}: margins of ± {margins['float32'].std().item():.2g} nats after four steps at {rate:g}"
+            rows += [(f"{what}: noise, nats", *noise(margins), None),
+                     (f"{what}: rank correlation with float32's", *rank_correlations(margins), None)]  # fmt: skip
+    return rows
+
+
+def logps_by_precision(policy, pairs: list[Pair]) -> dict[str, torch.Tensor]:  # (N, 2) each
+    """In float32; as train.py has it on a GPU; and with the head under autocast too."""
+    x, y = rows_of(pairs)
+    bfloat16 = torch.autocast(DEVICE, dtype=torch.bfloat16)
+    no_exception = mock.patch.object(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+    results = {}
+    for name, contexts in {"float32": [], "ours": [bfloat16], "other": [bfloat16, no_exception]}.items():
+        with contextlib.ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context)
+            results[name] = logprobs.score(policy, x, y, max_tokens=MAX_TOKENS)[0].view(-1, 2)
+    return results
+
+
+def noise(values: dict[str, torch.Tensor]) -> list[float]:
+    """Standard deviation of what is added to float32's, with the float32 head and without it."""
+    return [(values[side] - values["float32"]).std().item() for side in ("ours", "other")]
+
+
+def rank_correlations(margins: dict[str, torch.Tensor]) -> list[float]:
+    ranks = {side: m.argsort().argsort().double() for side, m in margins.items()}
+    return [torch.corrcoef(torch.stack([ranks[side], ranks["float32"]]))[0, 1].item() for side in ("ours", "other")]
+
+
 def ratios(what: str, seconds: dict[str, list[float]], grew: dict[str, float]) -> list[tuple]:
     return [(f"{what}: {name}", None, grew.get(name), median([b / a for a, b in zip(seconds["ours"], s)]))
             for name, s in seconds.items() if name != "ours"]  # fmt: skip
@@ -602,6 +662,9 @@ def table(results: dict) -> str:
         if part == "ablation":
             lines += ["", "| without the trick | time, ours 1 | peak memory growth, ours 1 |", "|---|--:|--:|"]
             lines += [f"| {name} | {cell(ratio)} | {cell(grew)} |" for name, _, grew, ratio in rows]
+        elif part == "precision":
+            lines += ["", "| bfloat16 against float32 | float32 head (ours) | bfloat16 head |", "|---|--:|--:|"]
+            lines += [f"| {name} | {ours:.2f} | {other:.2f} |" for name, ours, other, _ in rows]
         else:
             lines += ["", "| measured | ours | other | ratio |", "|---|--:|--:|--:|"]
             lines += [f"| {name} | {cell(ours)} | {cell(other)} | {cell(ratio)} |" for name, ours, other, ratio in rows]
@@ -613,12 +676,15 @@ PARTS = {
     "score": lambda a: score_part(a.shape, 5), "sample": lambda a: sample_part(a.shape, 2),
     "iteration": lambda a: iteration_part(a.shape), "growth": lambda a: growth_part(a.shape),
     "checkpoints": lambda a: checkpoint_part(a.shape), "ablation": lambda a: ablation_part(a.shape, 5),
+    "precision": lambda a: precision_part(a.model, a.data),
 }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="all of them")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS)[:-1], help="all but precision")
+    parser.add_argument("--model", help="of precision: a model folder")
+    parser.add_argument("--data", help="of precision: preferences, as train.py reads them")
     parser.add_argument("--shape", choices=SHAPES, default="135M" if DEVICE == "cuda" else "small")
     parser.add_argument("--steps", type=int, default=20, help="timed train steps of each side, after 5 of warm-up")
     arguments = parser.parse_args()

@@ -771,7 +771,7 @@ def sentences(runs: Runs) -> dict[str, str]:
         found = {method: frontier_at(frontier(runs, method), kl, sft_rewards(runs)) for method in methods}
         return ", ".join(f"{method} {at[1]:.2f} [{at[0]:.2f}, {at[2]:.2f}]" for method, at in found.items() if at)
 
-    others = "plain training", "robust DPO, ε = 0.3", "selection only", "SeRA", "SeRA + both remedies"
+    others = "plain training", "selection only", "SeRA"
     headline, right = ("SeRA", "selection only", "SeRA + both remedies"), "bootstrap/precision"
     return made({
         "headline": lambda: (

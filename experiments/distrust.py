@@ -237,8 +237,8 @@ def tables(saved: dict) -> dict[str, str]:
 
 def filled(text: str, shown: dict[str, str]) -> str:
     for name, block in shown.items():
-        parts = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
-        text = re.sub(parts, lambda m, block=block: m[1] + block + m[2], text, flags=re.DOTALL)
+        parts = rf"(<!-- {name} -->\n).*?\n?(<!-- end -->)"
+        text = re.sub(parts, lambda m, block=block: m[1] + block + "\n" + m[2], text, flags=re.DOTALL)
     return text
 
 

@@ -46,7 +46,7 @@ from trl import DPOConfig, DPOTrainer
 
 from sera_min import data, folder, report
 from sera_min.bootstrap import read_responses
-from sera_min.compute import draw_samples, retry_on_oom
+from sera_min.compute import draw_samples, retry_on_oom, set_precision
 from sera_min.config import Config, Resolved, flag, resolve, seed_of
 from sera_min.files import in_one_line, read_rows
 from sera_min.forms import InputError
@@ -218,6 +218,7 @@ def main(flags: Any, args: DPOConfig) -> None:
     print(f"data: {format_counts(counts)}\n{PartialState().num_processes} processes; iterations {first} to {last}")
     if first == 1:
         check_before_training(policies.get(0), offline[0], ends)
+    set_precision(policies.device)
     run = SharedRun(config, out, policies, tokenizer, ends, args, offline=offline, offline_rows=numbers)
     if flags.samples:
         refuse(first == 1, f"--samples: nothing is reviewed before iteration 2; {policies.folder(1)} is missing")

@@ -72,7 +72,7 @@ def sample_responses(
 @contextmanager
 def only_our_settings(model, ends: list[int], pad: int) -> Iterator[None]:
     """In eval mode, and without the model's `generation_config`, whose default top_k = 50 changes the distribution."""
-    before, was_training = model.generation_config, model.training
+    before, modes = model.generation_config, [(part, part.training) for part in model.modules()]
     model.generation_config = type(before)(do_sample=False, repetition_penalty=1.0, num_beams=1, eos_token_id=ends,
                                            pad_token_id=pad, return_dict_in_generate=True)  # fmt: skip
     model.eval()
@@ -80,7 +80,8 @@ def only_our_settings(model, ends: list[int], pad: int) -> Iterator[None]:
         yield
     finally:
         model.generation_config = before
-        model.train(was_training)
+        for part, mode in modes:
+            part.training = mode
 
 
 def draw_tokens(p: torch.Tensor) -> torch.Tensor:

@@ -154,7 +154,7 @@ def score(
     Returns CPU tensors in the rows' order: float32 (N,) sums in nats, int64 (N,) counts. `desc` shows a progress bar.
     of: what to make of a response's (|y|,) token log-probs instead of their sum, such as `sum_and_least`: (N, …).
     """
-    was_training, limit = model.training, rope_limit(model.config)
+    modes, limit = [(part, part.training) for part in model.modules()], rope_limit(model.config)
     lengths = [len(x) + len(y) for x, y in zip(prompts, responses, strict=True)]
     model.eval()
     batches = token_batches([n if n <= limit else max(n, max_tokens) for n in lengths], max_tokens)  # beyond: alone
@@ -164,7 +164,8 @@ def score(
             rows = token_logprobs(model, [prompts[i] for i in batch], [responses[i] for i in batch])
             parts.append(torch.stack([of(row) for row in rows]))
     finally:
-        model.train(was_training)
+        for part, mode in modes:  # not model.train(): a part of yours may be frozen in eval mode
+            part.training = mode
     results = torch.empty(len(prompts), *of(torch.zeros(1)).shape)  # (N, …)
     if parts:
         results[[i for batch in batches for i in batch]] = torch.cat(parts).cpu()  # back to the rows' order

@@ -12,7 +12,7 @@ from sera_min.folder import read_jsonl
 
 IsFlipped = Callable[[dict], bool] | None  # whether a row's label is wrong; None where nobody knows
 SHOWN = 400  # characters of a text; of a longer one its beginning and its end
-COLOURS = {"right label": "#0072B2", "flipped label": "#E69F00", "kept": "#0072B2", "not kept": "#BBBBBB"}
+COLOURS = {"right label": "#0072B2", "flipped label": "#E69F00", "kept": "#009E73", "not kept": "#BBBBBB"}
 
 
 class Seen(NamedTuple):
@@ -84,9 +84,11 @@ def describe(seen: Seen, summary: str, prompts: dict[int, str], is_flipped: IsFl
 
 
 def block(parts: dict[str, str]) -> list[str]:
-    """Texts as code, which Markdown leaves as they are, each line after its name."""
+    """Texts as code, which Markdown leaves as they are, each after its name."""
     width = max(map(len, parts))
-    return [f"    {name:>{width}}: {line}" for name, text in parts.items() for line in shortened(text).split("\n")]
+    named = [(name, shortened(text).split("\n")) for name, text in parts.items()]
+    return [f"    {name if first else '':>{width}}{':' if first else ' '} {line}"
+            for name, lines in named for first, line in zip([True] + [False] * len(lines), lines)]  # fmt: skip
 
 
 def shortened(text: str) -> str:
@@ -105,17 +107,19 @@ def draw(figure: Any, reviews: list[Seen], is_flipped: IsFlipped) -> None:
             labels = [(pair["margin"], is_flipped(pair)) for pair in seen.given()]
             groups = {name: [m for m, wrong in labels if wrong == flipped]
                       for name, flipped in {"right label": False, "flipped label": True}.items()}  # fmt: skip
-        histogram(given_axes, groups, kept, dropped, f"iteration {seen.t}: all given pairs")
+        histogram(given_axes, groups, kept, dropped, f"iteration {seen.t}", "given pairs")
         taken = {pair["row"] for pair in seen.bootstrapped}
         kept = [margin for row, margin in seen.sampled.items() if row in taken]
         dropped = [margin for row, margin in seen.sampled.items() if row not in taken]
-        title = f"iteration {seen.t}: best against worst sample"
-        histogram(sampled_axes, {"kept": kept, "not kept": dropped}, kept, dropped, title)
+        groups = {"kept": kept, "not kept": dropped}
+        histogram(sampled_axes, groups, kept, dropped, f"iteration {seen.t}", "pairs of own samples")
     for axes in (above[0], below[0]):
         axes.set_ylabel("pairs")
 
 
-def histogram(axes: Any, groups: dict[str, list[float]], kept: list[float], dropped: list[float], title: str) -> None:
+def histogram(
+    axes: Any, groups: dict[str, list[float]], kept: list[float], dropped: list[float], iteration: str, pairs: str
+) -> None:
     """Of the groups, one upon the other; a line at the smallest margin that was kept, where none above it was not."""
     colours, values = [COLOURS[name] for name in groups], kept + dropped or [0.0]
     low, high = min(values), max(values)
@@ -123,10 +127,11 @@ def histogram(axes: Any, groups: dict[str, list[float]], kept: list[float], drop
     edge = min(kept) if is_cut else low  # so that no bar has pairs on both sides of the cut
     width = (high - low) / min(50, len(values)) or 1.0
     edges = [edge + k * width for k in range(math.floor((low - edge) / width), math.ceil((high - edge) / width) + 2)]
-    axes.hist(list(groups.values()), bins=edges, stacked=True, color=colours, label=list(groups))
+    labels = [f"{name}: {len(margins)}" for name, margins in groups.items()]
+    axes.hist(list(groups.values()), bins=edges, stacked=True, color=colours, label=labels)
     if is_cut:
         axes.axvline(edge, color="black", linestyle="--", label="kept: right of it")
-    axes.set_ylim(top=1.5 * axes.get_ylim()[1])  # room for the legend
-    axes.set_title(title, fontsize="medium")
+    axes.set_ylim(top=1.4 * axes.get_ylim()[1])  # room for the legend
+    axes.set_title(f"{iteration}: {len(kept)} of {len(kept) + len(dropped)} {pairs} kept", fontsize="medium")
     axes.set_xlabel("implicit reward margin, nats")
     axes.legend(fontsize="small")

@@ -1,5 +1,6 @@
 """How well margins find wrong labels: what experiments/distrust.py measures is what it says."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -25,3 +26,26 @@ def test_each_half_is_judged_by_the_policy_of_the_other():
     for half in (0, 1):
         parts = [distrust.one_half(half, 0.3, 512, part, seed=3, label_noise=0, length_bias=0) for part in ("train", "test")]
         assert parts == [rows[half::2], rows[1 - half :: 2]]
+
+
+def test_the_tables_in_the_readme_are_those_of_the_results():
+    text = distrust.README.read_text()
+    shown = distrust.tables(json.loads((distrust.RESULTS / "distrust.json").read_text()))
+    assert shown.keys() == {"distrust", "distrust: model", "distrust: accuracy"}
+    for name, block in shown.items():
+        assert f"<!-- {name} -->\n{block}\n<!-- end -->" in text
+    assert distrust.filled(text, shown) == text
+
+
+def test_pairs_of_one_s_own_are_flipped_as_many_as_said_and_crossed(tmp_path):
+    rows = [{"instruction": f"Say {i}", "input": "", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(300)]
+    (tmp_path / "d.json").write_text(json.dumps([*rows, rows[0], {**rows[1], "instruction": "same", "rejected": "yes 1"}]))
+    offline, test, flipped = distrust.rows_for_model(str(tmp_path / "d.json"), 0, 0.2)
+    assert len(offline) == distrust.PAIRS == len(flipped) and flipped.sum() == 0.2 * distrust.PAIRS and len(test) == distrust.CLEAN
+    assert [row["chosen"].startswith("no") for row in offline] == flipped.tolist()
+    assert all(row["chosen"].startswith("yes") for row in test)
+    prompts = [row["instruction"] for row in [*offline, *test]]
+    assert len({*prompts}) == len(prompts)
+    # trained on rows 0, 2, 4 it judges 1, 3, and the other way round; what stands before is of the pairs trained on
+    halves = [[torch.tensor([0.0, 0, 0, 1, 3])], [torch.tensor([0.0, 0, 10, 12, 14])]]
+    assert distrust.crossed(halves, 5)[0].tolist() == [10, 1, 12, 3, 14]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import FAMILIES, tiny_model
 
-from sera_min import logprobs
+from sera_min import bootstrap, logprobs
 from sera_min.logprobs import implicit_reward, rope_limit, score, sequence_logprobs, sum_and_least, token_batches
 
 
@@ -218,3 +218,16 @@ def test_the_rope_limit_is_found_where_each_version_of_transformers_writes_it():
     long, own = {"rope_type": "longrope"}, {"rope_type": "longrope", "original_max_position_embeddings": 32}
     assert limit(rope_parameters=long) == limit(rope_scaling=long) == limit(rope_parameters=None, rope_scaling=long) == 64
     assert limit(rope_parameters=own) == limit(rope_scaling=own) == limit(rope_parameters={"full_attention": own}) == 32
+
+
+@pytest.mark.parametrize("what", ["score", "sample"])
+def test_a_part_that_is_frozen_in_eval_mode_stays_so(what):
+    model = tiny_model().train()
+    model.model.layers[0].eval()
+    before = [part.training for part in model.modules()]
+    if what == "score":
+        score(model, [[5]], [[6, 7]], max_tokens=64)
+    else:
+        options = {"max_new_tokens": 2, "temperature": 1.0, "top_p": 1.0, "eos_token_id": 1, "pad_token_id": 0, "seed": 0}
+        bootstrap.sample_responses(model, [[5, 6]], 2, **options)
+    assert [part.training for part in model.modules()] == before and True in before and False in before

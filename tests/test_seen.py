@@ -58,6 +58,10 @@ def test_the_most_distrusted_and_trusted_pairs_are_shown_with_their_rows(reviews
     assert "flipped" not in "".join(seen.describe(reviews[0], "a line", dict.fromkeys((3, 5, 8, 9), ""), None))
 
 
+def test_a_text_of_several_lines_is_named_once():
+    assert seen.block({"prompt": "a\nb", "chosen": "c"}) == ["    prompt: a", "            b", "    chosen: c"]
+
+
 def test_a_long_text_loses_its_middle_and_says_so():
     assert seen.shortened("a" * 400) == "a" * 400
     assert seen.shortened("a" * 300 + "b" * 300) == "a" * 200 + " … 200 characters … " + "b" * 200
@@ -66,7 +70,7 @@ def test_a_long_text_loses_its_middle_and_says_so():
 def test_the_picture_has_every_pair_and_the_cut(reviews):
     from matplotlib.figure import Figure
 
-    for flipped, names in [(is_flipped, ["right label", "flipped label"]), (None, ["kept", "not kept"])]:
+    for flipped, names in [(is_flipped, ["right label: 3", "flipped label: 1"]), (None, ["kept: 2", "not kept: 2"])]:
         figure = Figure()
         seen.draw(figure, reviews, flipped)
         bars = [[sum(bar.get_height() for bar in group) for group in axes.containers] for axes in figure.axes]
@@ -74,6 +78,8 @@ def test_the_picture_has_every_pair_and_the_cut(reviews):
         cuts = [[line.get_xdata()[0] for line in axes.lines] for axes in figure.axes]
         assert cuts == [[1.0], [2.0], [1.5], []]
         assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [*names, "kept: right of it"]
+        titles = [axes.get_title() for axes in figure.axes]
+        assert titles[0] == "iteration 2: 2 of 4 given pairs kept" and titles[2] == "iteration 2: 1 of 2 pairs of own samples kept"
         for axes, cut in zip(figure.axes, [1.0, 2.0, 1.5]):  # a bar is on one side of it
             assert all(bar.get_x() + bar.get_width() <= cut + 1e-9 or bar.get_x() >= cut for bar in axes.patches)
 
