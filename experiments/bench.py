@@ -599,7 +599,8 @@ def precision_part(model: str | None, data: str | None) -> list[tuple]:
     for weights in ("published in bfloat16", "between its numbers"):
         with torch.no_grad():
             for p in policy.parameters():
-                p.copy_(p.bfloat16() if "published" in weights else p * (1 + 1e-3 * torch.randn_like(p)))
+                published, distance = p.bfloat16().float(), p.abs() * 2**-8  # to the next number, at least
+                p.copy_(published if "published" in weights else published + distance * torch.rand_like(p))
         before = logps_by_precision(policy, pairs)
         rows.append((f"{weights}: log π(y|x), {tokens:.0f} tokens: noise, nats", *noise(before), None))
         for rate in (1e-6, 1e-5):
