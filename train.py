@@ -92,7 +92,7 @@ def review(t: int, offline: list[Pair], log_prob: Callable, sample: Callable, co
         r = length_free(r, lengths_of(offline))
     margins = r[:, 0] - r[:, 1]  # (|D|,)
     kept = pick(margins, round(config.keep * len(offline)))
-    left_out = sorted({*range(len(offline))} - {*kept}, key=margins.tolist().__getitem__)  # smallest margin first
+    left_out = sorted({*range(len(offline))} - {*kept}, key=lambda i: margins[i].item())  # smallest margin first
     selected, dropped = (TrainingSet.given(offline, reference, margins, numbers) for numbers in (kept, left_out))
     if (wanted := round(config.bootstrap * len(offline))) == 0:  # K̃
         return Review(selected, dropped)
@@ -165,7 +165,7 @@ def backward(policy, pairs: list[Pair], reference: Tensor, b: int, config: Resol
     r = reward_of(logps, reference.to(logps.device), lengths_of(pairs).to(logps.device), config)
     (pair_losses(r, config).sum() / b).backward()  # d loss / d log π(y|x), into by_length.grad
     for one, gradient in zip(sums, by_length.grad.split([len(rows) for rows in passes])):  # type: ignore[union-attr]
-        one.backward(gradient)  # through the model, pass by pass: no second gradient of all weights in memory
+        one.backward(gradient)  # through the model: of each pass before the next, so that one is in memory
     return [r.detach().cpu(), logps.detach().cpu()]
 
 
@@ -225,7 +225,7 @@ def evaluate(run: Run, t: int) -> dict[str, Any]:
 def iterate(run: Run, t: int) -> dict[str, Any]:
     """One iteration and its evaluation, a line of metrics.jsonl; t = 0 only evaluates. What is done is read."""
     with report.timed(f"iteration {t}"):
-        if t > run.policies.newest():
+        if t > run.policies.newest():  # π_θt is not there yet
             reviewed = all_pairs(run) if t == 1 else review(t, run.offline, run.log_prob, run.sample, run.config)
             run.write_review(t, reviewed)
             train(run, t, reviewed.training_set)

@@ -538,7 +538,7 @@ def methods_table(runs: Runs, study: str, shown: Callable[[str], bool] = bool) -
         lines.append([method, f"{best(runs, loss, method)['beta']:g}", spread(reward), f"{collapsed} of {len(row)}",
                       spread(column(runs, row, "kl"), 1), spread(win), difference])  # fmt: skip
     return markdown(["method", "β", "true reward", "collapsed", "KL, nats", "win rate over SFT",
-                     "against plain training"], lines)  # fmt: skip
+                     "win rate less plain training's"], lines)  # fmt: skip
 
 
 def details_table(runs: Runs, study: str) -> str:

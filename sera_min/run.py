@@ -77,7 +77,9 @@ class Run(Data):
         names = ("samples_per_prompt", "max_new_tokens", "temperature", "top_p")
         flags = {name: getattr(self.config, name) for name in names}
         seed = seed_of(self.config.seed, i + 1, "samples")
-        return {"policy": f"policy-{i}", **flags, "eos_token_ids": self.eos_ids, "seed": seed, "prompts": prompts}
+        size = self.policies.get(i).get_input_embeddings().num_embeddings
+        return {"policy": f"policy-{i}", **flags, "eos_token_ids": self.eos_ids, "vocabulary_size": size, "seed": seed,
+                "prompts": prompts}  # fmt: skip
 
     def pause(self, t: int, request: dict[str, Any]) -> None:
         file = self.out / "state" / f"prompts-{t}.json"
@@ -193,7 +195,7 @@ def read_samples(file: Path, prompts: list[Ids], asked: dict[str, Any]) -> list[
 
     A response that stopped has the end of sequence that it stopped at, another has none. Raises InputError.
     """
-    rows, n, ends = folder.read_jsonl(file), asked["samples_per_prompt"], set(asked["eos_token_ids"])
+    rows, n = folder.read_jsonl(file), asked["samples_per_prompt"]
     if len(rows) != len(prompts):
         raise InputError(f"{file}: {len(rows)} lines, expected one for each of the {len(prompts)} prompts")
     samples = []
@@ -204,15 +206,27 @@ def read_samples(file: Path, prompts: list[Ids], asked: dict[str, Any]) -> list[
         responses, reasons = row.get("responses"), row.get("finish_reasons")
         if not (isinstance(responses, list) and isinstance(reasons, list) and len(responses) == len(reasons) == n):
             raise InputError(f"{where}: expected {n} responses and {n} finish_reasons")
-        for y, reason in zip(responses, reasons):
-            if not (isinstance(y, list) and y and all(type(token) is int and token >= 0 for token in y)):
-                raise InputError(f"{where}: responses: expected lists of token ids")
-            if len(y) > (limit := asked["max_new_tokens"]):
-                raise InputError(f"{where}: responses: one has {len(y)} tokens, --max_new_tokens is {limit}")
-            if (reason == "stop") != (y[-1] in ends) or ends & {*y[:-1]}:
-                raise InputError(f"{where}: responses: one of eos_token_ids ends those that stopped, and only those")
+        for j, (y, reason) in enumerate(zip(responses, reasons)):
+            if wrong := wrong_sample(y, reason, asked):
+                raise InputError(f"{where}, sample {j}: {wrong}")
         samples.append([(y, reason == "stop") for y, reason in zip(responses, reasons)])
     return samples
+
+
+def wrong_sample(y: Any, reason: Any, asked: dict[str, Any]) -> str:
+    """What is wrong with a response of token ids and its finish_reason; "" where nothing is."""
+    size, limit, ends = asked["vocabulary_size"], asked["max_new_tokens"], asked["eos_token_ids"]
+    if reason not in ("stop", "length"):
+        return f'its finish_reason is {reason!r}: expected "stop" or "length"'
+    if not (isinstance(y, list) and y and all(type(token) is int and 0 <= token < size for token in y)):
+        return f"expected a list of token ids, 0 to {size - 1}"
+    if len(y) > limit:
+        return f"it has {len(y)} tokens, and --max_new_tokens is {limit}"
+    if any(token in ends for token in y[:-1]):
+        return f"it goes on after one of the eos_token_ids, {ends}"
+    if (reason == "stop") != (y[-1] in ends):
+        return f'its finish_reason is "{reason}", and its last token is {y[-1]}: what stopped ends with one of {ends}'
+    return ""
 
 
 def pack_samples(samples: list[list[tuple[Ids, bool]]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -112,7 +112,7 @@ def draw(figure: Any, reviews: list[Seen], is_flipped: IsFlipped) -> None:
         kept = [margin for row, margin in seen.sampled.items() if row in taken]
         dropped = [margin for row, margin in seen.sampled.items() if row not in taken]
         groups = {"kept": kept, "not kept": dropped}
-        histogram(sampled_axes, groups, kept, dropped, f"iteration {seen.t}", "pairs of own samples")
+        histogram(sampled_axes, groups, kept, dropped, f"iteration {seen.t}", "new pairs")
     for axes in (above[0], below[0]):
         axes.set_ylabel("pairs")
 

@@ -112,7 +112,8 @@ def test_what_another_program_wrote_is_checked(flags):
     sample_with_vllm.main([str(out)])
     file = out / "state/samples-2.jsonl"
     right = lines(file)
-    end = json.loads((out / "state/prompts-2.json").read_text())["eos_token_ids"][0]
+    asked = json.loads((out / "state/prompts-2.json").read_text())
+    end, size = asked["eos_token_ids"][0], asked["vocabulary_size"]
     first = right[0]
     for rows, says in [
         (right[1:], f"{len(right) - 1} lines, expected one for each of the {len(right)} prompts"),
@@ -120,13 +121,16 @@ def test_what_another_program_wrote_is_checked(flags):
         ([[], *right[1:]], "line 1: prompt is not"),
         ([{**first, "responses": first["responses"][1:]}, *right[1:]], "line 1: expected 4 responses and 4 finish_reasons"),
         ([{**first, "finish_reasons": "stop"}, *right[1:]], "line 1: expected 4 responses"),
-        ([{**first, "responses": [[], *first["responses"][1:]]}, *right[1:]], "expected lists of token ids"),
-        ([{**first, "responses": ["a text"] * 4}, *right[1:]], "expected lists of token ids"),
-        ([{**first, "responses": [[5.0, end]] * 4}, *right[1:]], "expected lists of token ids"),
-        ([{**first, "responses": [[5] * (LIMIT + 1)] * 4}, *right[1:]], "one has 9 tokens, --max_new_tokens is 8"),
-        ([{**first, "responses": [[5, 6]] * 4, "finish_reasons": ["stop"] * 4}, *right[1:]], "ends those that stopped, and only"),
-        ([{**first, "responses": [[5, end]] * 4, "finish_reasons": ["length"] * 4}, *right[1:]], "ends those that stopped, and only"),
-        ([{**first, "responses": [[end, 5, end]] * 4, "finish_reasons": ["stop"] * 4}, *right[1:]], "ends those that stopped"),
+        ([{**first, "responses": [[], *first["responses"][1:]]}, *right[1:]], "sample 0: expected a list of token ids, 0 to"),
+        ([{**first, "responses": ["a text"] * 4}, *right[1:]], "sample 0: expected a list of token ids"),
+        ([{**first, "responses": [[5.0, end]] * 4}, *right[1:]], "expected a list of token ids"),
+        ([{**first, "responses": [*first["responses"][:3], [5, size]]}, *right[1:]], f"sample 3: expected .* ids, 0 to {size - 1}"),
+        ([{**first, "responses": [[5, -1]] * 4}, *right[1:]], "expected a list of token ids"),
+        ([{**first, "responses": [[5] * (LIMIT + 1)] * 4}, *right[1:]], "it has 9 tokens, and --max_new_tokens is 8"),
+        ([{**first, "finish_reasons": ["eos"] * 4}, *right[1:]], """its finish_reason is 'eos': expected "stop" or "length\""""),
+        ([{**first, "responses": [[5, 6]] * 4, "finish_reasons": ["stop"] * 4}, *right[1:]], '"stop", and its last token is 6: what'),
+        ([{**first, "responses": [[5, end]] * 4, "finish_reasons": ["length"] * 4}, *right[1:]], f'"length", and its last token is {end}'),
+        ([{**first, "responses": [[end, 5, end]] * 4, "finish_reasons": ["stop"] * 4}, *right[1:]], "it goes on after one of the eos"),
     ]:  # fmt: skip
         file.write_text("\n".join(map(json.dumps, rows)))
         with pytest.raises(InputError, match=f"samples-2.jsonl.*{says}"):

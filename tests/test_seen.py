@@ -79,7 +79,7 @@ def test_the_picture_has_every_pair_and_the_cut(reviews):
         assert cuts == [[1.0], [2.0], [1.5], []]
         assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == [*names, "kept: right of it"]
         titles = [axes.get_title() for axes in figure.axes]
-        assert titles[0] == "iteration 2: 2 of 4 given pairs kept" and titles[2] == "iteration 2: 1 of 2 pairs of own samples kept"
+        assert titles[0] == "iteration 2: 2 of 4 given pairs kept" and titles[2] == "iteration 2: 1 of 2 new pairs kept"
         for axes, cut in zip(figure.axes, [1.0, 2.0, 1.5]):  # a bar is on one side of it
             assert all(bar.get_x() + bar.get_width() <= cut + 1e-9 or bar.get_x() >= cut for bar in axes.patches)
 
