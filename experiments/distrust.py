@@ -55,6 +55,11 @@ MODEL = {  # the flags of a run on a model of one's own
 }  # fmt: skip
 PAIRS, CLEAN, MODEL_NOISE, MODEL_SEEDS = 160, 64, (0.2,), (0, 1)
 PLAIN = {"keep": 1.0, "bootstrap": 0.0}
+WAYS = (  # of judging, in the order of the table
+    "SeRA, t = 2: plain DPO after one epoch", "SeRA, t = 3", "SeRA, as t = 4 would see", "plain DPO after three epochs",
+    "plain DPO, mean of its three policies", "robust DPO after one epoch", "robust DPO after three epochs",
+    "cross-fitted, one epoch", "cross-fitted, three epochs",
+)  # fmt: skip
 
 
 def margins_of(run: train.Run, t: int, pairs: list[Pair], what: str) -> torch.Tensor:
@@ -136,14 +141,11 @@ def crossed(halves: list[list[torch.Tensor]], n: int) -> list[torch.Tensor]:
 
 def figures_of_all(sera, plain, robust, crossed, flipped: torch.Tensor) -> dict[str, dict[str, float]]:
     """Way of judging -> its figures; each argument: the margins of D after iterations 1, 2 and 3."""
-    ways = {
-        "SeRA, t = 2: plain DPO after one epoch": plain[0], "SeRA, t = 3": (sera[0] + sera[1]) / 2,
-        "SeRA, as t = 4 would see": (sera[1] + sera[2]) / 2,
-        "plain DPO after three epochs": plain[2], "plain DPO, mean of its three policies": sum(plain) / 3,
-        "robust DPO after one epoch": robust[0], "robust DPO after three epochs": robust[2],
-        "cross-fitted, one epoch": crossed[0], "cross-fitted, three epochs": crossed[2],
-    }  # fmt: skip
-    return {way: figures_of(margins, flipped) for way, margins in ways.items()}
+    margins = (
+        plain[0], (sera[0] + sera[1]) / 2, (sera[1] + sera[2]) / 2, plain[2], sum(plain) / 3, robust[0], robust[2],
+        crossed[0], crossed[2],
+    )  # fmt: skip
+    return {way: figures_of(m, flipped) for way, m in zip(WAYS, margins, strict=True)}
 
 
 def rows_for_model(data: str, seed: int, noise: float) -> tuple[list[dict], list[dict], torch.Tensor]:
@@ -202,7 +204,7 @@ def figures_of_model(of_model: dict[str, dict], data_flipped: dict[str, list[boo
 def table(done: dict[str, dict], noises=NOISE, seeds=SEEDS) -> str:
     """Means over the seeds, and the standard deviation of the AUC."""
     rows, names = [], [f"{share:.0%}" for share in SHARES]
-    for way in next(iter(done.values())):
+    for way in WAYS:
         cells = [way]
         for noise in noises:
             of_seeds = [done[f"{noise} {seed}"][way] for seed in seeds]
