@@ -192,9 +192,9 @@ class InThisProcess:
 def test_quick_and_smaller(tmp_path, monkeypatch, capsys):
     """Two studies from end to end: shared runs go on from one iteration 1, and end as runs of their own would."""
     every, made, pairs = playground.prompts, playground.make_sft_policy, playground.preferences
-    monkeypatch.setattr(playground, "prompts", lambda part: every(part)[:30])
-    monkeypatch.setattr(playground, "preferences", lambda n, *rest, **settings: pairs(min(n, 64), *rest, **settings))
-    monkeypatch.setattr(playground, "make_sft_policy", functools.partial(made, steps=40))
+    monkeypatch.setattr(playground, "prompts", lambda part: every(part)[:12])
+    monkeypatch.setattr(playground, "preferences", lambda n, part, **of: pairs(min(n, 64 if part == "train" else 16), part, **of))
+    monkeypatch.setattr(playground, "make_sft_policy", functools.partial(made, steps=20))
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
     monkeypatch.setattr(claims, "ProcessPoolExecutor", InThisProcess)
     for name in ("GRID", "EVERY", "TUNING_SEEDS"):
@@ -206,6 +206,7 @@ def test_quick_and_smaller(tmp_path, monkeypatch, capsys):
 
     def smaller():
         make_quick()
+        monkeypatch.setattr(claims, "LONG", 2)
         claims.EVERY.update(max_train_pairs=64, steps_per_iteration=2)
         claims.GRID["dpo"] = ([1.0], [1e-3])
 
