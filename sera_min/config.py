@@ -143,6 +143,9 @@ def resolve(flags: Config) -> Resolved:
     values.setdefault("max_new_tokens", values["max_length"] - values["max_prompt_length"])
     values["output_dir"] = str(Path(flags.resume_from_checkpoint or flags.output_dir))
     refuse_contradictions(flags, Resolved(**values))
+    gpu = int(values["device"].partition(":")[2] or 0)
+    if values["device"] != "cpu" and gpu >= (count := torch.cuda.device_count()):
+        raise InputError(f"--device is {values['device']}: torch sees {count} CUDA GPUs")
     return Resolved(**{**values, "resume_from_checkpoint": None})
 
 
@@ -156,7 +159,6 @@ def refuse_contradictions(flags: Config, c: Resolved) -> None:
     def same(folder: str, *others: str) -> bool:
         return Path(folder).resolve() in [Path(other).resolve() for other in others]
 
-    gpu = int(c.device.partition(":")[2] or 0) if c.device.startswith("cuda") else -1
     for wrong, message in [
         (c.keep + c.bootstrap == 0, "--keep and --bootstrap are both 0: nothing would be left to train on"),
         (c.max_length <= c.max_prompt_length, "--max_length is not above --max_prompt_length: no room for a response"),
@@ -181,11 +183,9 @@ def refuse_contradictions(flags: Config, c: Resolved) -> None:
         (changed("steps_per_iteration") and changed("epochs_per_iteration"),
          "--steps_per_iteration and --epochs_per_iteration: give one of them"),
         (c.token_floor > 0 and c.bootstrap == 0, "--token_floor is for bootstrapped pairs, and --bootstrap is 0"),
-        (c.pause_before_sampling and (c.bootstrap == 0 or c.iterations == 1),
-         "--pause_before_sampling: nothing is sampled where --bootstrap is 0 or --iterations is 1"),
+        (c.pause_before_sampling and 0 in (c.bootstrap, c.iterations - 1), "--pause_before_sampling: none are drawn"),
         (flags.resume_from_checkpoint is not None and not same(flags.output_dir, c.output_dir, Config.output_dir),
          "--output_dir: a run that is resumed stays where it is"),
-        (gpu >= torch.cuda.device_count(), f"--device is {c.device}: torch sees {torch.cuda.device_count()} CUDA GPUs"),
     ]:  # fmt: skip
         if wrong:
             raise InputError(message)
