@@ -609,7 +609,8 @@ def precision_part(model: str | None, data: str | None) -> list[tuple]:
                 ours.step()
             after = logps_by_precision(ours.model, pairs)
             margins = {side: (after[side] - before[side]) @ torch.tensor([1.0, -1.0]) for side in after}
-            what = f"{weights}: margins of ± {margins['float32'].std().item():.2g} nats after {len(pairs) // PAIRS} steps at {rate:g}"
+            spread, steps = margins["float32"].std().item(), len(pairs) // PAIRS
+            what = f"{weights}: margins of ± {spread:.2g} nats after {steps} steps at {rate:g}"
             rows += [(f"{what}: noise, nats", *noise(margins), None),
                      (f"{what}: rank correlation with float32's", *rank_correlations(margins), None)]  # fmt: skip
     return rows
