@@ -44,7 +44,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import train
-from sera_min import bootstrap, compute, folder, logprobs, report
+from sera_min import bootstrap, compute, folder, logprobs, report, seen
 from sera_min.config import Resolved, resolve
 from sera_min.data import encode
 from sera_min.files import read_rows
@@ -636,8 +636,8 @@ def noise(values: dict[str, torch.Tensor]) -> list[float]:
 
 
 def rank_correlations(margins: dict[str, torch.Tensor]) -> list[float]:
-    ranks = {side: m.argsort().argsort().double() for side, m in margins.items()}
-    return [torch.corrcoef(torch.stack([ranks[side], ranks["float32"]]))[0, 1].item() for side in ("ours", "other")]
+    orders = {side: m.argsort().tolist() for side, m in margins.items()}
+    return [seen.spearman(orders[side], orders["float32"]) for side in ("ours", "other")]
 
 
 def ratios(what: str, seconds: dict[str, list[float]], grew: dict[str, float]) -> list[tuple]:
