@@ -10,7 +10,7 @@
             two remedies; the other answers to wrong labels: cDPO and robust DPO, told the share of flipped labels or
             another; and selection of the smallest and of the middle margins. Each method at every β of one grid (the
             frontier: true reward against KL), and at its own best β, ten seeds
-    losses  the first six of these under IPO, SLiC and SimPO
+    losses  plain training, selection only and SeRA under IPO, SLiC and SimPO
     noise   0 to 40 % flipped labels; precision of what is selected against K
     length  labels of which half favour the longer response: the kept pairs' length and the policy's
     over    six iterations: where the policy begins to fool itself, and what mends it
@@ -76,6 +76,8 @@ GRID = {  # β × learning rate, the same for every method
     "slic": ([0.03, 0.1, 0.3, 1.0], [1e-3]), "simpo": ([0.25, 0.5, 1.0, 2.0], [1e-3]),
 }  # fmt: skip
 LOSSES = {"ipo": "IPO", "slic": "SLiC-HF", "simpo": "SimPO"}  # beside DPO
+UNDER_LOSSES = "plain training", "selection only", "SeRA"  # the methods that are run there
+UNDER_NOISE = *UNDER_LOSSES, "SeRA + both remedies"
 METHODS: dict[str, dict] = {
     "plain training": {"keep": 1.0, "bootstrap": 0.0},
     "random K": {"keep": 0.7, "bootstrap": 0.0, "select": "random"},
@@ -101,6 +103,9 @@ EVERY: dict = {"device": "cpu", "steps_per_iteration": 63}  # of all runs: 2,000
 REMEDIES: dict[str, dict] = {
     "SeRA + floor": {"token_floor": 0.01}, "SeRA + length-free": {"length_free": True},
     "SeRA + both": METHODS["SeRA + both remedies"],
+}  # fmt: skip
+TRIED = {
+    "likelihood of the chosen": "likelihood", "smaller steps": "smaller steps", "none of a large margin": "undecided"
 }  # fmt: skip
 SHARED = (
     "device", "seed", "loss_type", "beta", "learning_rate", "label_smoothing", "label_noise", "length_bias",
@@ -327,7 +332,7 @@ def best(runs: Runs, loss: str, method: str) -> dict:
 
 
 def methods_of(part: str) -> dict[str, dict]:
-    return METHODS | BASELINES if part == "main" else METHODS
+    return METHODS | BASELINES if part == "main" else {method: METHODS[method] for method in UNDER_LOSSES}
 
 
 def tuning(part: str) -> list[dict]:
@@ -343,8 +348,8 @@ def settings(runs: Runs, study: str) -> dict[str, tuple[str, dict]]:
     sera = lambda **changed: ("SeRA", {**changed})  # noqa: E731
     return {
         "main": {method: (method, {}) for method in methods_of("main")},
-        **{loss: {method: (method, {}) for method in METHODS} for loss in LOSSES},
-        **{f"noise {noise}": {m: (m, {"label_noise": noise}) for m in METHODS if m != "random K"} for noise in NOISE},
+        **{loss: {method: (method, {}) for method in UNDER_LOSSES} for loss in LOSSES},
+        **{f"noise {noise}": {m: (m, {"label_noise": noise}) for m in UNDER_NOISE} for noise in NOISE},
         "length": {
             **{m: (m, BIASED) for m in ("plain training", "selection only", "SeRA")},
             **{name: sera(**BIASED, **REMEDIES[name]) for name in ("SeRA + length-free", "SeRA + both")},
@@ -362,15 +367,12 @@ def settings(runs: Runs, study: str) -> dict[str, tuple[str, dict]]:
             "every pair of the samples": sera(patch="every pair"),
             "bootstrapped pairs alone (K = 0, K̃ = all)": sera(keep=0.0, bootstrap=1.0),
             "nothing removed (K = all)": ("bootstrapping only", {}),
-            **{f"γ = {gamma}": sera(ensemble_gamma=gamma) for gamma in (0.0, 0.3, 0.7)},
-            **{f"N = {n}": sera(samples_per_prompt=n) for n in (2, 8, 16)},
+            **{f"γ = {gamma}": sera(ensemble_gamma=gamma) for gamma in (0.0, 0.7)},
+            **{f"N = {n}": sera(samples_per_prompt=n) for n in (2, 8)},
         },
         "tried": {
-            f"SeRA{more}{name}": sera(**long, **remedies, **patch)
-            for more, remedies in (("", {}), (" + both", REMEDIES["SeRA + both"]))
-            for name, patch in (("", {}), (", likelihood of the chosen", {"patch": "likelihood"}),
-                                (", smaller steps", {"patch": "smaller steps"}),
-                                (", none of a large margin", {"patch": "undecided"}))
+            "SeRA": sera(**long),
+            **{f"SeRA, {name}": sera(**long, patch=patch) for name, patch in TRIED.items()},
         },
         "three": {"SeRA": sera(**long), "select by the last three policies": sera(**long, patch="last three")},
     }[study]  # fmt: skip
@@ -394,7 +396,7 @@ def specs(runs: Runs, study: str) -> dict[str, list[dict]]:
     return rows
 
 
-LONG, NOISE, BIASED = 6, (0.0, 0.1, 0.2, 0.4), {"length_bias": 0.5, "label_noise": 0.15}
+LONG, NOISE, BIASED = 6, (0.0, 0.2, 0.4), {"length_bias": 0.5, "label_noise": 0.15}
 NEAR = {"beta": playground.BETA["dpo"], "learning_rate": playground.LEARNING_RATE}  # as `python train.py` has them
 STUDIES = {
     "main": ["main"], "over": ["over"], "tried": ["tried"], "near": ["near"],
@@ -617,7 +619,7 @@ def noise_tables(runs: Runs) -> str:
     rows, at_k = [], []
     for noise in levels:
         rows_of = specs(runs, "main" if noise == 0.3 else f"noise {noise}")
-        every = {method: rows_of[method][:5] for method in METHODS if method != "random K"}
+        every = {method: rows_of[method][:5] for method in UNDER_NOISE}
         win = {method: column(runs, row, "gold/win_rate") for method, row in every.items()}
         rows.append([f"{noise:.0%}", *map(spread, win.values()), gain(win["SeRA"], win["plain training"])])
         ks = zip(*column(runs, every["plain training"], "precision at K", 2))
@@ -686,7 +688,7 @@ def losses_table(runs: Runs) -> str:
         columns.append([spread(w) + ("" if m == "plain training" else f", {gain(w, win['plain training'])}")
                         for m, w in win.items()])  # fmt: skip
     headings = [f"{what}: win rate over SFT, against plain training" for what in LOSSES.values()]
-    return markdown(["method", *headings], [list(line) for line in zip(METHODS, *columns)])
+    return markdown(["method", *headings], [list(line) for line in zip(UNDER_LOSSES, *columns)])
 
 
 TITLES = {

@@ -1,7 +1,7 @@
 """How well does the margin find wrong labels? The labels that a model distrusts most, against the truth.
 
     python experiments/distrust.py            four shares of flipped labels, ten seeds; stopped, it goes on where it was
-    python experiments/distrust.py --model DIR --data FILE    a model and pairs of your own: 20 % flipped, two seeds
+    python experiments/distrust.py --model DIR --data FILE    a model and pairs of your own: two shares, two seeds
     python experiments/distrust.py --write    run nothing: the tables, anew, from results/distrust.json
 
 The playground, at its own β and learning rate; or a model of your own, on pairs taken to be labelled rightly, of which
@@ -16,7 +16,12 @@ An epoch of D is as many steps for SeRA as for the others; one of each half is a
 
 Of the flipped labels: AUC, the area under the ROC curve (the share of pairs of a flipped and a right label of which the
 flipped one has the smaller margin; 0.5 by chance), and the share of flipped labels among the 1, 5 and 20 % of the pairs
-with the smallest margins. Writes results/distrust.json, and the tables into README.md beside this file.
+with the smallest margins.
+
+Of a model of one's own also what wrong labels do to it, where 30 % are flipped, after two iterations of equal steps:
+the accuracy of plain DPO, robust DPO, selection only and SeRA on the pairs that are not flipped, and the share of right
+labels among the pairs that the last two keep. Writes results/distrust.json, and the tables into README.md beside this
+file.
 """
 
 import argparse
@@ -46,6 +51,7 @@ from tqdm import tqdm
 import train
 from sera_min import folder, playground, report
 from sera_min.pairs import Pair, rows_of
+from sera_min.select import select_top
 
 NOISE, SEEDS, SHARES = (0.1, 0.2, 0.3, 0.4), range(10), (0.01, 0.05, 0.2)
 README = Path(__file__).parent / "README.md"
@@ -53,8 +59,9 @@ MODEL = {  # the flags of a run on a model of one's own
     "max_length": 128, "max_new_tokens": 32, "learning_rate": 1e-5, "max_tokens": 2048,
     "per_device_train_batch_size": 8, "device": "cpu",
 }  # fmt: skip
-PAIRS, CLEAN, MODEL_NOISE, MODEL_SEEDS = 160, 64, (0.2,), (0, 1)
+PAIRS, CLEAN, MODEL_SEEDS = 160, 64, (0, 1)
 PLAIN = {"keep": 1.0, "bootstrap": 0.0}
+NAMES = {"plain": "plain DPO", "robust": "robust DPO", "selection": "selection only", "SeRA": "SeRA"}
 WAYS = (  # of judging, in the order of the table
     "SeRA, t = 2: plain DPO after one epoch", "SeRA, t = 3", "SeRA, as t = 4 would see", "plain DPO after three epochs",
     "plain DPO, mean of its three policies", "robust DPO after one epoch", "robust DPO after three epochs",
@@ -168,7 +175,10 @@ def runs_for_model(noise: float) -> dict[str, tuple[dict, int | None]]:
     """Name of a run -> its flags, and which half of D it is trained on; None: all of it."""
     robust = {**PLAIN, "loss_type": "robust", "label_smoothing": noise}
     whole = {"SeRA": ({}, None), "plain": (PLAIN, None), "robust": (robust, None)}
-    return {**whole, "half 0": (PLAIN, 0), "half 1": (PLAIN, 1)}
+    if noise == 0.2:  # how well wrong labels are found
+        return {**whole, "half 0": (PLAIN, 0), "half 1": (PLAIN, 1)}
+    whole["selection"] = ({"bootstrap": 0.0}, None)  # what they do
+    return {run: ({**flags, "iterations": 2}, half) for run, (flags, half) in whole.items()}
 
 
 def measure_model(model: str, data: str, seed: int, noise: float, run: str) -> dict:
@@ -218,22 +228,49 @@ def table(done: dict[str, dict], noises=NOISE, seeds=SEEDS) -> str:
 
 def accuracy_table(of_model: dict[str, dict], noise: float) -> str:
     """Accuracy on the evaluation pairs, whose labels are right, after each iteration: one number a seed."""
-    rows = []
-    for run in ("plain", "robust", "SeRA"):
-        by_seed = [of_model[f"{noise} {seed} {run}"]["accuracy"] for seed in MODEL_SEEDS]
-        rows.append([{"plain": "plain DPO", "robust": "robust DPO"}.get(run, run),
-                     *(" / ".join(f"{a:.3f}" for a in of_t) for of_t in zip(*by_seed))])  # fmt: skip
-    return markdown([f"accuracy, {noise:.0%} flipped in training", *(f"iteration {t}" for t in (1, 2, 3))], rows)
+    runs = {run: name for run, name in NAMES.items() if run in runs_for_model(noise)}
+    every = {run: [of_model[f"{noise} {seed} {run}"]["accuracy"] for seed in MODEL_SEEDS] for run in runs}
+    rows = [[name, *(one_a_seed(of_t) for of_t in zip(*every[run]))] for run, name in runs.items()]
+    times = range(1, len(rows[0]))
+    return markdown([f"accuracy, {noise:.0%} flipped in training", *(f"iteration {t}" for t in times)], rows)
+
+
+def kept_table(of_model: dict[str, dict], flipped: dict[str, list[bool]], noise: float) -> str:
+    """Of the pairs that a review after each iteration keeps, the share of right labels: one number a seed."""
+    headings = [f"right labels among the kept pairs, {noise:.0%} flipped", "for iteration 2", "for iteration 3"]
+    rows = [["plain DPO, robust DPO (all pairs)", *[one_a_seed(1 - noise for _ in MODEL_SEEDS)] * 2]]
+    for run in ("selection", "SeRA"):
+        shares = []
+        for name in (f"{noise} {seed}" for seed in MODEL_SEEDS):
+            margins = [torch.tensor(of_d[:PAIRS]) for of_d in of_model[f"{name} {run}"]["margins"]]
+            shares.append(right_among_kept(margins, torch.tensor(flipped[name])))
+        rows.append([NAMES[run], *map(one_a_seed, zip(*shares))])
+    return markdown(headings, rows)
+
+
+def right_among_kept(margins: list[torch.Tensor], flipped: torch.Tensor) -> list[float]:
+    """margins: m_1 and m_2 of D. The review for iteration 2 sees m_1, that for iteration 3 the mean of both (γ = ½)."""
+    k = round(0.7 * len(flipped))
+    return [(~flipped[select_top(m, k)]).float().mean().item() for m in (margins[0], (margins[0] + margins[1]) / 2)]
+
+
+def one_a_seed(values) -> str:
+    return " / ".join(f"{value:.3f}" for value in values)
 
 
 def tables(saved: dict) -> dict[str, str]:
-    """By the names of README.md's blocks."""
+    """By the names of README.md's blocks, of what has been run."""
     shown = {"distrust": table(saved["runs"])}
-    if of_model := saved.get("model"):
-        figures = {f"{noise} {seed}": figures_of_model(of_model, saved["flipped"], seed, noise)
-                   for noise in MODEL_NOISE for seed in MODEL_SEEDS}  # fmt: skip
-        shown["distrust: model"] = table(figures, MODEL_NOISE, MODEL_SEEDS)
-        shown["distrust: accuracy"] = accuracy_table(of_model, MODEL_NOISE[0])
+    done = saved.get("model", {})
+    whole = {noise for noise in (0.2, 0.3) if all(f"{noise} {seed} {run}" in done for seed in MODEL_SEEDS
+                                                  for run in runs_for_model(noise))}  # fmt: skip
+    if 0.2 in whole:
+        figures = {f"0.2 {seed}": figures_of_model(done, saved["flipped"], seed, 0.2) for seed in MODEL_SEEDS}
+        shown["distrust: model"] = table(figures, (0.2,), MODEL_SEEDS)
+        shown["distrust: accuracy"] = accuracy_table(done, 0.2)
+    if 0.3 in whole:
+        shown["distrust: accuracy, 30 %"] = accuracy_table(done, 0.3)
+        shown["distrust: kept"] = kept_table(done, saved["flipped"], 0.3)
     return shown
 
 
@@ -268,7 +305,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place, ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         if options.model:
             of_model = saved.setdefault("model", {})
-            worlds = [(seed, noise) for seed in MODEL_SEEDS for noise in MODEL_NOISE]
+            worlds = [(seed, noise) for noise in (0.2, 0.3) for seed in MODEL_SEEDS]
             saved["flipped"] = {f"{noise} {seed}": rows_for_model(options.data, seed, noise)[2].tolist()
                                 for seed, noise in worlds}  # fmt: skip
             jobs = {f"{noise} {seed} {run}": (measure_model, options.model, options.data, seed, noise, run)

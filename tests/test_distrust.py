@@ -49,3 +49,22 @@ def test_pairs_of_one_s_own_are_flipped_as_many_as_said_and_crossed(tmp_path):
     # trained on rows 0, 2, 4 it judges 1, 3, and the other way round; what stands before is of the pairs trained on
     halves = [[torch.tensor([0.0, 0, 0, 1, 3])], [torch.tensor([0.0, 0, 10, 12, 14])]]
     assert distrust.crossed(halves, 5)[0].tolist() == [10, 1, 12, 3, 14]
+
+
+def test_what_a_review_keeps_is_counted_as_by_hand():
+    flipped = torch.tensor([False] * 7 + [True] * 3)
+    first = torch.tensor([9.0, 8, 7, 6, 5, -1, -2, 4, 3, -3])  # its 7 largest: 2 of the flipped ones
+    second = torch.tensor([0.0, 0, 0, 0, 0, 9, 9, -9, -9, 9])  # their mean: those two go, and the third comes
+    assert distrust.right_among_kept([first, second], flipped) == pytest.approx([5 / 7, 6 / 7])
+    results = {f"0.3 {seed} {run}": {"accuracy": [0.5, 0.25 * seed], "margins": [first.tolist()] * 2}
+               for seed in (0, 1) for run in distrust.runs_for_model(0.3)}
+    shown = distrust.kept_table(results, {"0.3 0": flipped.tolist(), "0.3 1": [False] * 10}, 0.3)
+    assert "|selection only|0.714 / 1.000|0.714 / 1.000|" in shown and "(all pairs)|0.700 / 0.700|" in shown
+    assert "|SeRA|0.500 / 0.500|0.000 / 0.250|" in distrust.accuracy_table(results, 0.3)
+
+
+def test_all_runs_on_a_model_of_one_s_own_take_as_many_iterations():
+    for noise, iterations in ((0.2, set()), (0.3, {2})):
+        runs = distrust.runs_for_model(noise).values()
+        assert {flags["iterations"] for flags, _ in runs if "iterations" in flags} == iterations
+        assert {flags["label_smoothing"] for flags, _ in runs if flags.get("loss_type") == "robust"} == {noise}
