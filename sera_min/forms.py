@@ -66,7 +66,7 @@ class Reading(NamedTuple):
 def columns_of(row: Any, where: str) -> dict[str, str]:
     """What is read of a row, and the columns it is in. Raises InputError where there is nothing."""
     if not isinstance(row, dict):
-        raise InputError(f"{where} is a {type(row).__name__}: expected fields and their values")
+        raise InputError(f"{where} is of type {type(row).__name__}: expected fields and their values")
     found = {what: name for what, names in COLUMNS.items() for name in reversed(names) if row.get(name) is not None}
     if "prompt" in found:
         found = {what: name for what, name in found.items() if what not in ("instruction", "input")}
@@ -122,7 +122,7 @@ def _in_context(x: str | Messages, answers: list[Any], row: Message, where: str)
     options = {"tools": _json(row["tools"])} if row.get("tools") else {}
     more = _json(row.get("chat_template_kwargs") or {})
     if not isinstance(more, dict):
-        raise InputError(f"{where}: 'chat_template_kwargs' is a {type(more).__name__}: expected names and their values")
+        raise InputError(f"{where}: 'chat_template_kwargs' is of type {type(more).__name__}: expected names and their values")
     before = _before(row, where)
     if isinstance(x, str):
         if before or options or more:
@@ -206,7 +206,7 @@ def _text_or_messages(value: Any, where: str) -> str | Messages:
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        kind = "missing" if value is None else f"a {type(value).__name__}"
+        kind = "missing or null" if value is None else f"of type {type(value).__name__}"
         raise InputError(f"{where} is {kind}: expected a text")
     if re.search("[\ud800-\udfff]", value):
         raise InputError(f"{where} holds half a surrogate pair, which no encoding has: expected Unicode text")

@@ -252,17 +252,17 @@ def test_what_is_alike_is_dropped_also_after_the_cut():
 
 
 BAD = {
-    "no chosen": ({"prompt": "a", "rejected": "c"}, "row 1: 'chosen' is missing"),
-    "null": ({"prompt": "a", "chosen": None, "rejected": "c"}, "row 1: 'chosen' is missing"),
-    "number": ({"prompt": "a", "chosen": 5, "rejected": "c"}, "row 1: 'chosen' is a int"),
+    "no chosen": ({"prompt": "a", "rejected": "c"}, "row 1: 'chosen' is missing or null"),
+    "null": ({"prompt": "a", "chosen": None, "rejected": "c"}, "row 1: 'chosen' is missing or null"),
+    "number": ({"prompt": "a", "chosen": 5, "rejected": "c"}, "row 1: 'chosen' is of type int"),
     "no prompt": ({"chosen": "b", "rejected": "c"}, "row 1: 'chosen': expected 'prompt' or 'instruction'"),
     "surrogate": ({"prompt": "a\ud800", "chosen": "b", "rejected": "c"}, "row 1: 'prompt' holds half a surrogate"),
     "role": ({"prompt": [{"role": "bot", "content": "x"}], "chosen": "b", "rejected": "c"}, "'prompt', message 0: expected a role"),
-    "content": ({"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}, "message 0: 'content' is missing"),
+    "content": ({"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}, "message 0: 'content' is missing or null"),
     "empty dialogue": ({"chosen": [], "rejected": []}, "'chosen' is empty: expected messages"),
     "no message": ({"prompt": [], "chosen": "b", "rejected": "c"}, "'prompt' is empty: expected messages"),
     "one message": ({"chosen": [turn(A, "a")], "rejected": [turn(A, "b")]}, "'chosen': expected a dialogue that ends"),
-    "instruction": ({"instruction": 3, "chosen": "b", "rejected": "c"}, "row 1: 'instruction' is a int"),
+    "instruction": ({"instruction": 3, "chosen": "b", "rejected": "c"}, "row 1: 'instruction' is of type int"),
 }  # fmt: skip
 
 
@@ -427,8 +427,8 @@ def test_prompts_to_answer():
 
 @pytest.mark.parametrize("row, message", [
     ({"chosen": "b"}, "ask, row 1: expected 'prompt' or 'instruction'"),
-    ([], "ask, row 1 is a list: expected fields"),
-    ({"prompt": 5}, "ask, row 1: 'prompt' is a int: expected a text"),
+    ([], "ask, row 1 is of type list: expected fields"),
+    ({"prompt": 5}, "ask, row 1: 'prompt' is of type int: expected a text"),
     ({"prompt": " "}, "ask, row 1 is no prompt to answer: a text is empty"),
 ])  # fmt: skip
 def test_what_is_no_prompt_to_answer(row, message):

@@ -120,7 +120,7 @@ def test_what_contradicts_itself_is_dropped_and_counted(row, why):
     ({"prompt": "a", "completion": "b"}, "row 0 has the columns prompt, completion: expected .* messages, rejected_response;"),
     ({"prompt": "a", "system": "be kind", **SAME}, "row 0: 'prompt' is a text, taken as it is, beside a system, .* as messages"),
     ({"question": "a", "history": "b", **SAME}, "row 0: 'history': expected pairs"),
-    ({"question": "a", "chat_template_kwargs": "b", **SAME}, "row 0: 'chat_template_kwargs' is a str"),
+    ({"question": "a", "chat_template_kwargs": "b", **SAME}, "row 0: 'chat_template_kwargs' is of type str"),
     ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], **SAME}, "row 0: 'prompt', message 0: .* images and sounds are not read"),
     ({"conversations": [V("robot", "a")], **SAME}, r"row 0: 'conversations', message 0: expected a role \(system, developer, user"),
 ])  # fmt: skip
