@@ -14,7 +14,6 @@
     noise   0 to 40 % flipped labels; precision of what is selected against K
     length  labels of which half favour the longer response: the kept pairs' length and the policy's
     over    six iterations: where the policy begins to fool itself, and what mends it
-    tried   the same with three other remedies, which are not kept
     near    the same at the playground's own β and learning rate, which keep the policy near the reference
     asked   the reviewers' questions: all pairs of the samples, bootstrapped pairs alone, the ensemble's γ, N, cost
 
@@ -25,8 +24,7 @@ iteration 1, is computed once: a run goes on from a copy of it (a "base"). Inter
 over the seeds, by Student's t. Needs matplotlib. Writes experiments/results/claims.json (every run, each iteration of
 it, and the machines they ran on), claims.md (the tables), PNG figures, and the blocks of README.md and
 experiments/README.md, see `filled`. What is in claims.json is not run again: delete it to have everything anew, as
-after a change of the code that `--check` finds to matter. Of studies that have not been made anew, earlier.json has the
-tables and sentences that earlier versions wrote (the same method, other draws and other tuning).
+after a change of the code that `--check` finds to matter.
 """
 
 import argparse
@@ -48,7 +46,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -67,7 +65,6 @@ from tqdm import tqdm
 import train
 from sera_min import bootstrap, folder, logprobs, playground, report
 from sera_min.config import resolve
-from sera_min.select import ensemble_margin
 
 SEEDS = [*range(10)]  # of `main` under DPO; the other studies take the first five
 TUNING_SEEDS = {"dpo": [10, 11, 12, 13, 14], "ipo": [10, 11], "slic": [10, 11], "simpo": [10, 11]}
@@ -104,12 +101,9 @@ REMEDIES: dict[str, dict] = {
     "SeRA + floor": {"token_floor": 0.01}, "SeRA + length-free": {"length_free": True},
     "SeRA + both": METHODS["SeRA + both remedies"],
 }  # fmt: skip
-TRIED = {
-    "likelihood of the chosen": "likelihood", "smaller steps": "smaller steps", "none of a large margin": "undecided"
-}  # fmt: skip
 SHARED = (
     "device", "seed", "loss_type", "beta", "learning_rate", "label_smoothing", "label_noise", "length_bias",
-    "eval_split", "max_train_pairs", "steps_per_iteration",
+    "eval_split", "max_train_pairs", "steps_per_iteration", "samples_per_prompt", "neighbour",
 )  # fmt: skip
 TOLERANCE = 0.01  # of --check on another processor, see `check`
 KINDS = "trained", "scored", "sampled"  # of tokens
@@ -128,34 +122,6 @@ def every_pair(rewards, ended, responses, usable):
     return pairs, torch.tensor(margins), Counter()
 
 
-def last_three():
-    """In the place of `ensemble_margin`, where it selects: the mean reward of the last three policies."""
-    calls, rewards = itertools.count(), []
-
-    def mean(newest, previous=None, gamma=0.5):
-        if next(calls) % 2:  # a review asks for the rewards of the given pairs, and then for those of the samples
-            return ensemble_margin(newest, previous, gamma)
-        rewards.append(newest)
-        return torch.stack(rewards[-3:]).mean(0)
-
-    return mean
-
-
-def likelihood(r: torch.Tensor, config: train.Resolved, plain=train.pair_losses) -> torch.Tensor:
-    """In the place of `pair_losses`: less 0.015 r_w, whose gradient is that of 0.015 log π(y_w|x), the likelihood's."""
-    return plain(r, config) - 0.015 * r[:, 0]
-
-
-def smaller_steps(run: train.Run, t: int, training_set: train.TrainingSet, plain=train.train) -> None:
-    """In the place of `train`: iteration t has a t-th of the learning rate."""
-    plain(replace(run, config=replace(run.config, learning_rate=run.config.learning_rate / t)), t, training_set)
-
-
-def undecided(margins: torch.Tensor, k: int, plain=train.select_top) -> torch.Tensor:
-    """In the place of `select_top`: none whose margin is large enough, above 10 nats (at β = 0.3 σ(βm) is 0.95)."""
-    return plain(margins.where(margins <= 10, -torch.inf), min(k, int((margins <= 10).sum())))
-
-
 def smallest(margins: torch.Tensor, k: int, plain=train.select_top) -> torch.Tensor:
     """In the place of `select_top`: the k smallest, as arXiv:2508.04149 keeps them."""
     return plain(-margins, k)
@@ -171,10 +137,6 @@ PATCHES = {
     "smallest": lambda: (train, "select_top", smallest),
     "middle": lambda: (train, "select_top", middle),
     "every pair": lambda: (train, "best_worst_pairs", every_pair),
-    "last three": lambda: (train, "ensemble_margin", last_three()),
-    "likelihood": lambda: (train, "pair_losses", likelihood),
-    "smaller steps": lambda: (train, "train", smaller_steps),
-    "undecided": lambda: (train, "select_top", undecided),
 }
 
 
@@ -360,7 +322,6 @@ def settings(runs: Runs, study: str) -> dict[str, tuple[str, dict]]:
         },
         "near": {
             "SeRA": sera(**long, **NEAR), "SeRA + both": sera(**long, **NEAR, **REMEDIES["SeRA + both"]),
-            "SeRA + both, N = 8": sera(**long, **NEAR, **REMEDIES["SeRA + both"], samples_per_prompt=8),
         },
         "asked": {
             "SeRA: γ = 0.5, N = 4, best against worst": sera(),
@@ -370,11 +331,6 @@ def settings(runs: Runs, study: str) -> dict[str, tuple[str, dict]]:
             **{f"γ = {gamma}": sera(ensemble_gamma=gamma) for gamma in (0.0, 0.7)},
             **{f"N = {n}": sera(samples_per_prompt=n) for n in (2, 8)},
         },
-        "tried": {
-            "SeRA": sera(**long),
-            **{f"SeRA, {name}": sera(**long, patch=patch) for name, patch in TRIED.items()},
-        },
-        "three": {"SeRA": sera(**long), "select by the last three policies": sera(**long, patch="last three")},
     }[study]  # fmt: skip
 
 
@@ -399,9 +355,8 @@ def specs(runs: Runs, study: str) -> dict[str, list[dict]]:
 LONG, NOISE, BIASED = 6, (0.0, 0.2, 0.4), {"length_bias": 0.5, "label_noise": 0.15}
 NEAR = {"beta": playground.BETA["dpo"], "learning_rate": playground.LEARNING_RATE}  # as `python train.py` has them
 STUDIES = {
-    "main": ["main"], "over": ["over"], "tried": ["tried"], "near": ["near"],
-    "noise": [f"noise {noise}" for noise in NOISE], "length": ["length"],
-    "asked": ["asked", "three"], "losses": list(LOSSES),
+    "main": ["main"], "over": ["over"], "near": ["near"], "noise": [f"noise {noise}" for noise in NOISE],
+    "length": ["length"], "asked": ["asked"], "losses": list(LOSSES),
 }  # fmt: skip
 
 
@@ -418,7 +373,15 @@ def machine() -> str:
     return f"{processor()}, one thread a run, torch {torch.__version__}"
 
 
-def make(wanted: list[dict], runs: Runs, machines: set[str], file: Path, work: Path, desc: str) -> None:
+def read(file: Path) -> tuple[Measured, set[str]]:
+    """The runs that were made, and the machines that made them."""
+    saved = json.loads(file.read_text()) if file.exists() else {"machines": [], "runs": {}}
+    return Measured(saved["runs"]), set(saved["machines"])
+
+
+def make(
+    wanted: list[dict], runs: Runs, machines: set[str], file: Path, work: Path, desc: str, by=runs_of_one_base
+) -> None:
     """Run what `runs` lacks, base by base, on all cores, and write `file` after each."""
     cores = os.cpu_count() or 1
     by_base: dict[str, list[dict[str, dict]]] = {}  # by what is shared, in parts of 6 runs, so that little is lost
@@ -435,7 +398,7 @@ def make(wanted: list[dict], runs: Runs, machines: set[str], file: Path, work: P
         seeds = {spec["seed"] for part in together for spec in part.values()}
         list(pool.map(sft, [work / f"sft-{seed}" for seed in seeds], seeds))
         bar = tqdm(total=sum(map(len, together)), desc=desc, unit="run")
-        for done in as_completed([pool.submit(runs_of_one_base, work, part) for part in together]):
+        for done in as_completed([pool.submit(by, work, part) for part in together]):
             runs |= done.result()
             bar.update(len(done.result()))
             file.parent.mkdir(exist_ok=True, parents=True)
@@ -558,6 +521,31 @@ def middle_of(values: list[float]) -> str:
     return f"{statistics.median(values):.3f}"
 
 
+def rows_at(runs: Runs, *noises: float) -> list[dict]:
+    """The runs of all methods of `main`, each at its best β."""
+    points = {method: best(runs, "dpo", method) for method in methods_of("main")}
+    given = {0.3: {}}  # what the playground has anyway is no part of a run's name
+    return [at("dpo", method, seed, **point, **given.get(noise, {"label_noise": noise}))
+            for noise in noises for method, point in points.items() for seed in SEEDS]  # fmt: skip
+
+
+def wide_table(runs: Runs, noise: float, given: dict[str, str]) -> str:
+    """Result and cost of every method; given: method -> what it knows beside the pairs."""
+    flat, n = rows_at(runs, noise), len(SEEDS)
+    rows = {method: flat[i * n : (i + 1) * n] for i, method in enumerate(methods_of("main"))}
+    plain, lines = column(runs, rows["plain training"], "gold/win_rate"), []
+    for method, row in rows.items():
+        win = column(runs, row, "gold/win_rate")
+        lead = "–" if method == "plain training" else gain(win, plain, len(rows) - 1)
+        lines.append([method.replace("plain training", "plain DPO"), given.get(method, "nothing"),
+                      f"{row[0]['beta']:g}", spread(column(runs, row, "gold/reward")), spread(win), lead,
+                      spread(column(runs, row, "kl"), 1), spread(column(runs, row, "gold/broken"), 2),
+                      *cost(runs, row)])  # fmt: skip
+    return markdown([f"{noise:.0%} flipped", "given beside the pairs", "β", "true reward", "win rate over SFT",
+                     "less plain DPO's", "KL, nats", "broken", *(f"M tokens {kind}" for kind in KINDS)],
+                    lines)  # fmt: skip
+
+
 Points = list[list[tuple[float, float]]]  # of every β, of every seed: KL, true reward
 
 
@@ -621,30 +609,28 @@ def noise_tables(runs: Runs) -> str:
         rows_of = specs(runs, "main" if noise == 0.3 else f"noise {noise}")
         every = {method: rows_of[method][:5] for method in UNDER_NOISE}
         win = {method: column(runs, row, "gold/win_rate") for method, row in every.items()}
-        rows.append([f"{noise:.0%}", *map(spread, win.values()), gain(win["SeRA"], win["plain training"])])
+        lead = gain(win["SeRA"], win["plain training"], len(levels))
+        rows.append([f"{noise:.0%}", *map(spread, win.values()), lead])
         ks = zip(*column(runs, every["plain training"], "precision at K", 2))
         at_k.append([f"{noise:.0%}", *(f"{statistics.mean(k):.3f}" for k in ks)])
-    return (markdown(["flipped labels", *win, "SeRA against plain DPO"], rows) + "\n\n"
+    return (markdown(["flipped labels", *win, "SeRA's less plain DPO's"], rows) + "\n\n"
             + markdown(["precision at K =", *(f"{k}0 %" for k in range(1, 11))], at_k))  # fmt: skip
 
 
 def length_table(runs: Runs) -> str:
-    rows = specs(runs, "length")
+    rows, lines = specs(runs, "length"), []
     win = {name: column(runs, row, "gold/win_rate") for name, row in rows.items()}
-    return markdown(
-        ["method", "true reward", "win rate over SFT", "against SeRA", "precision",
-         "precision of the bootstrapped pairs", "words", "kept pairs: chosen longer by, words",
-         "bootstrapped pairs: by"],
-        [[name, spread(column(runs, row, "gold/reward")), spread(win[name]),
-          "–" if name == "SeRA" else gain(win[name], win["SeRA"]), spread(column(runs, row, "select/precision")),
-          spread(column(runs, row, "bootstrap/precision")), spread(column(runs, row, "gold/length"), 1),
-          spread(column(runs, row, "offline/length"), 2), spread(column(runs, row, "bootstrap/length"), 2)]
-         for name, row in rows.items()],
-    )  # fmt: skip
+    for name, row in rows.items():
+        lead = "–" if name == "SeRA" else gain(win[name], win["SeRA"], len(rows) - 1)
+        shown = ("select/precision", 3), ("bootstrap/precision", 3), ("gold/length", 1), ("offline/length", 2)
+        lines.append([name, spread(column(runs, row, "gold/reward")), spread(win[name]), lead,
+                      *(spread(column(runs, row, key), digits) for key, digits in shown)])  # fmt: skip
+    return markdown(["method", "true reward", "win rate over SFT", "less SeRA's", "precision", "precision of the "
+                     "bootstrapped pairs", "words", "kept pairs: chosen longer by, words"], lines)  # fmt: skip
 
 
 OVER = {
-    "gold/reward": "true reward", "gold/win_rate": "win rate over SFT",
+    "gold/reward": "true reward", "gold/win_rate": "win rate over SFT", "kl": "KL, nats",
     "bootstrap/precision": "precision of the bootstrapped pairs, ties ½", "bootstrap/ties": "tied bootstrapped pairs",
     "gold/broken": "broken answers",
     "bootstrap/reward": "true reward of what bootstrapped pairs choose",
@@ -652,20 +638,25 @@ OVER = {
 }  # fmt: skip
 
 
-def over_table(runs: Runs, study: str = "over", keys=tuple(OVER)) -> str:
-    rows = specs(runs, study)
-    ts = range(1, LONG + 1)
-    by_t = {key: {name: [column(runs, row, key, t) for t in ts] for name, row in rows.items()} for key in keys}
-    lines = [[OVER[key], name, *(spread(values, 1 if key == "bootstrap/margin" else 3) for values in of_row)]
-             for key, of_rows in by_t.items() for name, of_row in of_rows.items()
-             if any(v is not None for values in of_row for v in values)]  # fmt: skip
-    times = [f"t = {t}" for t in ts]
-    shown = markdown(["", "method", *times], lines)
-    if "plain training" in rows:
-        alone = by_t["gold/win_rate"].pop("plain training")
-        lines = [[name, *map(gain, win, alone)] for name, win in by_t["gold/win_rate"].items()]
-        shown += "\n\n" + markdown(["win rate against plain DPO", *times], lines)
-    return shown
+def over_table(runs: Runs, study: str, *keys: str) -> str:
+    """By iteration; of OVER's figures these, or all."""
+    lines = []
+    for key in keys or OVER:
+        for name, row in specs(runs, study).items():
+            by_t = [column(runs, row, key, t) for t in range(1, LONG + 1)]
+            if any(value is not None for values in by_t for value in values):
+                lines.append([OVER[key], name, *(spread(values, 1 if "nats" in OVER[key] else 3) for values in by_t)])
+    return markdown(["", "method", *(f"t = {t}" for t in range(1, LONG + 1))], lines)
+
+
+def lead_table(runs: Runs) -> str:
+    """By iteration, the difference in win rate from plain DPO after as many."""
+    rows = specs(runs, "over")
+    plain, lines = rows.pop("plain training"), []
+    for name, row in rows.items():
+        wins = [[column(runs, one, "gold/win_rate", t) for one in (row, plain)] for t in range(1, LONG + 1)]
+        lines.append([name, *(gain(ours, theirs, LONG * len(rows)) for ours, theirs in wins)])
+    return markdown(["win rate less plain DPO's", *(f"t = {t}" for t in range(1, LONG + 1))], lines)
 
 
 def asked_table(runs: Runs) -> str:
@@ -673,9 +664,9 @@ def asked_table(runs: Runs) -> str:
     win = {name: column(runs, row, "gold/win_rate") for name, row in rows.items()}
     first = next(iter(rows))
     return markdown(
-        ["after T = 3", "win rate over SFT", "against SeRA", "precision of the bootstrapped pairs",
+        ["after T = 3", "win rate over SFT", "less SeRA's", "precision of the bootstrapped pairs",
          *(f"M tokens {kind}" for kind in KINDS)],
-        [[name, spread(win[name]), "–" if name == first else gain(win[name], win[first]),
+        [[name, spread(win[name]), "–" if name == first else gain(win[name], win[first], len(rows) - 1),
           spread(column(runs, row, "bootstrap/precision")), *cost(runs, row)] for name, row in rows.items()],
     )  # fmt: skip
 
@@ -685,25 +676,24 @@ def losses_table(runs: Runs) -> str:
     columns = []
     for rows in (specs(runs, loss) for loss in LOSSES):
         win = {method: column(runs, row, "gold/win_rate") for method, row in rows.items()}
-        columns.append([spread(w) + ("" if m == "plain training" else f", {gain(w, win['plain training'])}")
-                        for m, w in win.items()])  # fmt: skip
-    headings = [f"{what}: win rate over SFT, against plain training" for what in LOSSES.values()]
+        plain, comparisons = win["plain training"], len(LOSSES) * (len(win) - 1)
+        columns.append([spread(plain), *(f"{spread(win[m])}, {gain(win[m], plain, comparisons)}" for m in rows
+                                         if m != "plain training")])  # fmt: skip
+    headings = [f"{what}: win rate over SFT; less plain training's" for what in LOSSES.values()]
     return markdown(["method", *headings], [list(line) for line in zip(UNDER_LOSSES, *columns)])
 
 
 TITLES = {
     "main": "DPO, each method at its best β: 30 % flipped labels, after three iterations",
-    "short": "DPO, some of these methods (of the README)",
     "details": "The same runs: medians, pairs and cost",
     "frontier": "DPO: true reward at equal distance from the reference; validation prompts",
     "tuning": "DPO, by β: validation prompts",
     "noise": "DPO, by the share of flipped labels; and the share of right labels among the K widest pairs",
-    "over": "Over-optimisation: six iterations at the best β; and the difference from plain DPO",
-    "tried": "Three other remedies, which are not kept: six iterations",
+    "over": "Over-optimisation: six iterations at the best β",
+    "lead": "The same runs: win rates less plain DPO's",
     "near": "The same at the playground's own β and learning rate",
     "length": "Labels of which half favour the longer response, and 15 % are flipped then",
     "asked": "The reviewers' questions, and what each answer costs",
-    "three": "Selection by the last three policies: six iterations",
     "losses": "IPO, SLiC-HF and SimPO: win rates",
     **{loss + more: f"{what}, {title}" for loss, what in LOSSES.items() for more, title in (
         ("", "each method at its best β"), (" tuning", "by β: validation prompts"))},
@@ -717,15 +707,14 @@ def tables(runs: Runs) -> dict[str, str]:
         "short": partial(methods_table, runs, "main", IN_FIGURE.__contains__),
         "details": partial(details_table, runs, "main"), "frontier": partial(frontier_table, runs),
         "noise": partial(noise_tables, runs),
-        "length": partial(length_table, runs), "over": partial(over_table, runs), "asked": partial(asked_table, runs),
-        "near": partial(over_table, runs, "near", ("gold/reward", "gold/win_rate", *list(OVER)[2:5])),
-        "tried": partial(over_table, runs, "tried", tuple(OVER)[:5]),
-        "three": partial(over_table, runs, "three", ("gold/reward", "bootstrap/precision")),
+        "length": partial(length_table, runs), "asked": partial(asked_table, runs), "lead": partial(lead_table, runs),
+        "over": partial(over_table, runs, "over"), "near": partial(over_table, runs, "near"),
+        "near, in short": partial(over_table, runs, "near", "gold/reward", "bootstrap/precision"),
         "losses": partial(losses_table, runs),
         **{loss: partial(methods_table, runs, loss) for loss in LOSSES},
         **{f"{loss} tuning": partial(tuning_table, runs, loss) for loss in LOSSES},
     }  # fmt: skip
-    shown = made({name: makers[name] for name in TITLES})
+    shown = made(makers)
     of_dpo = {name for name in shown if loss_of(name.removesuffix(" tuning")) == "dpo" and name != "losses"}
     return shown | {name: shown[name].replace("plain training", "plain DPO") for name in of_dpo}
 
@@ -739,12 +728,10 @@ def made(makers: dict[str, Callable[[], str]]) -> dict[str, str]:
     return shown
 
 
-def all_tables(runs: Runs, earlier: dict[str, str]) -> str:
+def all_tables(runs: Runs) -> str:
     """claims.md"""
-    anew = tables(runs)
-    shown, note = earlier | anew, " (made by an earlier version)"
-    return "".join(f"## {title}{'' if name in anew else note}\n\n{shown[name]}\n\n"
-                   for name, title in TITLES.items() if name in shown and name != "short")  # fmt: skip
+    shown = tables(runs)
+    return "".join(f"## {title}\n\n{shown[name]}\n\n" for name, title in TITLES.items() if name in shown)
 
 
 def sentences(runs: Runs) -> dict[str, str]:
@@ -806,8 +793,7 @@ def sentences(runs: Runs) -> dict[str, str]:
         "near": lambda: (
             f"At the β and learning rate of `python train.py`, bootstrapped pairs are right "
             f"{mean('near', 'SeRA', right, 5)} of the time in the fifth iteration, with both remedies "
-            f"{mean('near', 'SeRA + both', right, 5)}, and with eight samples a prompt too "
-            f"{mean('near', 'SeRA + both, N = 8', right, 5)}."),
+            f"{mean('near', 'SeRA + both', right, 5)}."),
         "length": lambda: (
             f"In all pairs the chosen response is longer by {mean('length', 'plain training', 'offline/length', 3, 2)} "
             f"words, in those that SeRA keeps by {mean('length', 'SeRA', 'offline/length', 3, 2)}. `--length_free` "
@@ -855,10 +841,10 @@ def figure(file: Path):
         plt.close(drawn)
 
 
-def draw_frontier(runs: Runs, place: Path) -> None:
+def draw_frontier(runs: Runs, file: Path) -> None:
     """True reward against KL: a line a method, a point a β, means over the seeds and their standard errors."""
     points = {method: frontier(runs, method) for method in IN_FIGURE}
-    with figure(place / "frontier.png") as axes:
+    with figure(file) as axes:
         for method, of_betas in points.items():
             means = [[statistics.mean(values) for values in zip(*seeds)] for seeds in of_betas]
             errors = [[statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else 0 for v in zip(*seeds)]
@@ -887,12 +873,6 @@ def draw_over(runs: Runs, place: Path) -> None:
                     low, high = ([m + sign * d for m, d in zip(mean, sd)] for sign in (-1, 1))
                     axes.fill_between([*values], low, high, alpha=0.15)
             axes.set(xlabel="iteration", ylabel=label, xticks=range(LONG + 1))
-
-
-def read_earlier(results: Path) -> dict[str, str]:
-    """What earlier versions wrote, block by block, of studies that have not been made anew."""
-    file = results / "earlier.json"
-    return json.loads(file.read_text())["blocks"] if file.exists() else {}
 
 
 def make_quick() -> None:
@@ -927,8 +907,7 @@ def main(arguments: list[str] | None = None) -> None:
         make_quick()
         shutil.rmtree(results, ignore_errors=True)
     file = results / "claims.json"
-    saved = json.loads(file.read_text()) if file.exists() else {"machines": [], "runs": {}}
-    runs, machines = Measured(saved["runs"]), set(saved["machines"])
+    runs, machines = read(file)
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
         if options.check:
@@ -939,16 +918,15 @@ def main(arguments: list[str] | None = None) -> None:
             make(wanted, runs, machines, file, work, "tuning")
             wanted = [spec for part in parts for row in specs(runs, part).values() for spec in row]
             make(wanted, runs, machines, file, work, "studies")
-    earlier = read_earlier(results)
-    written = all_tables(runs, earlier)
+    written = all_tables(runs)
     (results / "claims.md").write_text(written)
-    for draw in (draw_frontier, draw_over):
+    for draw, file in ((draw_frontier, results / "frontier.png"), (draw_over, results)):
         with contextlib.suppress(Missing):
-            draw(runs, results)
+            draw(runs, file)
     print(written)
     if options.quick:
         return
-    shown = earlier | blocks(runs)
+    shown = blocks(runs)
     for readme in filter(Path.exists, READMES):
         try:
             readme.write_text(filled(readme.read_text(), shown))

@@ -6,7 +6,6 @@ import re
 import statistics
 import sys
 from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,34 +13,30 @@ import torch
 
 import train
 from sera_min import playground
-from sera_min.config import resolve
-from sera_min.run import Run
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 import claims  # noqa: E402
 
 RESULTS = ROOT / "experiments/results"
-RUNS, EARLIER = claims.Measured(json.loads((RESULTS / "claims.json").read_text())["runs"]), claims.read_earlier(RESULTS)
+RUNS, _ = claims.read(RESULTS / "claims.json")
 README = (ROOT / "README.md").read_text()
 WRITTEN = (ROOT / "experiments/results/claims.md").read_text()
-SHOWN = EARLIER | claims.blocks(RUNS)
+SHOWN = claims.blocks(RUNS)
 
 
 def test_every_block_is_what_the_runs_say():
     """Tables and sentences with numbers stand in blocks of the READMEs, which claims.py writes."""
-    shown, of_now = SHOWN, claims.tables(RUNS).keys()
+    shown = SHOWN
     assert {*claims.TITLES, "sentence:noise40", "sentence:clean"} < shown.keys()  # every study has been run
-    assert {"main", "details", "frontier", "tuning"} <= of_now  # these by the code as it is
-    assert WRITTEN == claims.all_tables(RUNS, EARLIER) and WRITTEN.count("## ") == len(claims.TITLES) - 1  # short
-    assert WRITTEN.count("an earlier version)") == len(claims.TITLES.keys() - of_now)
+    assert WRITTEN == claims.all_tables(RUNS) and WRITTEN.count("## ") == len(claims.TITLES)
     for file in claims.READMES:
         text = file.read_text()
         assert claims.filled(text, shown) == text
         assert len(claims.BLOCK.findall(text)) == text.count("<!-- claims:")  # each has its end
     names = {name for file in claims.READMES for name in re.findall("<!-- claims: (.+?) -->", file.read_text())}
-    assert {"main", "short", "details", "frontier", "tuning", "noise", "length", "over", "near", "tried", "asked", "three",
-            "losses", "sentence:headline", "sentence:frontier", "sentence:direction"} <= names  # fmt: skip
+    assert {"main", "short", "details", "frontier", "tuning", "noise", "length", "lead", "asked", "losses",
+            "near, in short", "sentence:headline", "sentence:frontier", "sentence:direction", "sentence:over"} <= names  # fmt: skip
     with pytest.raises(KeyError, match="unheard of"):
         claims.filled("<!-- claims: unheard of --> <!-- end -->", shown)
     for name in ("short", "sentence:frontier"):  # what is copied wrongly is seen, and mended
@@ -59,8 +54,7 @@ def test_write_fills_the_blocks_and_runs_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "make", lambda *_: pytest.fail("a run is made"))
     monkeypatch.setattr(claims, "draw_frontier", lambda *_: None)
     monkeypatch.setattr(claims, "draw_over", lambda *_: None)
-    for name in ("claims.json", "earlier.json"):
-        (tmp_path / name).write_text((RESULTS / name).read_text())
+    (tmp_path / "claims.json").write_text((RESULTS / "claims.json").read_text())
     (tmp_path / "a.md").write_text("# A\n<!-- claims: near -->\nold\n<!-- end -->\nB\n")
     claims.main(["--write"])
     assert (tmp_path / "claims.md").read_text() == WRITTEN
@@ -152,23 +146,8 @@ def test_what_stands_in_the_place_of_the_method():
     texts = [[[1], [2], [3], [4], [1], [5]]]
     pairs, margins, _ = claims.every_pair([[3.0, 1.0, 2.0, 9.0, 3.0, 8.0]], ended, texts, usable)
     assert sorted(zip(pairs, margins.tolist())) == [((0, 2, 1), 1.0), ((0, 4, 1), 2.0), ((0, 4, 2), 1.0)]
-    mean, of_pairs = claims.last_three(), [torch.full((6,), float(2**t)) for t in range(4)]
-    for r, want in zip(of_pairs, [1, 3 / 2, 7 / 3, 14 / 3]):
-        assert mean(r)[0].item() == pytest.approx(want)
-        assert mean(torch.ones(12), torch.zeros(12), 0.3)[0].item() == pytest.approx(0.7)  # of samples: as it is
-
-    config = resolve(train.Config(device="cpu"))
-    logps = torch.tensor([[-9.0, -8.0]], requires_grad=True)  # log π_θ of a chosen and a rejected response
-    with_term, plain = (
-        torch.autograd.grad(loss(logps - torch.tensor([[-7.0, -9.0]]), config).sum(), logps)[0]
-        for loss in (claims.likelihood, train.pair_losses)
-    )
-    assert (with_term - plain).tolist() == [pytest.approx([-0.015, 0.0], abs=1e-7)]  # of −0.015 log π_θ(y_w|x)
-    assert claims.undecided(torch.tensor([12.0, 9.0, 3.0, 11.0, 10.0]), 4).tolist() == [4, 1, 2]
-    seen = []
-    run = Run(config, *[None] * 4, offline=[])
-    claims.smaller_steps(run, 3, "pairs", plain=lambda *args: seen.append(args))
-    assert seen == [(replace(run, config=replace(config, learning_rate=config.learning_rate / 3)), 3, "pairs")]
+    margins = torch.tensor([3.0, -1.0, 2.0, 0.0, 5.0])
+    assert claims.smallest(margins, 2).tolist() == [1, 3] and claims.middle(margins, 3).tolist() == [0, 2, 3]
 
 
 class InThisProcess:
@@ -215,7 +194,7 @@ def test_quick_and_smaller(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "quick"
     runs = json.loads((folder / "claims.json").read_text())["runs"]
     assert {path.name for path in folder.glob("*.png")} == {"frontier.png", "reward.png", "bootstrapped-precision.png"}
-    assert (folder / "claims.md").read_text().count("|SeRA|") == 4 + (7 + 1)  # main, details, frontier, tuning; over
+    assert (folder / "claims.md").read_text().count("|SeRA|") == 4 + (8 + 1)  # main, details, frontier, tuning; over, lead
     [spec] = claims.specs(runs, "main")["SeRA"]
     others = json.loads(json.dumps({name: run for name, run in runs.items() if name == claims.name_of(spec)}))
     here = {f"2 CPU cores, {claims.machine()}"}
