@@ -122,7 +122,8 @@ def _in_context(x: str | Messages, answers: list[Any], row: Message, where: str)
     options = {"tools": _json(row["tools"])} if row.get("tools") else {}
     more = _json(row.get("chat_template_kwargs") or {})
     if not isinstance(more, dict):
-        raise InputError(f"{where}: 'chat_template_kwargs' is of type {type(more).__name__}: expected names and their values")
+        kind = type(more).__name__
+        raise InputError(f"{where}: 'chat_template_kwargs' is of type {kind}: expected names and their values")
     before = _before(row, where)
     if isinstance(x, str):
         if before or options or more:
