@@ -556,37 +556,47 @@ def frontier(runs: Runs, method: str) -> Points:
     return [list(zip(column(runs, row, "kl"), column(runs, row, "gold/reward"))) for row in rows]
 
 
-def reward_at(points: Points, kl: float, sft: float, seeds: list[int]) -> float | None:
-    """The largest true reward at this KL on the straight lines from SFT through the means over the seeds at each β."""
+def reward_at(points: Points, kl: float, seeds: list[int]) -> float | None:
+    """The largest true reward at this KL on the straight lines through the means over the seeds at neighbouring β."""
     means = [[sum(of_beta[seed][k] for seed in seeds) / len(seeds) for k in (0, 1)] for of_beta in points]
-    line = [[0.0, sft], *reversed(means)]  # from the largest β to the smallest
-    crossed = [low + (high - low) * (kl - a) / (b - a) for (a, low), (b, high) in itertools.pairwise(line)
+    crossed = [low + (high - low) * (kl - a) / (b - a) for (a, low), (b, high) in itertools.pairwise(means)
                if a != b and min(a, b) <= kl <= max(a, b)]  # fmt: skip
-    return max(crossed, default=None)  # None: further than the method goes
+    return max(crossed, default=None)  # None: nearer or farther than any β leads
 
 
-def frontier_at(points: Points, kl: float, sft: list[float]) -> tuple[float, float, float] | None:
-    """The true reward at this KL, its 95 % interval by drawing the seeds anew 1,000 times; None beyond the points."""
-    n, rng = len(sft), random.Random(0)
-    if (mean := reward_at(points, kl, statistics.mean(sft), [*range(n)])) is None:
+def frontier_at(points: Points, kl: float, plain: Points | None = None) -> tuple[float, float, float] | None:
+    """The true reward at this KL, or what it is more than that of `plain` there, with its 95 % interval.
+
+    The interval comes from drawing the seeds anew 1,000 times, the same ones for both. None where they do not lead, or
+    a tenth of the draws does not.
+    """
+
+    def value(seeds: list[int]) -> float | None:
+        there = [reward_at(one, kl, seeds) for one in ((points, plain) if plain else (points,))]
+        return None if None in there else there[0] - sum(there[1:])  # type: ignore[operator, arg-type]
+
+    n, rng = len(points[0]), random.Random(0)
+    mean = value([*range(n)])
+    known = sorted(v for _ in range(1000) if (v := value(rng.choices(range(n), k=n))) is not None)
+    if mean is None or len(known) < 900:
         return None
-    drawn = [rng.choices(range(n), k=n) for _ in range(1000)]
-    values = [reward_at(points, kl, sum(sft[seed] for seed in seeds) / n, seeds) for seeds in drawn]
-    known = sorted(value for value in values if value is not None)
     return known[int(0.025 * len(known))], mean, known[int(0.975 * len(known))]
 
 
-def sft_rewards(runs: Runs) -> list[float]:
-    row = [at("dpo", "plain training", seed, eval_split="validation", **grid("dpo")[0]) for seed in TUNING_SEEDS["dpo"]]
-    return column(runs, row, "gold/reward", 0)
+def in_brackets(found: tuple[float, float, float] | None, sign: str = "") -> str:
+    return "{1:{s}.2f} [{0:{s}.2f}, {2:{s}.2f}]".format(*found, s=sign) if found else "–"
 
 
 def frontier_table(runs: Runs) -> str:
-    """The true reward at equal distance from the reference."""
-    sft, lines = sft_rewards(runs), []
-    for method in methods_of("main"):
-        found = [frontier_at(frontier(runs, method), kl, sft) for kl in KLS]
-        lines.append([method, *(f"{at[1]:.2f} [{at[0]:.2f}, {at[2]:.2f}]" if at else "–" for at in found)])
+    """The true reward at equal distance from the reference, and what it is more than plain DPO's."""
+    every = {method: frontier(runs, method) for method in methods_of("main")}
+    lines = []
+    for method, points in every.items():
+        cells = [in_brackets(frontier_at(points, kl)) for kl in KLS]
+        against = every["plain training"] if method != "plain training" else None
+        more = [frontier_at(points, kl, against) if against else None for kl in KLS]
+        lines.append([method, *(f"{cell.split(' ')[0]}; {in_brackets(of, '+')}" if of else cell
+                                for cell, of in zip(cells, more))])  # fmt: skip
     return markdown(["true reward at a KL of", *(f"{kl} nats" for kl in KLS)], lines)
 
 
@@ -604,17 +614,18 @@ def at_beta(runs: Runs, loss: str, method: str, beta: float) -> float:
 
 def noise_tables(runs: Runs) -> str:
     levels = sorted([*NOISE, 0.3])
-    rows, at_k = [], []
+    rows, at_k, comparisons = [], [], len(levels) * (len(UNDER_NOISE) - 1)
     for noise in levels:
         rows_of = specs(runs, "main" if noise == 0.3 else f"noise {noise}")
         every = {method: rows_of[method][:5] for method in UNDER_NOISE}
         win = {method: column(runs, row, "gold/win_rate") for method, row in every.items()}
-        lead = gain(win["SeRA"], win["plain training"], len(levels))
-        rows.append([f"{noise:.0%}", *map(spread, win.values()), lead])
+        plain, *others = win.values()
+        rows.append([f"{noise:.0%}", spread(plain), *(f"{spread(w)}; {gain(w, plain, comparisons)}" for w in others)])
         ks = zip(*column(runs, every["plain training"], "precision at K", 2))
         at_k.append([f"{noise:.0%}", *(f"{statistics.mean(k):.3f}" for k in ks)])
-    return (markdown(["flipped labels", *win, "SeRA's less plain DPO's"], rows) + "\n\n"
-            + markdown(["precision at K =", *(f"{k}0 %" for k in range(1, 11))], at_k))  # fmt: skip
+    return (markdown(["flipped labels: win rate over SFT; less plain DPO's", *UNDER_NOISE], rows) + "\n\n"
+            + markdown(["flipped labels: precision of the widest", *(f"{k}0 %" for k in range(1, 11))],
+                       at_k))  # fmt: skip
 
 
 def length_table(runs: Runs) -> str:
@@ -650,13 +661,15 @@ def over_table(runs: Runs, study: str, *keys: str) -> str:
 
 
 def lead_table(runs: Runs) -> str:
-    """By iteration, the difference in win rate from plain DPO after as many."""
-    rows = specs(runs, "over")
-    plain, lines = rows.pop("plain training"), []
-    for name, row in rows.items():
-        wins = [[column(runs, one, "gold/win_rate", t) for one in (row, plain)] for t in range(1, LONG + 1)]
-        lines.append([name, *(gain(ours, theirs, LONG * len(rows)) for ours, theirs in wins)])
-    return markdown(["win rate less plain DPO's", *(f"t = {t}" for t in range(1, LONG + 1))], lines)
+    """By iteration: win rates less plain DPO's, true rewards less SeRA's."""
+    rows, times = specs(runs, "over"), range(1, LONG + 1)
+    wanted = [("win rate less plain DPO's", "gold/win_rate", name, "plain training") for name in rows]
+    wanted += [("true reward less SeRA's", "gold/reward", name, "SeRA") for name in rows if " + " in name]
+    lines = []
+    for what, key, name, other in wanted[1:]:
+        both = [[column(runs, rows[one], key, t) for one in (name, other)] for t in times]
+        lines.append([what, name, *(gain(ours, theirs, LONG * (len(wanted) - 1)) for ours, theirs in both)])
+    return markdown(["", "method", *(f"t = {t}" for t in times)], lines)
 
 
 def asked_table(runs: Runs) -> str:
@@ -690,7 +703,7 @@ TITLES = {
     "tuning": "DPO, by β: validation prompts",
     "noise": "DPO, by the share of flipped labels; and the share of right labels among the K widest pairs",
     "over": "Over-optimisation: six iterations at the best β",
-    "lead": "The same runs: win rates less plain DPO's",
+    "lead": "The same runs: differences",
     "near": "The same at the playground's own β and learning rate",
     "length": "Labels of which half favour the longer response, and 15 % are flipped then",
     "asked": "The reviewers' questions, and what each answer costs",
@@ -755,21 +768,31 @@ def sentences(runs: Runs) -> dict[str, str]:
         return "; ".join(said) + (f". Against plain DPO: differences in win rate over SFT, means over {n} seeds, with "
                                   f"intervals that hold for all {comparisons} comparisons at once (95 %).")  # fmt: skip
 
+    def against_random(method: str) -> str:
+        win, by_chance = (values("main", row, "gold/win_rate") for row in (method, "random K"))
+        return gain(win, by_chance, len(specs(runs, "main")) - 1)
+
     def at_kl(kl: float, *methods: str) -> str:
         """SeRA 0.61 [0.58, 0.64], …"""
-        found = {method: frontier_at(frontier(runs, method), kl, sft_rewards(runs)) for method in methods}
-        return ", ".join(f"{method} {at[1]:.2f} [{at[0]:.2f}, {at[2]:.2f}]" for method, at in found.items() if at)
+        found = {method: frontier_at(frontier(runs, method), kl) for method in methods}
+        return ", ".join(f"{method} {in_brackets(at)}" for method, at in found.items() if at)
 
-    others = "plain training", "selection only", "SeRA"
+    def more_at_kl(kl: float) -> str:
+        """plain DPO 0.51; differences from it: SeRA +0.06 [+0.01, +0.11], …"""
+        plain = frontier(runs, "plain training")
+        found = {method: frontier_at(frontier(runs, method), kl, plain) for method in others}
+        more = ", ".join(f"{method} {in_brackets(more, '+')}" for method, more in found.items() if more)
+        return f"plain DPO {in_brackets(frontier_at(plain, kl)).split(' ')[0]}; differences from it: {more}"
+
+    others = "selection only", "SeRA", "SeRA + both remedies"
     headline, right = ("SeRA", "selection only", "SeRA + both remedies"), "bootstrap/precision"
     return made({
         "headline": lambda: (
             "With 30 % of the labels flipped, each method at its own best β: "
             f"{against_plain('main', *headline, 'cDPO, ε = 0.3', 'robust DPO, ε = 0.3')}"),
         "frontier": lambda: (
-            f"True reward two nats from the reference (95 %, seeds resampled): {at_kl(2, *others)}; "
-            f"eight nats from it: {at_kl(8, *others)}."
-        ).replace("plain training", "plain DPO"),
+            f"True reward four nats from the reference: {more_at_kl(4)}. Eight nats from it, where plain DPO does not "
+            f"come: {at_kl(8, *others)} (95 % each, seeds resampled)."),
         "direction": lambda: (
             f"True reward by what is kept: the largest margins {mean('main', 'selection only', 'gold/reward')}, the "
             f"middle ones {mean('main', 'the middle margins', 'gold/reward')}, random pairs "
@@ -777,7 +800,9 @@ def sentences(runs: Runs) -> dict[str, str]:
             f"{mean('main', 'the smallest margins', 'gold/reward')}; the share of right labels among them is "
             f"{mean('main', 'selection only', 'select/precision')}, "
             f"{mean('main', 'the middle margins', 'select/precision')}, {mean('main', 'random K', 'select/precision')} "
-            f"and {mean('main', 'the smallest margins', 'select/precision')}."),
+            f"and {mean('main', 'the smallest margins', 'select/precision')}. Win rates less that of random pairs: "
+            f"selection only {against_random('selection only')}, SeRA {against_random('SeRA')} "
+            "(95 % for 13 comparisons at once)."),
         "noise40": lambda: f"With 40 % of the labels flipped: {against_plain('noise 0.4', *headline)}",
         "clean": lambda: f"With clean labels: {against_plain('noise 0.0', *headline)}",
         "beta1": lambda: (

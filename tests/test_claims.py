@@ -132,13 +132,18 @@ def test_interval_is_student_s():
 
 def test_the_frontier_is_read_on_straight_lines():
     points = [[(3.0, 0.5), (5.0, 0.7)], [(2.0, 0.9), (2.0, 0.7)], [(1.0, 0.4), (1.0, 0.4)]]  # smallest β first
-    at = lambda kl, seeds=(0, 1): claims.reward_at(points, kl, 0.2, seeds)  # noqa: E731
-    assert at(0.5) == pytest.approx(0.3) and at(1.5) == pytest.approx(0.6) and at(3.0) == pytest.approx(0.7)
-    assert at(4.0) == pytest.approx(0.6) and at(4.1) is None and at(3.5, [0]) is None
-    assert claims.reward_at([[(1.0, 0.3)], [(2.0, 0.8)]], 1.0, 0.2, [0]) == pytest.approx(0.5)  # the way out, not back
-    low, mean, high = claims.frontier_at(points, 2.0, [0.2, 0.2])
-    assert (low, mean, high) == pytest.approx((0.7, 0.8, 0.9))
-    assert claims.frontier_at(points, 9.0, [0.2, 0.2]) is None
+    at = lambda kl, seeds=(0, 1): claims.reward_at(points, kl, seeds)  # noqa: E731
+    assert at(1.5) == pytest.approx(0.6) and at(3.0) == pytest.approx(0.7)
+    assert at(4.0) == pytest.approx(0.6) and at(4.1) is None and at(3.5, [0]) is None and at(0.5) is None
+    assert claims.reward_at([[(1.0, 0.3)], [(2.0, 0.8)]], 1.0, [0]) == pytest.approx(0.3)
+    there_and_back = [[(1.0, 0.6)], [(3.0, 0.8)], [(0.0, 0.2)]]
+    assert claims.reward_at(there_and_back, 1.5, [0]) == pytest.approx(0.65)  # the way back, which is higher
+    assert claims.frontier_at(points, 2.0) == pytest.approx((0.7, 0.8, 0.9))
+    assert claims.frontier_at(points, 9.0) is None and claims.frontier_at(points, 4.0) is None  # a quarter goes less far
+    lower = [[(kl, reward - d) for (kl, reward), d in zip(of_beta, (0.1, 0.3))] for of_beta in points]
+    assert claims.frontier_at(points, 2.0, lower) == pytest.approx((0.1, 0.2, 0.3))  # with the same seeds drawn for both
+    assert claims.frontier_at(points, 2.0, [[(9.0, 0.1)] * 2] * 3) is None
+    assert claims.in_brackets((-0.1, 0.0, 0.25), "+") == "+0.00 [-0.10, +0.25]" and claims.in_brackets(None) == "–"
 
 
 def test_what_stands_in_the_place_of_the_method():
