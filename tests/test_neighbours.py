@@ -1,0 +1,245 @@
+"""The related methods of experiments/neighbours.py: their equations on numbers worked by hand, and a small run of each."""
+
+import functools
+import inspect
+import math
+import random
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_model
+
+import train
+from sera_min import playground
+from sera_min.config import resolve
+from sera_min.logprobs import body_of, sequence_logprobs, token_logprobs
+from sera_min.losses import dpo_loss
+from sera_min.pairs import Pair
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+import claims
+import neighbours
+from neighbours import ids, text
+from test_claims import InThisProcess
+
+X = ids("tell me about the fox and the cave")[:-1]
+GOOD, FAIR, BAD = "the fox is lovely .", "the owl is lovely .", "the owl is ugly ."  # true reward 1, 0, −1
+
+
+def a_run(offline, *, sampled=(), logps=0.0, t=2, **config):
+    """What a method asks of a run. sampled: of each prompt the samples, all ended; logps: log π_θi(y|x) by i, y."""
+    score = logps if callable(logps) else lambda i, y: logps
+    of_rows = lambda i, x, y, what: torch.tensor([[score(i, text(one)), 0.0] for one in y])  # noqa: E731
+    samples = [[(ids(y), True) for y in row] for row in sampled]
+    return SimpleNamespace(
+        offline=offline, log_prob=of_rows, sample=lambda i, prompts: samples, eos_ids=[neighbours.TOKENIZER.eos_token_id],
+        config=resolve(train.Config(device="cpu", beta=1.0, **config)),
+    )  # fmt: skip
+
+
+def pair(chosen, rejected):
+    return Pair(X, ids(chosen), ids(rejected))
+
+
+def texts(review):
+    return [(text(x), text(w), text(l)) for x, w, l in review.training_set.pairs]
+
+
+def test_rad_trains_on_both_responses_each_under_its_own_score():
+    run = a_run([pair(GOOD, BAD), pair(BAD, GOOD), pair(FAIR, GOOD), pair(GOOD, GOOD)])  # the label does not matter
+    made = neighbours.rad(True)["pairs"](run, 1).training_set.pairs
+    assert [(text(x), text(w), text(l)) for x, w, l in made[:4]] == [
+        (text(X), GOOD, BAD), ("and and and and fox and the cave", BAD, GOOD),
+        ("and and and and fox and the cave", BAD, GOOD), (text(X), GOOD, BAD),
+    ]  # fmt: skip
+    assert len(made) == 6  # the last pair has one score
+    assert dpo_loss(torch.tensor([1.0, -1.0]), 1.0).mean().item() == pytest.approx(0.8133, abs=1e-4)  # of a policy that ignores g
+    own = a_run([pair(GOOD, BAD)] * 2, logps=lambda i, y: float(i) if y == BAD else 0.0)  # π_θ1 has come to prefer BAD
+    first, second, *_ = neighbours.rad(False)["pairs"](own, 2).training_set.pairs
+    assert (text(first.prompt)[:8], text(first.chosen)) == ("the the ", GOOD)
+    assert (text(second.prompt), text(second.chosen)) == (text(X), BAD)
+
+
+def gradients(backward, policy, pairs, config):
+    policy.zero_grad()
+    backward(policy, pairs, torch.zeros(len(pairs), 2), 4, config, 2048)
+    return torch.cat([p.grad.flatten() for p in policy.parameters()])
+
+
+def test_spo_and_aihf_add_their_terms_to_the_loss():
+    """m = 0.2 and three equal class logits, γ = 0.1: 0.5981 + 0.1·1.0986; log π = −4, w = 0.5, m = 0.3: 0.5544 + 2."""
+    assert (dpo_loss(torch.tensor(0.2), 1.0) + 0.1 * F.cross_entropy(torch.zeros(1, 3), torch.tensor([1]))).item() == pytest.approx(0.7080, abs=1e-4)
+    assert (dpo_loss(torch.tensor(0.3), 1.0) - 0.5 * torch.tensor(-4.0)).item() == pytest.approx(2.5544, abs=1e-4)
+    policy = playground.make_sft_policy(0, "cpu", steps=2)[0]
+    pairs, config = [pair(f"{GOOD} {GOOD}", BAD), pair(FAIR, GOOD)], resolve(train.Config(device="cpu"))
+    plain = gradients(train.backward, policy, pairs, config)
+
+    aihf = gradients(neighbours.aihf(0.5)["backward"], policy, pairs, config)
+    best = ids(neighbours.demonstration(text(X)))
+    policy.zero_grad()
+    (-0.5 * sequence_logprobs(policy, [X, X], [best, best])[0].sum() / 4).backward()
+    term = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    torch.testing.assert_close(aihf, plain + term, rtol=1e-4, atol=1e-6)
+
+    changes = neighbours.spo(weight=0.7)
+    spo = inspect.getclosurevars(changes["backward"]).nonlocals
+    spo["optimizer"].param_groups[0]["lr"] = 0.0
+    spo["rng"].randrange = lambda _: 0  # nothing is taken away: degree 0
+    with_degree = gradients(changes["backward"], policy, pairs, config)
+    policy.zero_grad()
+    for one in pairs:
+        hidden = body_of(policy)(input_ids=torch.tensor([X + one.chosen])).last_hidden_state[0, len(X) :].mean(0)
+        (0.7 * -spo["head"](hidden).log_softmax(-1)[0] / 4).backward()
+    term = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in policy.parameters()])
+    torch.testing.assert_close(with_degree, plain + term, rtol=1e-4, atol=1e-6)
+
+
+def test_spo_takes_away_a_share_of_what_is_rare():
+    y, rare = ids("the fox is lovely . the cave seems dark ."), ids("fox lovely cave")[:-1]
+    frequent = {*y} - {*rare}
+    for share, left in ((0.0, 3), (1 / 3, 2), (2 / 3, 1), (1.0, 0)):
+        less = neighbours.without_key_words(y, frequent, share, random.Random(0))
+        assert sum(token in rare for token in less) == left and [t for t in less if t in frequent] == [t for t in y if t in frequent]
+
+
+def test_bmc_mends_the_worst_sentence_and_weighs_where_the_two_differ():
+    mended = neighbours.mend(text(X), f"{BAD} {GOOD}", f"{FAIR} {BAD} {FAIR}")
+    assert mended == f"{FAIR} {GOOD} {FAIR}"
+    # π_θ = 0.8, π_ref = 0.4, δ = 2: w = 1 + 1/0.8, m = 2.25 ln 2
+    logps = torch.tensor([0.8, 0.8, 0.1]).log()
+    w = neighbours.confidence(logps, [5, 6, 7], [5, 9], 2.0)
+    assert w.tolist() == pytest.approx([1.0, 2.25, 3.0])  # the same token; another; none, and 1/0.1 is cut at δ
+    assert (w[1] * (logps[1] - math.log(0.4))).item() == pytest.approx(1.5596, abs=1e-4)
+    changes = neighbours.bmc()
+    policy, reference = (playground.make_sft_policy(seed, "cpu", steps=2)[0] for seed in (0, 1))
+    inspect.getclosurevars(changes["backward"]).nonlocals["reference"].append(reference)
+    pairs = [pair(GOOD, BAD)]
+    r, logps = changes["backward"](policy, pairs, None, 1, resolve(train.Config(device="cpu")), 2048)
+    [w, l], [w_ref, l_ref] = ([one.detach() for one in token_logprobs(m, [X, X], [ids(GOOD), ids(BAD)])] for m in (policy, reference))
+    by_hand = []
+    for ours, theirs in ((w, w_ref), (l, l_ref)):  # words 2 and 4 differ
+        weight = torch.ones(6)
+        weight[[1, 3]] += (1 / ours[[1, 3]].exp()).clamp(max=2)
+        by_hand.append((weight * (ours - theirs)).sum().item())
+    assert r[0].tolist() == pytest.approx(by_hand, rel=1e-4) and logps[0].tolist() == pytest.approx([w.sum().item(), l.sum().item()], rel=1e-4)
+
+
+def test_proxy_asks_for_the_labels_of_the_smallest_margins():
+    scores = {GOOD: 0.0, BAD: 1.0, FAIR: 5.0}  # r_1 has BAD above GOOD, by little
+    run = a_run([pair(GOOD, BAD)] * 3, sampled=[[GOOD, BAD], [FAIR, GOOD], [FAIR, BAD]], logps=lambda i, y: i * scores[y])
+    asked = neighbours.proxy(budget=1)["pairs"](run, 2)
+    assert [pair[1:] for pair in texts(asked)] == [(GOOD, BAD), (FAIR, GOOD), (FAIR, BAD)]  # mended, as it was, as it was
+    assert [pair[1:] for pair in texts(neighbours.proxy(budget=2)["pairs"](run, 2))][1:] == [(FAIR, GOOD), (FAIR, BAD)]
+    assert [pair[1:] for pair in texts(neighbours.proxy(budget=3)["pairs"](run, 2))][1:] == [(GOOD, FAIR), (FAIR, BAD)]
+
+
+def test_sapo_splices_and_averages():
+    y, ends = [10, 11, 12, 13, 1], [1]
+    assert neighbours.spliced(y, 1, 2, [20, 21, 22], ends) == [10, 20, 21, 13, 1]
+    assert neighbours.spliced(y, 1, 2, [20, 1], ends) == [10, 20, 1]  # it ended there
+    assert neighbours.spliced(y, 1, 2, [1], ends) == [10, 1]
+    policies = [tiny_model() for _ in range(3)]
+    for i, policy in enumerate(policies):  # E_0 = θ_0 = 0, then θ = 1 twice: 0.75
+        for p in policy.parameters():
+            p.data.fill_(float(i > 0))
+    mean = neighbours.moving_average(SimpleNamespace(policies=SimpleNamespace(get=policies.__getitem__)), 3, 0.5)
+    assert {p.unique().item() for p in mean.parameters()} == {0.75}
+    assert {p.unique().item() for p in policies[0].parameters()} == {0.0}  # the reference is as it was
+
+
+def test_irepo_regresses_to_the_logit_of_the_votes():
+    assert neighbours.logit(8, 10) == pytest.approx(math.log(4)) and neighbours.logit(8, 8) == pytest.approx(math.log(15))
+    assert neighbours.logit(0, 8) == pytest.approx(-math.log(15)) and neighbours.logit(4, 8) == 0
+    changes, config = neighbours.irepo(), SimpleNamespace(beta=2.0)
+    r = torch.tensor([[0.4 / 2 - neighbours.logit(8, 10) / 2, 0.0]], requires_grad=True)  # βm = 0.4, p = 0.8
+    [loss] = changes["pair_losses"](r, config)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.9728, abs=1e-4) and r.grad[0, 0].item() == pytest.approx(2 * -1.9726, abs=1e-3)
+    run = a_run([pair(GOOD, BAD)] * 400, sampled=[[GOOD, BAD]] * 400, label_noise=0.0, samples_per_prompt=2)
+    shifted = changes["pairs"](run, 1).training_set.reference
+    likely = 1 / (1 + math.exp(-2 / 0.5))  # ΔR* = 2
+    assert {round(v, 4) for v in shifted[:, 0].tolist()} <= {round(neighbours.logit(k, 8), 4) for k in range(9)}
+    share = sum(v > 0 for v in shifted[:, 0].tolist()) / 400
+    assert share > 0.99 and likely > 0.98 and shifted[:, 1].abs().max() == 0
+
+
+def test_dice_s_price_of_length():
+    rewards, lengths = torch.tensor([[2.0, 3, 1]]), torch.tensor([[10, 40, 12]])
+    assert neighbours.length_price(rewards, lengths) == pytest.approx(0.034)  # best 10, worst 12; below it best is 40
+    both = torch.tensor([[2.0, 3, 1], [torch.nan] * 3])  # a prompt without a usable sample counts for nothing
+    assert neighbours.length_price(both, lengths.repeat(2, 1)) == pytest.approx(0.034)
+    run = a_run([pair(GOOD, BAD)] * 4, sampled=[[GOOD, f"{BAD} {BAD}"]] * 4, logps=lambda i, y: i * len(y) / 100)
+    made = neighbours.dice()["pairs"](run, 2)
+    assert len(made.training_set.pairs) == 4 and texts(made)[2:] == [(text(X), GOOD, BAD)] * 2  # half are D's
+
+
+def test_spin_sets_the_chosen_against_samples_of_two_rounds():
+    run = a_run([pair(GOOD, BAD), pair(FAIR, BAD)], sampled=[[FAIR], [FAIR]], logps=lambda i, y: -float(i))
+    first, second = (neighbours.spin()["pairs"](run, t) for t in (1, 2))
+    assert [pair[1:] for pair in texts(first)] == [(GOOD, FAIR)]  # of the second the sample is the chosen one
+    assert len(second.training_set.pairs) == 2 and second.training_set.reference.unique().item() == -1.0  # π_θ1's
+    loss = dpo_loss(torch.tensor((-10 + 12) - (-9 + 8.0)), 0.1)  # log π_θ −10 and −9, log π_ref −12 and −8
+    assert loss.item() == pytest.approx(0.5544, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def small_world(tmp_path_factory):
+    every, made, rows = playground.prompts, playground.make_sft_policy, playground.preferences
+    work = tmp_path_factory.mktemp("sft")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(playground, "prompts", lambda part: every(part)[:12])
+        patch.setattr(playground, "preferences", lambda n, part, **of: rows(min(n, 64 if part == "train" else 16), part, **of))
+        patch.setattr(playground, "make_sft_policy", functools.partial(made, steps=60))
+        claims.sft(work / "sft-0", 0)
+        yield work
+
+
+@pytest.mark.parametrize("method", neighbours.NEIGHBOURS)
+def test_a_small_run(method, small_world):
+    flags = neighbours.NEIGHBOURS[method][2]
+    spec = {"neighbour": method, "seed": 0, "beta": 0.3, "steps_per_iteration": 2, "device": "cpu", **flags}
+    before = train.review, train.all_pairs, train.backward
+    [run] = neighbours.runs_of_one_base(small_world, {"one": spec}).values()
+    assert [row["iteration"] for row in run["iterations"]] == [0, 1, 2, 3]
+    assert all(math.isfinite(row["kl"]) for row in run["iterations"]) and run["iterations"][3]["kl"] != 0
+    assert all(row["tokens/trained"] > 0 for row in run["iterations"][1:])
+    assert (train.review, train.all_pairs, train.backward) == before  # all of train.py is as it was
+
+
+def test_quick_makes_the_tables_and_writes_nothing(small_world, monkeypatch, capsys):
+    """Two methods from end to end: one of claims.py, and one of these, beside each other."""
+    for name in ("GRID", "EVERY", "TUNING_SEEDS"):
+        monkeypatch.setattr(claims, name, getattr(claims, name).copy())
+    for name in ("SEEDS", "LONG", "METHODS", "BASELINES", "IN_FIGURE"):
+        monkeypatch.setattr(claims, name, getattr(claims, name))  # so that they are put back
+    make_quick = claims.make_quick
+
+    def smaller():
+        make_quick()
+        claims.EVERY.update(max_train_pairs=64, steps_per_iteration=2)
+        claims.GRID["dpo"] = ([1.0], [1e-3])
+
+    monkeypatch.setattr(claims, "make_quick", smaller)
+    monkeypatch.setattr(claims, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(neighbours, "OF_CLAIMS", ("plain training",))
+    monkeypatch.setattr(neighbours, "NEIGHBOURS", {"SPIN": neighbours.NEIGHBOURS["SPIN"]})
+    monkeypatch.setattr(sys, "argv", ["neighbours.py", "--quick"])
+    monkeypatch.setattr(neighbours, "README", None)  # would fail if it were written
+    neighbours.main()
+    shown = capsys.readouterr().out
+    for noise in ("30%", "0%"):
+        at = shown.index(f"|{noise} flipped|given beside the pairs|")
+        assert shown[at:].splitlines()[2].startswith("|plain DPO|nothing|1|")
+        assert shown[at:].splitlines()[3].startswith("|SPIN|less: no rejected responses|1|")
+
+
+def test_a_method_is_a_function_of_at_most_30_lines():
+    for name in ("rad", "spo", "bmc", "proxy", "aihf", "sapo", "irepo", "dice", "spin"):
+        method = getattr(neighbours, name)
+        assert len(inspect.getsource(method).splitlines()) <= 30, name
+        assert "arXiv:" in method.__doc__
+    assert len(Path(neighbours.__file__).read_text().splitlines()) <= 400
