@@ -3,13 +3,13 @@
     python experiments/neighbours.py            one process a core; stopped, it goes on where it was
     python experiments/neighbours.py --quick    one seed, small: does it all still run? It writes nothing
 
-Every method is one function, of what stands in the place of functions of train.py: pairs(run, t), what iteration t is
-trained on, in the place of `all_pairs` (t = 1) and `review` (t ≥ 2); pair_losses and backward. All else is SeRA's: the
-playground, whose true reward is known, and claims.py's comparison, of equal optimizer steps, one grid of β, tuned on
-validation prompts at 30 % flipped labels. Of public code facts were read, of other methods what the docstring says; the
-rest is assumed. No number tells how good a method is where it was made for. Outside of such a loop are Linear Alignment
-(arXiv:2401.11458), which trains nothing and changes how a model is decoded, and ABR (adaptive behavior regularization),
-offline reinforcement learning of control from rewards.
+Every method is one function. It returns the functions that replace train.py's: pairs(run, t) makes the training set of
+iteration t (for `all_pairs` and `review`); some replace `pair_losses` or `backward` too. All else is SeRA's: the
+playground, whose true reward is known, three iterations, and the reference π_θ0 unless the docstring says another; and
+claims.py's comparison: equal optimizer steps (not epochs), one grid of β, tuned on validation prompts at 30 % flipped
+labels. "and its code" was read; of other methods what the docstring says. These numbers do not say how good a method is
+on its own task. Outside of such a loop are Linear Alignment (arXiv:2401.11458), which only changes how a model is
+decoded, and ABR (adaptive behavior regularization), offline reinforcement learning of control.
 """
 
 import argparse
@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from claims import RESULTS
 from distrust import README, filled
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import train
@@ -82,8 +82,8 @@ def rad(judged: bool) -> Changes:
     """RAD, reward-augmented data (arXiv:2410.08067 and its code). Each pair is two, under prompts that name a score g:
 
         −log σ(βm(y_w, y_l | x, g_w)) − log σ(βm(y_l, y_w | x, g_l)),    answered under the highest g
-    Here g is a fifth of the responses, by true reward (judged), or by r_(t−1), which begins at t = 2. It stands in the
-    place of the prompt's first four words; the highest is these as they are. A pair of one g is dropped.
+    So the label does not matter. g is a fifth of the responses, by true reward (judged), or by r_(t−1), from t = 2 on.
+    It stands in the place of the prompt's first four words; the highest leaves them. Pairs of one g are dropped.
     """
     starts = [TOKENIZER(x).input_ids for x in ("and " * 4, "the " * 4, "about " * 4, "me " * 4, "tell me about the")]
 
@@ -110,10 +110,11 @@ def spo(weight: float = 0.1, degrees: int = 4) -> Changes:
         −log σ(βm) + γ·CE(W h, k),    h: mean hidden state of y_w without k/3 of its key words
     Assumed: γ = 0.1, k = 0 … 3 at random, a linear W with its own Adam; key words: all but D's 6 most frequent.
     """
-    head, rng, frequent = nn.Linear(64, degrees), random.Random(0), set[int]()
-    optimizer = torch.optim.Adam(head.parameters(), 1e-3)
+    rng, frequent, w = random.Random(), set[int](), torch.zeros(degrees, 64, requires_grad=True)
+    optimizer = torch.optim.Adam([w], 1e-3)
 
     def pairs(run: Run, t: int) -> Review:
+        rng.seed(f"{run.config.seed} {t}")
         counts = Counter(token for pair in run.offline for token in pair.chosen + pair.rejected)
         frequent.update(token for token, _ in counts.most_common(6))
         return all_pairs(run)
@@ -124,7 +125,7 @@ def spo(weight: float = 0.1, degrees: int = 4) -> Changes:
         rows = pad_sequence([torch.tensor(pair.prompt + less) for pair, less in zip(pairs, y)], batch_first=True)
         hidden = logprobs.body_of(policy)(input_ids=rows).last_hidden_state  # (m, T, 64)
         h = [of[len(x) : len(x) + len(less)].mean(0) for of, (x, _, _), less in zip(hidden, pairs, y)]
-        (weight * F.cross_entropy(head(torch.stack(h)), torch.tensor(k), reduction="sum") / b).backward()
+        (weight * F.cross_entropy(torch.stack(h) @ w.T, torch.tensor(k), reduction="sum") / b).backward()
         optimizer.step()
         optimizer.zero_grad()
         return plain(policy, pairs, reference, b, *others)
@@ -142,9 +143,9 @@ def bmc(delta: float = 2.0) -> Changes:
     """BMC, bridging and modelling correlations (arXiv:2408.07471 and its code). Pairs that are close, tokens weighed:
 
         m = Σ_i w_i r(ỹ_i) − Σ_i w_i r(y_l,i),    w_i = 1 + min(1/π_θ(y_i), δ) where the two differ, else 1
-    ỹ is y_l, its worst sentence replaced by the best of y_w; a pair that is no better so is dropped (their editor is
-    GPT-4, ours knows the sentences' scores). w has no gradient. It is π_θ's for π_ref's log-prob too, as in the paper;
-    their code has π_ref's there.
+    ỹ is y_l, its worst sentence replaced by the best of y_w; a pair whose ỹ is not better than y_l is dropped. Their
+    editor is GPT-4, ours knows the sentences' scores: no wrong label is left. w has no gradient; π_θ's weighs log π_ref
+    too, as notes of the paper say (their code has π_ref's there).
     """
     reference: list = []
 
@@ -157,8 +158,8 @@ def bmc(delta: float = 2.0) -> Changes:
         logps = logprobs.token_logprobs(policy, *rows_of(pairs))
         with torch.no_grad():
             before = logprobs.token_logprobs(reference[0], *rows_of(pairs))
-        both = [ys for _, w, l in pairs for ys in ((w, l), (l, w))]
-        r = [(confidence(p, *ys, delta) * (p - p_ref)).sum() for p, p_ref, ys in zip(logps, before, both)]
+        both = [ys for _, w, l in pairs for ys in ((w, l), (l, w))]  # a response, and what it is compared with
+        r = [(confidence(p, y, other, delta) * (p - p_ref)).sum() for p, p_ref, (y, other) in zip(logps, before, both)]
         by_pair = torch.stack(r).view(-1, 2)
         (train.pair_losses(by_pair, config).sum() / b).backward()
         return [by_pair.detach(), torch.stack([p.detach().sum() for p in logps]).view(-1, 2)]
@@ -180,11 +181,11 @@ def confidence(logps: Tensor, y: Ids, other: Ids, delta: float) -> Tensor:
 
 
 def proxy(budget: int = 100) -> Changes:
-    """Proxy reward, on-policy, active (arXiv:2407.02119: abstract and notes read). From t = 2 only its own samples:
+    """Active labels, on-policy (arXiv:2407.02119: abstract and notes read). From t = 2 only its own samples:
 
         best and worst under r_(t−1); the `budget` pairs of the smallest margins are labelled by the true reward
-    The others keep the implicit reward's label, where theirs is of a reward model trained on the queries; and what is
-    worth a query is a small margin, not a core set of embeddings.
+    The others keep the implicit reward's label: theirs is of a proxy reward model, trained on the queries, and it is
+    left out. What is worth a query is a small margin, not a core set of embeddings.
     """
 
     def pairs(run: Run, t: int) -> Review:
@@ -204,7 +205,7 @@ def aihf(weight: float = 0.1) -> Changes:
     """AIHF, joint demonstrations and preferences (arXiv:2406.06874: abstract and first page read). In one stage:
 
         −log σ(βm) − w log π_θ(y*|x),    y*: a demonstration
-    Assumed: this direct form, w = 0.1. A demonstration is the best by true reward of 16 of this world's responses.
+    Assumed: this direct form, w = 0.1. A demonstration is the best of 16 of this world's responses: nearly perfect.
     """
 
     def backward(policy, pairs: list[Pair], reference, b: int, *others, plain=train.backward) -> list[Tensor]:
@@ -223,11 +224,11 @@ def demonstration(x: str) -> str:
 
 
 def sapo(decay: float = 0.5) -> Changes:
-    """SAPO, self-augmented preferences (arXiv:2405.20830 and its code). Demonstrations, and no pairs:
+    """SAPO, self-augmented preferences (arXiv:2405.20830 and its code). The rejected response is not used:
 
         y_w = A B C, a chosen response of D;    y_l = A B′ C,  B′ ~ E(·|x, A);    E ← bE + (1−b)θ
-    B is a quarter of y_w. Simplified: E and the segments are made once an iteration, not at every step; the replay
-    buffer is the iteration before. Where B′ ends the response there is no C.
+    B is a quarter of y_w; where B′ ends the response there is no C. Simplified: E and the segments are made once an
+    iteration, not at every step; the replay buffer is the iteration before; the reference does not follow E.
     """
 
     def rewritten(run: Run, t: int) -> list[Pair]:
@@ -245,7 +246,7 @@ def sapo(decay: float = 0.5) -> Changes:
         return [Pair(x, y, spliced(y, cut, n, new, run.eos_ids)) for (x, y, _), (cut, n), new in drawn]
 
     def pairs(run: Run, t: int) -> Review:
-        made = [pair for i in (t - 1, t) if i > 0 for pair in rewritten(run, i)]  # of the one before: read
+        made = [pair for i in (t - 1, t) if i > 0 for pair in rewritten(run, i)]  # those of t − 1 are on disk
         return to_train_on(run, t, [pair for pair in made if pair.chosen != pair.rejected])
 
     return {"pairs": pairs}
@@ -270,7 +271,7 @@ def irepo(votes: int = 8, temperature: float = 0.5) -> Changes:
 
         (βm − log(p / (1−p)))²,    p: the share of votes for the first
     Assumed: 8 votes, for the first with probability σ(ΔR*/0.5), flipped as D's labels are; p keeps half a vote from 0
-    and 1. Of D only the prompts are used.
+    and 1. Of D only the prompts are used. Logged margins are less the logit.
     """
 
     def pairs(run: Run, t: int) -> Review:
@@ -295,11 +296,11 @@ def logit(won: int, votes: int) -> float:
 
 
 def dice() -> Changes:
-    """DICE (arXiv:2406.09760 and its code). Bootstrapping, by a reward without length, beside old pairs:
+    """DICE (arXiv:2406.09760 and its code). The best and the worst sample by a reward without length, and old pairs:
 
-        q(x,y) = log π_θ(t−1)(y|x) − log π_θ(t−2)(y|x) − α|y|,    α: best and worst are as long, on average
-    From t = 2 on; half of the pairs are D's, on other rows; the reference is π_θ(t−1). Simplified: 4 samples, not 16;
-    lengths in tokens, not in characters.
+        −log σ(βm),    q(x,y) = log π_θ(t−1)(y|x) − log π_θ(t−2)(y|x) − α|y|,    reference π_θ(t−1)
+    α: best and worst have the same mean length. From t = 2 on; of the first half of D its prompts are sampled for, of
+    the second the pairs are kept. Simplified: 4 samples, not 16; lengths in tokens; prompts occur in both halves.
     """
 
     def pairs(run: Run, t: int) -> Review:
@@ -327,7 +328,7 @@ def length_price(rewards: Tensor, lengths: Tensor) -> float:
 
 
 def spin() -> Changes:
-    """SPIN (arXiv:2401.01335 and its code). Demonstrations against own samples, and no preferences:
+    """SPIN (arXiv:2401.01335 and its code). The chosen responses against own samples; the rejected ones are not used:
 
         −log σ(βm),    y_w: the chosen response of D,    y_l ~ π_θ(t−1)(·|x),    reference π_θ(t−1)
     The round before's pairs stay. Two samples a prompt, not one; and all rounds have one β and one learning rate.
@@ -335,7 +336,7 @@ def spin() -> Changes:
 
     def pairs(run: Run, t: int) -> Review:
         made, prompts = [], [x for x, _, _ in run.offline]
-        for i in range(max(t - 2, 0), t):  # of the round before: read again
+        for i in range(max(t - 2, 0), t):  # samples of the round before are on disk
             for (x, w, _), row in zip(run.offline, run.sample(i, prompts)):
                 made += [Pair(x, w, y) for y, ended in row if ended and y != w]
         return to_train_on(run, t, made, against=t - 1)
@@ -347,25 +348,24 @@ NEIGHBOURS: dict[str, tuple] = {  # the method, what it is given beside D, and f
     "RAD, true scores": (lambda: rad(True), "the true score of every response", {}),
     "RAD, own scores": (lambda: rad(False), "nothing", {}),
     "SPO": (spo, "nothing", {}),
-    "BMC": (bmc, "an editor who knows sentences' scores", {}),
-    "proxy reward": (proxy, "200 true labels", {}),
-    "AIHF": (aihf, "a demonstration for every prompt", {}),
+    "BMC": (bmc, "an editor who knows true scores: no wrong label is left", {}),
+    "active labels": (proxy, "200 true labels", {}),
+    "AIHF": (aihf, "a nearly perfect answer to every prompt", {}),
     "SAPO": (sapo, "less: no rejected responses", {}),
-    "iREPO": (irepo, "8 votes a pair, flipped as D's; less: no pairs", {"samples_per_prompt": 2}),
+    "iREPO": (irepo, "up to 48,000 votes, flipped as D's labels; less: no pairs", {"samples_per_prompt": 2}),
     "DICE": (dice, "nothing", {}),
     "SPIN": (spin, "less: no rejected responses", {"samples_per_prompt": 2}),
 }
 OF_CLAIMS = "plain training", "robust DPO, ε = 0.3", "the smallest margins", "selection only", "SeRA"
-GIVEN = {name: given for name, (_, given, _) in NEIGHBOURS.items()}
-GRID = [0.03, 0.1, 0.3, 1.0], [1e-3]  # β, learning rate
+GIVEN = {name: given for name, (_, given, _) in NEIGHBOURS.items()} | {"robust DPO, ε = 0.3": "ε, of 30 % flipped"}
 
 
 def runs_of_one_base(work: Path, runs: dict[str, dict]) -> dict[str, dict]:
-    """claims.py's, of one method: its functions stand in the place of train.py's meanwhile."""
+    """claims.py's, of one method, whose functions stand in the place of train.py's; by way of review tokens count."""
     [method] = {spec.get("neighbour") for spec in runs.values()}
-    changes = NEIGHBOURS[method][0]() if method else {"train": train.train}
+    changes = NEIGHBOURS[method][0]() if method else {"train": train.train}  # itself: nothing is changed
     if pairs := changes.pop("pairs", None):
-        changes["review"] = lambda t, offline, log_prob, *_: pairs(log_prob.__self__, t)
+        changes["review"] = lambda t, offline, log_prob, *_: pairs(log_prob.__self__, t)  # whose method it is: the run
         changes["all_pairs"] = lambda run: train.review(1, run.offline, run.log_prob, run.sample, run.config)
     with mock.patch.multiple(train, **changes), mock.patch.object(train.report, "write_report", lambda *_: None):
         specs = {name: {flag: spec[flag] for flag in spec if flag != "neighbour"} for name, spec in runs.items()}
@@ -376,7 +376,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="writes nothing")
     quick = parser.parse_args().quick
-    claims.SEEDS, claims.TUNING_SEEDS["dpo"], claims.GRID["dpo"] = [*range(5)], [10, 11], GRID
+    claims.SEEDS, claims.TUNING_SEEDS["dpo"], claims.GRID["dpo"] = range(5), [10, 11], ([0.03, 0.1, 0.3, 1.0], [1e-3])
     claims.METHODS = {name: (claims.METHODS | claims.BASELINES)[name] for name in OF_CLAIMS}
     claims.BASELINES = {name: {"neighbour": name, **flags} for name, (_, _, flags) in NEIGHBOURS.items()}
     claims.IN_FIGURE = {method: (f"C{i % 5}", "os^"[i // 5]) for i, method in enumerate(claims.methods_of("main"))}
