@@ -791,8 +791,8 @@ def sentences(runs: Runs) -> dict[str, str]:
             "With 30 % of the labels flipped, each method at its own best β: "
             f"{against_plain('main', *headline, 'cDPO, ε = 0.3', 'robust DPO, ε = 0.3')}"),
         "frontier": lambda: (
-            f"True reward four nats from the reference: {more_at_kl(4)}. Eight nats from it, where plain DPO does not "
-            f"come: {at_kl(8, *others)} (95 % each, seeds resampled)."),
+            f"True reward four nats from the reference: {more_at_kl(4)}. Eight nats from it, where no β takes "
+            f"plain DPO's mean: {at_kl(8, *others)} (95 % each, seeds resampled)."),
         "direction": lambda: (
             f"True reward by what is kept: the largest margins {mean('main', 'selection only', 'gold/reward')}, the "
             f"middle ones {mean('main', 'the middle margins', 'gold/reward')}, random pairs "
