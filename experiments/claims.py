@@ -313,7 +313,7 @@ def settings(runs: Runs, study: str) -> dict[str, tuple[str, dict]]:
         **{loss: {method: (method, {}) for method in UNDER_LOSSES} for loss in LOSSES},
         **{f"noise {noise}": {m: (m, {"label_noise": noise}) for m in UNDER_NOISE} for noise in NOISE},
         "length": {
-            **{m: (m, BIASED) for m in ("plain training", "selection only", "SeRA")},
+            **{m: (m, BIASED) for m in UNDER_LOSSES},
             **{name: sera(**BIASED, **REMEDIES[name]) for name in ("SeRA + length-free", "SeRA + both")},
         },
         "over": {
@@ -521,18 +521,15 @@ def middle_of(values: list[float]) -> str:
     return f"{statistics.median(values):.3f}"
 
 
-def rows_at(runs: Runs, *noises: float) -> list[dict]:
-    """The runs of all methods of `main`, each at its best β."""
-    points = {method: best(runs, "dpo", method) for method in methods_of("main")}
-    given = {0.3: {}}  # what the playground has anyway is no part of a run's name
-    return [at("dpo", method, seed, **point, **given.get(noise, {"label_noise": noise}))
-            for noise in noises for method, point in points.items() for seed in SEEDS]  # fmt: skip
+def rows_at(runs: Runs, noise: float) -> dict[str, list[dict]]:
+    """The runs of `main`, with this share of flipped labels; 0.3 is the playground's, and no part of a run's name."""
+    changed = {} if noise == 0.3 else {"label_noise": noise}
+    return {method: [spec | changed for spec in row] for method, row in specs(runs, "main").items()}
 
 
 def wide_table(runs: Runs, noise: float, given: dict[str, str]) -> str:
     """Result and cost of every method; given: method -> what it knows beside the pairs."""
-    flat, n = rows_at(runs, noise), len(SEEDS)
-    rows = {method: flat[i * n : (i + 1) * n] for i, method in enumerate(methods_of("main"))}
+    rows = rows_at(runs, noise)
     plain, lines = column(runs, rows["plain training"], "gold/win_rate"), []
     for method, row in rows.items():
         win = column(runs, row, "gold/win_rate")

@@ -51,7 +51,7 @@ from tqdm import tqdm
 import train
 from sera_min import folder, playground, report
 from sera_min.pairs import Pair, rows_of
-from sera_min.select import select_top
+from sera_min.select import ensemble_margin, select_top
 
 NOISE, SEEDS, SHARES = (0.1, 0.2, 0.3, 0.4), range(10), (0.01, 0.05, 0.2)
 README = Path(__file__).parent / "README.md"
@@ -249,9 +249,11 @@ def kept_table(of_model: dict[str, dict], flipped: dict[str, list[bool]], noise:
 
 
 def right_among_kept(margins: list[torch.Tensor], flipped: torch.Tensor) -> list[float]:
-    """margins: m_1 and m_2 of D. The review for iteration 2 sees m_1, that for iteration 3 the mean of both (γ = ½)."""
-    k = round(0.7 * len(flipped))
-    return [(~flipped[select_top(m, k)]).float().mean().item() for m in (margins[0], (margins[0] + margins[1]) / 2)]
+    """margins: m_1 and m_2 of D. The review for iteration 2 sees m_1, that for iteration 3 the ensemble of both."""
+    first, second = margins
+    k = round(train.Config.keep * len(flipped))
+    seen = first, ensemble_margin(second, first, train.Config.ensemble_gamma)
+    return [(~flipped[select_top(m, k)]).float().mean().item() for m in seen]
 
 
 def one_a_seed(values) -> str:

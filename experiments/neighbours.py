@@ -29,7 +29,6 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import claims
 import torch
 import torch.nn.functional as F
-from claims import RESULTS
 from distrust import README, filled
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -383,16 +382,17 @@ def main() -> None:
     if quick:
         claims.make_quick()
     with tempfile.TemporaryDirectory() as place:
-        file = Path(place, "quick.json") if quick else RESULTS / "neighbours.json"
-        (runs, machines), known = claims.read(file), {} if quick else claims.read(RESULTS / "claims.json")[0]
+        file = Path(place, "quick.json") if quick else claims.RESULTS / "neighbours.json"
+        (runs, machines), known = claims.read(file), {} if quick else claims.read(claims.RESULTS / "claims.json")[0]
         for desc in ("tuning", "studies"):
-            wanted = claims.tuning("main") if desc == "tuning" else claims.rows_at(runs, 0.3, 0.0)
+            rows = (row for noise in (0.3, 0.0) for row in claims.rows_at(runs, noise).values())
+            wanted = claims.tuning("main") if desc == "tuning" else [spec for row in rows for spec in row]
             runs |= {name: known[name] for name in {*map(claims.name_of, wanted)} & known.keys()}
             claims.make(wanted, runs, machines, file, Path(place), desc, runs_of_one_base)
         shown = {f"neighbours: {noise:.0%}": claims.wide_table(runs, noise, GIVEN) for noise in (0.3, 0.0)}
         print("\n\n".join(shown.values()))
         if not quick:
-            claims.draw_frontier(runs, RESULTS / "neighbours.png")
+            claims.draw_frontier(runs, claims.RESULTS / "neighbours.png")
             README.write_text(filled(README.read_text(), shown))
 
 
