@@ -46,6 +46,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from functools import partial
 from multiprocessing import get_context
@@ -91,7 +92,8 @@ BASELINES: dict[str, dict] = {  # other answers to wrong labels, of which 30 % a
     "the middle margins": {"bootstrap": 0.0, "patch": "middle"},
 }  # fmt: skip
 IN_FIGURE = {  # the methods of the frontier's figure and of the short table: colour, marker
-    "plain training": ("black", "o"), "cDPO, ε = 0.3": ("#999999", "v"), "robust DPO, ε = 0.3": ("#CC79A7", "^"),
+    "plain training": ("black", "o"), "random K": ("#8C6D31", "+"), "cDPO, ε = 0.3": ("#999999", "v"),
+    "robust DPO, ε = 0.3": ("#CC79A7", "^"),
     "bootstrapping only": ("#56B4E9", "P"), "selection only": ("#0072B2", "s"), "SeRA": ("#D55E00", "D"),
     "SeRA + both remedies": ("#009E73", "*"), "the smallest margins": ("#E69F00", "x"),
 }  # fmt: skip
@@ -327,7 +329,7 @@ def settings(runs: Runs, study: str) -> dict[str, tuple[str, dict]]:
             "SeRA: γ = 0.5, N = 4, best against worst": sera(),
             "every pair of the samples": sera(patch="every pair"),
             "bootstrapped pairs alone (K = 0, K̃ = all)": sera(keep=0.0, bootstrap=1.0),
-            "nothing removed (K = all)": ("bootstrapping only", {}),
+            "nothing removed (K = all: bootstrapping only)": ("bootstrapping only", {}),
             **{f"γ = {gamma}": sera(ensemble_gamma=gamma) for gamma in (0.0, 0.7)},
             **{f"N = {n}": sera(samples_per_prompt=n) for n in (2, 8)},
         },
@@ -396,7 +398,8 @@ def make(
         machines.add(f"{cores} CPU cores, {machine()}")
     with ProcessPoolExecutor(cores, get_context("spawn")) as pool:  # a fork takes along what locks are held by threads
         seeds = {spec["seed"] for part in together for spec in part.values()}
-        list(pool.map(sft, [work / f"sft-{seed}" for seed in seeds], seeds))
+        policies = pool.map(sft, [work / f"sft-{seed}" for seed in seeds], seeds)
+        list(tqdm(policies, total=len(seeds), desc="SFT policies", unit="seed"))
         bar = tqdm(total=sum(map(len, together)), desc=desc, unit="run")
         for done in as_completed([pool.submit(by, work, part) for part in together]):
             runs |= done.result()
@@ -495,24 +498,25 @@ def methods_table(runs: Runs, study: str, shown: Callable[[str], bool] = bool) -
     rows, loss = specs(runs, study), loss_of(study)
     plain = rows["plain training"]
     sft, alone = (column(runs, plain, key, t) for key, t in (("gold/reward", 0), ("gold/win_rate", 3)))
-    lines = [["SFT", "–", spread(sft), "–", "0", spread(column(runs, plain, "gold/win_rate", 0)), "–"]]
+    lines = [["SFT", "–", spread(sft), middle_of(sft), "–", "0", spread(column(runs, plain, "gold/win_rate", 0)), "–"]]
     for method, row in ((method, row) for method, row in rows.items() if shown(method)):
         reward, win = column(runs, row, "gold/reward"), column(runs, row, "gold/win_rate")
         collapsed = sum(ours < theirs for ours, theirs in zip(reward, sft))
         difference = "–" if method == "plain training" else gain(win, alone, len(rows) - 1)
-        lines.append([method, f"{best(runs, loss, method)['beta']:g}", spread(reward), f"{collapsed} of {len(row)}",
-                      spread(column(runs, row, "kl"), 1), spread(win), difference])  # fmt: skip
-    return markdown(["method", "β", "true reward", "collapsed", "KL, nats", "win rate over SFT",
+        lines.append([method, f"{best(runs, loss, method)['beta']:g}", spread(reward), middle_of(reward),
+                      f"{collapsed} of {len(row)}", spread(column(runs, row, "kl"), 1), spread(win),
+                      difference])  # fmt: skip
+    return markdown(["method", "β", "true reward", "its median", "collapsed", "KL, nats", "win rate over SFT",
                      "win rate less plain training's"], lines)  # fmt: skip
 
 
 def details_table(runs: Runs, study: str) -> str:
     """What else is known of the runs of `methods_table`."""
-    lines = [[method, middle_of(column(runs, row, "gold/reward")), middle_of(column(runs, row, "gold/win_rate")),
+    lines = [[method, middle_of(column(runs, row, "gold/win_rate")),
               spread(column(runs, row, "select/precision")), spread(column(runs, row, "bootstrap/precision")),
               spread(column(runs, row, "gold/length"), 1), *cost(runs, row)]
              for method, row in specs(runs, study).items()]  # fmt: skip
-    return markdown(["method", "median true reward", "median win rate", "precision",
+    return markdown(["method", "median win rate", "precision",
                      "precision of the bootstrapped pairs", "words", *(f"M tokens {kind}" for kind in KINDS)],
                     lines)  # fmt: skip
 
@@ -695,7 +699,7 @@ def losses_table(runs: Runs) -> str:
 
 TITLES = {
     "main": "DPO, each method at its best β: 30 % flipped labels, after three iterations",
-    "details": "The same runs: medians, pairs and cost",
+    "details": "The same runs: pairs and cost",
     "frontier": "DPO: true reward at equal distance from the reference; validation prompts",
     "tuning": "DPO, by β: validation prompts",
     "noise": "DPO, by the share of flipped labels; and the share of right labels among the K widest pairs",
@@ -754,42 +758,38 @@ def sentences(runs: Runs) -> dict[str, str]:
         return f"{statistics.mean(values(study, row, key, t)):.{digits}f}"
 
     def against_plain(study: str, *rows: str) -> str:
-        """SeRA wins more often than plain DPO (+0.026 [+0.009, +0.044]); …"""
-        plain, said = values(study, "plain training", "gold/win_rate"), []
+        """Shown to win more often than plain DPO: SeRA (+0.026 [+0.009, +0.044]). Shown to win less often: …"""
+        plain = values(study, "plain training", "gold/win_rate")
         n, comparisons = len(plain), len(specs(runs, study)) - 1
+        more, less, neither = [], [], []
         for row in rows:
             win = values(study, row, "gold/win_rate")
             low, _, high = interval(win, plain, comparisons)
-            verdict = "more often" if low > 0 else "less often" if high < 0 else "no differently, as far as is shown"
-            said.append(f"{row} wins {verdict} ({gain(win, plain, comparisons)})")
-        return "; ".join(said) + (f". Against plain DPO: differences in win rate over SFT, means over {n} seeds, with "
-                                  f"intervals that hold for all {comparisons} comparisons at once (95 %).")  # fmt: skip
+            (more if low > 0 else less if high < 0 else neither).append(f"{row} ({gain(win, plain, comparisons)})")
+        return (f"Shown to win more often than plain DPO: {', '.join(more) or 'none'}. Shown to win less often: "
+                f"{', '.join(less) or 'none'}. Neither is shown: {', '.join(neither) or 'none'}. These are differences "
+                f"in win rate over SFT, means over {n} seeds, and their intervals hold for all {comparisons} "
+                "comparisons at once (95 %).")  # fmt: skip
 
     def against_random(method: str) -> str:
         win, by_chance = (values("main", row, "gold/win_rate") for row in (method, "random K"))
         return gain(win, by_chance, len(specs(runs, "main")) - 1)
 
-    def at_kl(kl: float, *methods: str) -> str:
-        """SeRA 0.61 [0.58, 0.64], …"""
-        found = {method: frontier_at(frontier(runs, method), kl) for method in methods}
-        return ", ".join(f"{method} {in_brackets(at)}" for method, at in found.items() if at)
-
     def more_at_kl(kl: float) -> str:
         """plain DPO 0.51; differences from it: SeRA +0.06 [+0.01, +0.11], …"""
         plain = frontier(runs, "plain training")
+        others = ("selection only", "SeRA", "SeRA + both remedies")
         found = {method: frontier_at(frontier(runs, method), kl, plain) for method in others}
         more = ", ".join(f"{method} {in_brackets(more, '+')}" for method, more in found.items() if more)
         return f"plain DPO {in_brackets(frontier_at(plain, kl)).split(' ')[0]}; differences from it: {more}"
 
-    others = "selection only", "SeRA", "SeRA + both remedies"
     headline, right = ("SeRA", "selection only", "SeRA + both remedies"), "bootstrap/precision"
     return made({
         "headline": lambda: (
-            "With 30 % of the labels flipped, each method at its own best β: "
+            "30 % of the labels are flipped, and each method has its own best β. "
             f"{against_plain('main', *headline, 'cDPO, ε = 0.3', 'robust DPO, ε = 0.3')}"),
         "frontier": lambda: (
-            f"True reward four nats from the reference: {more_at_kl(4)}. Eight nats from it, where no β takes "
-            f"plain DPO's mean: {at_kl(8, *others)} (95 % each, seeds resampled)."),
+            f"True reward four nats from the reference: {more_at_kl(4)} (95 % each, seeds resampled)."),
         "direction": lambda: (
             f"True reward by what is kept: the largest margins {mean('main', 'selection only', 'gold/reward')}, the "
             f"middle ones {mean('main', 'the middle margins', 'gold/reward')}, random pairs "
@@ -800,8 +800,8 @@ def sentences(runs: Runs) -> dict[str, str]:
             f"and {mean('main', 'the smallest margins', 'select/precision')}. Win rates less that of random pairs: "
             f"selection only {against_random('selection only')}, SeRA {against_random('SeRA')} "
             "(95 % for 13 comparisons at once)."),
-        "noise40": lambda: f"With 40 % of the labels flipped: {against_plain('noise 0.4', *headline)}",
-        "clean": lambda: f"With clean labels: {against_plain('noise 0.0', *headline)}",
+        "noise40": lambda: f"40 % of the labels are flipped. {against_plain('noise 0.4', *headline)}",
+        "clean": lambda: f"No label is flipped. {against_plain('noise 0.0', *headline)}",
         "beta1": lambda: (
             f"With β = 1 for both, SeRA's win rate over SFT on validation prompts is "
             f"{at_beta(runs, 'dpo', 'SeRA', 1.0):.3f}, plain DPO's {at_beta(runs, 'dpo', 'plain training', 1.0):.3f}."),
@@ -848,7 +848,7 @@ def blocks(runs: Runs) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def figure(file: Path):
+def figure(file: Path, panels: int = 1):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -856,26 +856,31 @@ def figure(file: Path):
 
     style = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": "small"}
     with plt.rc_context(style):
-        drawn, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        drawn, [axes] = plt.subplots(1, panels, figsize=(3 + 4 * panels, 4.2), layout="constrained", squeeze=False)
         yield axes
-        axes.legend()
+        axes[0].legend()
         drawn.savefig(file, dpi=100)
         plt.close(drawn)
 
 
 def draw_frontier(runs: Runs, file: Path) -> None:
-    """True reward against KL: a line a method, a point a β, means over the seeds and their standard errors."""
+    """True reward against KL: a line a method, a point a β, means over the seeds and their standard errors.
+
+    Right: the same between 2 and 12 nats, where the best points are.
+    """
     points = {method: frontier(runs, method) for method in IN_FIGURE}
-    with figure(file) as axes:
+    with figure(file, panels=2) as (whole, near):
         for method, of_betas in points.items():
             means = [[statistics.mean(values) for values in zip(*seeds)] for seeds in of_betas]
             errors = [[statistics.stdev(v) / math.sqrt(len(v)) if len(v) > 1 else 0 for v in zip(*seeds)]
                       for seeds in of_betas]  # fmt: skip
             (kl, reward), (kl_error, reward_error) = zip(*means), zip(*errors)
             colour, marker = IN_FIGURE[method]
-            axes.errorbar(kl, reward, reward_error, kl_error, color=colour, marker=marker, markersize=5, linewidth=1,
-                          elinewidth=0.6, label=method.replace("plain training", "plain DPO"))  # fmt: skip
-        axes.set(xscale="log", xlabel="KL(π_θ ‖ π_ref), nats a response", ylabel="true reward")
+            for axes in (whole, near):
+                axes.errorbar(kl, reward, reward_error, kl_error, color=colour, marker=marker, markersize=5,
+                              linewidth=1, elinewidth=0.6, label=method.replace("plain training", "plain DPO"))
+        whole.set(xscale="log", xlabel="KL(π_θ ‖ π_ref), nats a response", ylabel="true reward")
+        near.set(xlabel="the same from 2 to 12 nats", xlim=(2, 12), ylim=(0.4, 0.8))
 
 
 def draw_over(runs: Runs, place: Path) -> None:
@@ -885,7 +890,7 @@ def draw_over(runs: Runs, place: Path) -> None:
                              ("bootstrap/precision", "bootstrapped-precision", "precision of the bootstrapped pairs")]:
         by_t = {row: {t: values for t in range(LONG + 1) if None not in (values := column(runs, rows[row], key, t))}
                 for row in rows}  # fmt: skip
-        with figure(place / f"{file}.png") as axes:
+        with figure(place / f"{file}.png") as [axes]:
             for row, values in by_t.items():
                 mean = [statistics.mean(v) for v in values.values()]
                 sd = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values.values()]
@@ -932,14 +937,18 @@ def main(arguments: list[str] | None = None) -> None:
     runs, machines = read(file)
     with tempfile.TemporaryDirectory() as place:
         work = Path(place)
-        if options.check:
-            return check(runs, machines, options.check, work)
-        if not options.write:
-            parts = [part for study in options.studies for part in STUDIES[study]]
-            wanted = [spec for part in parts for spec in tuning(part)]
-            make(wanted, runs, machines, file, work, "tuning")
-            wanted = [spec for part in parts for row in specs(runs, part).values() for spec in row]
-            make(wanted, runs, machines, file, work, "studies")
+        try:
+            if options.check:
+                return check(runs, machines, options.check, work)
+            if not options.write:
+                parts = [part for study in options.studies for part in STUDIES[study]]
+                wanted = [spec for part in parts for spec in tuning(part)]
+                make(wanted, runs, machines, file, work, "tuning")
+                wanted = [spec for part in parts for row in specs(runs, part).values() for spec in row]
+                make(wanted, runs, machines, file, work, "studies")
+        except BrokenProcessPool:
+            parser.exit(2, "A worker process was killed (out of memory?). "
+                        "Its runs are lost, and nothing is compared: run the same command again.\n")  # fmt: skip
     written = all_tables(runs)
     (results / "claims.md").write_text(written)
     for draw, file in ((draw_frontier, results / "frontier.png"), (draw_over, results)):
