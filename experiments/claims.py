@@ -7,9 +7,10 @@
     python experiments/claims.py --write               run nothing: tables, figures and READMEs anew from claims.json
 
     main    SFT, plain DPO; what review is made of: random K, bootstrapping only, selection only, SeRA, SeRA with our
-            two remedies; the other answers to wrong labels: cDPO and robust DPO, told the share of flipped labels or
-            another; and selection of the smallest and of the middle margins. Each method at every β of one grid (the
-            frontier: true reward against KL), and at its own best β, ten seeds
+            two remedies; the other answers to wrong labels: cDPO and robust DPO, told the share of flipped labels; and
+            selection of the smallest margins. Each method at every β of one grid (the frontier: true reward against
+            KL), and at its own best β, ten seeds. An hour on two cores
+    more    the same of cDPO and robust DPO told another share of flipped labels, and of the middle margins
     losses  plain training, selection only and SeRA under IPO, SLiC and SimPO
     noise   0 to 40 % flipped labels; precision of what is selected against K
     length  labels of which half favour the longer response: the kept pairs' length and the policy's
@@ -18,8 +19,8 @@
     asked   the reviewers' questions: all pairs of the samples, bootstrapped pairs alone, the ensemble's γ, N, cost
 
 β is chosen on validation prompts with seeds of their own, results are on test prompts with other seeds. The studies
-after `losses` have every method at its best of `main`, tuned at 30 % flipped labels, whatever they change. Every run is
-`train.main`, and every iteration of every run takes as many optimizer steps. What runs share, the SFT policy and
+from `noise` on have every method at its best of `main`, tuned at 30 % flipped labels, whatever they change. Every run
+is `train.main`, and every iteration of every run takes as many optimizer steps. What runs share, the SFT policy and
 iteration 1, is computed once: a run goes on from a copy of it (a "base"). Intervals are of the mean paired difference
 over the seeds, by Student's t. Needs matplotlib. Writes experiments/results/claims.json (every run, each iteration of
 it, and the machines they ran on), claims.md (the tables), PNG figures, and the blocks of README.md and
@@ -67,7 +68,7 @@ import train
 from sera_min import bootstrap, folder, logprobs, playground, report
 from sera_min.config import resolve
 
-SEEDS = [*range(10)]  # of `main` under DPO; the other studies take the first five
+SEEDS = [*range(10)]  # of `main` and `more`; the other studies take the first five
 TUNING_SEEDS = {"dpo": [10, 11, 12, 13, 14], "ipo": [10, 11], "slic": [10, 11], "simpo": [10, 11]}
 GRID = {  # β × learning rate, the same for every method
     "dpo": ([0.01, 0.03, 0.1, 0.3, 1.0, 3.0], [1e-3]), "ipo": ([0.03, 0.1, 0.3, 1.0], [1e-3]),
@@ -91,11 +92,11 @@ BASELINES: dict[str, dict] = {  # other answers to wrong labels, of which 30 % a
     "the smallest margins": {"bootstrap": 0.0, "patch": "smallest"},
     "the middle margins": {"bootstrap": 0.0, "patch": "middle"},
 }  # fmt: skip
-IN_FIGURE = {  # the methods of the frontier's figure and of the short table: colour, marker
-    "plain training": ("black", "o"), "random K": ("#8C6D31", "+"), "cDPO, ε = 0.3": ("#999999", "v"),
-    "robust DPO, ε = 0.3": ("#CC79A7", "^"),
-    "bootstrapping only": ("#56B4E9", "P"), "selection only": ("#0072B2", "s"), "SeRA": ("#D55E00", "D"),
-    "SeRA + both remedies": ("#009E73", "*"), "the smallest margins": ("#E69F00", "x"),
+IN_FIGURE = {  # the methods of `main`, of its table and of the frontier's figure: colour, marker
+    "plain training": ("black", "o"), "random K": ("#8C6D31", "+"), "bootstrapping only": ("#56B4E9", "P"),
+    "selection only": ("#0072B2", "s"), "SeRA": ("#D55E00", "D"), "SeRA + both remedies": ("#009E73", "*"),
+    "cDPO, ε = 0.3": ("#999999", "v"), "robust DPO, ε = 0.3": ("#CC79A7", "^"),
+    "the smallest margins": ("#E69F00", "x"),
 }  # fmt: skip
 KLS = 1, 2, 4, 8  # nats, of the frontier's table
 EVERY: dict = {"device": "cpu", "steps_per_iteration": 63}  # of all runs: 2,000 pairs by 32, whatever K and K̃ are
@@ -296,14 +297,17 @@ def best(runs: Runs, loss: str, method: str) -> dict:
 
 
 def methods_of(part: str) -> dict[str, dict]:
-    return METHODS | BASELINES if part == "main" else {method: METHODS[method] for method in UNDER_LOSSES}
+    every = METHODS | BASELINES
+    names = {"main": IN_FIGURE, "more": [method for method in every if method not in IN_FIGURE]}
+    return {method: every[method] for method in names.get(part, UNDER_LOSSES)}
 
 
 def tuning(part: str) -> list[dict]:
     """The grid's runs of a study's methods; the studies of changed labels and settings take those of `main`."""
     loss = loss_of(part)
+    methods = methods_of(part if part in {"more", *LOSSES} else "main")
     return [at(loss, method, seed, eval_split="validation", **point) for seed in TUNING_SEEDS[loss]
-            for point in grid(loss) for method in methods_of("main" if loss == "dpo" else part)]  # fmt: skip
+            for point in grid(loss) for method in methods]  # fmt: skip
 
 
 def settings(runs: Runs, study: str) -> dict[str, tuple[str, dict]]:
@@ -311,7 +315,7 @@ def settings(runs: Runs, study: str) -> dict[str, tuple[str, dict]]:
     long = {"iterations": LONG}
     sera = lambda **changed: ("SeRA", {**changed})  # noqa: E731
     return {
-        "main": {method: (method, {}) for method in methods_of("main")},
+        **{part: {method: (method, {}) for method in methods_of(part)} for part in ("main", "more")},
         **{loss: {method: (method, {}) for method in UNDER_LOSSES} for loss in LOSSES},
         **{f"noise {noise}": {m: (m, {"label_noise": noise}) for m in UNDER_NOISE} for noise in NOISE},
         "length": {
@@ -341,7 +345,7 @@ def loss_of(study: str) -> str:
 
 
 def seeds_of(study: str) -> list[int]:
-    return SEEDS if study == "main" else SEEDS[:5]
+    return SEEDS if study in ("main", "more") else SEEDS[:5]
 
 
 def specs(runs: Runs, study: str) -> dict[str, list[dict]]:
@@ -357,8 +361,8 @@ def specs(runs: Runs, study: str) -> dict[str, list[dict]]:
 LONG, NOISE, BIASED = 6, (0.0, 0.2, 0.4), {"length_bias": 0.5, "label_noise": 0.15}
 NEAR = {"beta": playground.BETA["dpo"], "learning_rate": playground.LEARNING_RATE}  # as `python train.py` has them
 STUDIES = {
-    "main": ["main"], "over": ["over"], "near": ["near"], "noise": [f"noise {noise}" for noise in NOISE],
-    "length": ["length"], "asked": ["asked"], "losses": list(LOSSES),
+    "main": ["main"], "more": ["more"], "over": ["over"], "near": ["near"],
+    "noise": [f"noise {noise}" for noise in NOISE], "length": ["length"], "asked": ["asked"], "losses": list(LOSSES),
 }  # fmt: skip
 
 
@@ -493,16 +497,26 @@ def cost(runs: Runs, row: list[dict]) -> list[str]:
     return [f"{sum(by_t) / len(row) / 1e6:.2f}" for by_t in every]
 
 
-def methods_table(runs: Runs, study: str, shown: Callable[[str], bool] = bool) -> str:
-    """SFT and every method, after T = 3 iterations; of the methods those that are `shown`."""
-    rows, loss = specs(runs, study), loss_of(study)
+def compared(runs: Runs, study: str) -> int:
+    """How many methods are compared with plain training at once: those of `main` and `more` are one table."""
+    return len(METHODS | BASELINES if study == "main" else specs(runs, study)) - 1
+
+
+def main_and_more(runs: Runs) -> dict[str, list[dict]]:
+    rows = specs(runs, "main") | specs(runs, "more")
+    return {method: rows[method] for method in METHODS | BASELINES}
+
+
+def methods_table(runs: Runs, study: str, rows: dict[str, list[dict]]) -> str:
+    """SFT and every method, after T = 3 iterations."""
+    loss = loss_of(study)
     plain = rows["plain training"]
     sft, alone = (column(runs, plain, key, t) for key, t in (("gold/reward", 0), ("gold/win_rate", 3)))
     lines = [["SFT", "–", spread(sft), middle_of(sft), "–", "0", spread(column(runs, plain, "gold/win_rate", 0)), "–"]]
-    for method, row in ((method, row) for method, row in rows.items() if shown(method)):
+    for method, row in rows.items():
         reward, win = column(runs, row, "gold/reward"), column(runs, row, "gold/win_rate")
         collapsed = sum(ours < theirs for ours, theirs in zip(reward, sft))
-        difference = "–" if method == "plain training" else gain(win, alone, len(rows) - 1)
+        difference = "–" if method == "plain training" else gain(win, alone, compared(runs, study))
         lines.append([method, f"{best(runs, loss, method)['beta']:g}", spread(reward), middle_of(reward),
                       f"{collapsed} of {len(row)}", spread(column(runs, row, "kl"), 1), spread(win),
                       difference])  # fmt: skip
@@ -510,12 +524,12 @@ def methods_table(runs: Runs, study: str, shown: Callable[[str], bool] = bool) -
                      "win rate less plain training's"], lines)  # fmt: skip
 
 
-def details_table(runs: Runs, study: str) -> str:
-    """What else is known of the runs of `methods_table`."""
+def details_table(runs: Runs) -> str:
+    """What else is known of the runs of `main` and `more`."""
     lines = [[method, middle_of(column(runs, row, "gold/win_rate")),
               spread(column(runs, row, "select/precision")), spread(column(runs, row, "bootstrap/precision")),
               spread(column(runs, row, "gold/length"), 1), *cost(runs, row)]
-             for method, row in specs(runs, study).items()]  # fmt: skip
+             for method, row in main_and_more(runs).items()]  # fmt: skip
     return markdown(["method", "median win rate", "precision",
                      "precision of the bootstrapped pairs", "words", *(f"M tokens {kind}" for kind in KINDS)],
                     lines)  # fmt: skip
@@ -590,7 +604,7 @@ def in_brackets(found: tuple[float, float, float] | None, sign: str = "") -> str
 
 def frontier_table(runs: Runs) -> str:
     """The true reward at equal distance from the reference, and what it is more than plain DPO's."""
-    every = {method: frontier(runs, method) for method in methods_of("main")}
+    every = {method: frontier(runs, method) for method in METHODS | BASELINES}
     lines = []
     for method, points in every.items():
         cells = [in_brackets(frontier_at(points, kl)) for kl in KLS]
@@ -604,7 +618,7 @@ def frontier_table(runs: Runs) -> str:
 def tuning_table(runs: Runs, loss: str) -> str:
     """Win rates on validation prompts, means over the tuning seeds, at every β with its best learning rate."""
     betas = GRID[loss][0]
-    methods = methods_of("main" if loss == "dpo" else loss)
+    methods = METHODS | BASELINES if loss == "dpo" else methods_of(loss)
     lines = [[method, *(f"{at_beta(runs, loss, method, beta):.3f}" for beta in betas)] for method in methods]
     return markdown(["win rate over SFT, validation", *(f"β = {beta:g}" for beta in betas)], lines)
 
@@ -698,7 +712,8 @@ def losses_table(runs: Runs) -> str:
 
 
 TITLES = {
-    "main": "DPO, each method at its best β: 30 % flipped labels, after three iterations",
+    "short": "DPO, the methods of `main`, each at its best β: 30 % flipped labels, after three iterations",
+    "main": "The same, with those of `more`",
     "details": "The same runs: pairs and cost",
     "frontier": "DPO: true reward at equal distance from the reference; validation prompts",
     "tuning": "DPO, by β: validation prompts",
@@ -717,15 +732,15 @@ TITLES = {
 def tables(runs: Runs) -> dict[str, str]:
     """Of every study all of whose runs have been made."""
     makers = {
-        "main": partial(methods_table, runs, "main"), "tuning": partial(tuning_table, runs, "dpo"),
-        "short": partial(methods_table, runs, "main", IN_FIGURE.__contains__),
-        "details": partial(details_table, runs, "main"), "frontier": partial(frontier_table, runs),
-        "noise": partial(noise_tables, runs),
+        "short": lambda: methods_table(runs, "main", specs(runs, "main")),
+        "main": lambda: methods_table(runs, "main", main_and_more(runs)),
+        "tuning": partial(tuning_table, runs, "dpo"), "details": partial(details_table, runs),
+        "frontier": partial(frontier_table, runs), "noise": partial(noise_tables, runs),
         "length": partial(length_table, runs), "asked": partial(asked_table, runs), "lead": partial(lead_table, runs),
         "over": partial(over_table, runs, "over"), "near": partial(over_table, runs, "near"),
         "near, in short": partial(over_table, runs, "near", "gold/reward", "bootstrap/precision"),
         "losses": partial(losses_table, runs),
-        **{loss: partial(methods_table, runs, loss) for loss in LOSSES},
+        **{loss: lambda loss=loss: methods_table(runs, loss, specs(runs, loss)) for loss in LOSSES},
         **{f"{loss} tuning": partial(tuning_table, runs, loss) for loss in LOSSES},
     }  # fmt: skip
     shown = made(makers)
@@ -760,7 +775,7 @@ def sentences(runs: Runs) -> dict[str, str]:
     def against_plain(study: str, *rows: str) -> str:
         """Shown to win more often than plain DPO: SeRA (+0.026 [+0.009, +0.044]). Shown to win less often: …"""
         plain = values(study, "plain training", "gold/win_rate")
-        n, comparisons = len(plain), len(specs(runs, study)) - 1
+        n, comparisons = len(plain), compared(runs, study)
         more, less, neither = [], [], []
         for row in rows:
             win = values(study, row, "gold/win_rate")
@@ -773,7 +788,7 @@ def sentences(runs: Runs) -> dict[str, str]:
 
     def against_random(method: str) -> str:
         win, by_chance = (values("main", row, "gold/win_rate") for row in (method, "random K"))
-        return gain(win, by_chance, len(specs(runs, "main")) - 1)
+        return gain(win, by_chance, compared(runs, "main"))
 
     def more_at_kl(kl: float) -> str:
         """plain DPO 0.51; differences from it: SeRA +0.06 [+0.01, +0.11], …"""
@@ -792,11 +807,11 @@ def sentences(runs: Runs) -> dict[str, str]:
             f"True reward four nats from the reference: {more_at_kl(4)} (95 % each, seeds resampled)."),
         "direction": lambda: (
             f"True reward by what is kept: the largest margins {mean('main', 'selection only', 'gold/reward')}, the "
-            f"middle ones {mean('main', 'the middle margins', 'gold/reward')}, random pairs "
+            f"middle ones {mean('more', 'the middle margins', 'gold/reward')}, random pairs "
             f"{mean('main', 'random K', 'gold/reward')}, the smallest "
             f"{mean('main', 'the smallest margins', 'gold/reward')}; the share of right labels among them is "
             f"{mean('main', 'selection only', 'select/precision')}, "
-            f"{mean('main', 'the middle margins', 'select/precision')}, {mean('main', 'random K', 'select/precision')} "
+            f"{mean('more', 'the middle margins', 'select/precision')}, {mean('main', 'random K', 'select/precision')} "
             f"and {mean('main', 'the smallest margins', 'select/precision')}. Win rates less that of random pairs: "
             f"selection only {against_random('selection only')}, SeRA {against_random('SeRA')} "
             "(95 % for 13 comparisons at once)."),
@@ -856,9 +871,9 @@ def figure(file: Path, panels: int = 1):
 
     style = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": "small"}
     with plt.rc_context(style):
-        drawn, [axes] = plt.subplots(1, panels, figsize=(3 + 4 * panels, 4.2), layout="constrained", squeeze=False)
+        drawn, [axes] = plt.subplots(1, panels, figsize=(4.5 + 4 * panels, 4.2), layout="constrained", squeeze=False)
         yield axes
-        axes[0].legend()
+        drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
         drawn.savefig(file, dpi=100)
         plt.close(drawn)
 

@@ -378,7 +378,7 @@ def main() -> None:
     claims.SEEDS, claims.TUNING_SEEDS["dpo"], claims.GRID["dpo"] = range(5), [10, 11], ([0.03, 0.1, 0.3, 1.0], [1e-3])
     claims.METHODS = {name: (claims.METHODS | claims.BASELINES)[name] for name in OF_CLAIMS}
     claims.BASELINES = {name: {"neighbour": name, **flags} for name, (_, _, flags) in NEIGHBOURS.items()}
-    claims.IN_FIGURE = {method: (f"C{i % 5}", "os^"[i // 5]) for i, method in enumerate(claims.methods_of("main"))}
+    claims.IN_FIGURE = {method: (f"C{i % 5}", "os^"[i // 5]) for i, method in enumerate([*OF_CLAIMS, *NEIGHBOURS])}
     if quick:
         claims.make_quick()
     with tempfile.TemporaryDirectory() as place:
