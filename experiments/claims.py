@@ -6,11 +6,11 @@
     python experiments/claims.py --check 12            12 of its runs again, drawn at random: do they end alike?
     python experiments/claims.py --write               run nothing: tables, figures and READMEs anew from claims.json
 
-    main    SFT, plain DPO; what review is made of: random K, bootstrapping only, selection only, SeRA, SeRA with our
-            two remedies; the other answers to wrong labels: cDPO and robust DPO, told the share of flipped labels; and
-            selection of the smallest margins. Each method at every β of one grid (the frontier: true reward against
-            KL), and at its own best β, ten seeds. An hour on two cores
-    more    the same of cDPO and robust DPO told another share of flipped labels, and of the middle margins
+    main    SFT, plain DPO, random K, selection only, SeRA, SeRA with our two remedies; the other answers to wrong
+            labels: cDPO and robust DPO, told the share of flipped labels; and selection of the smallest margins. Each
+            method at every β of one grid (the frontier: true reward against KL), and at its own best β, ten seeds. An
+            hour on two cores
+    more    the same of bootstrapping only, cDPO and robust DPO told another share, and the middle margins
     losses  plain training, selection only and SeRA under IPO, SLiC and SimPO
     noise   0 to 40 % flipped labels; precision of what is selected against K
     length  labels of which half favour the longer response: the kept pairs' length and the policy's
@@ -93,8 +93,8 @@ BASELINES: dict[str, dict] = {  # other answers to wrong labels, of which 30 % a
     "the middle margins": {"bootstrap": 0.0, "patch": "middle"},
 }  # fmt: skip
 IN_FIGURE = {  # the methods of `main`, of its table and of the frontier's figure: colour, marker
-    "plain training": ("black", "o"), "random K": ("#8C6D31", "+"), "bootstrapping only": ("#56B4E9", "P"),
-    "selection only": ("#0072B2", "s"), "SeRA": ("#D55E00", "D"), "SeRA + both remedies": ("#009E73", "*"),
+    "plain training": ("black", "o"), "random K": ("#8C6D31", "+"), "selection only": ("#0072B2", "s"),
+    "SeRA": ("#D55E00", "D"), "SeRA + both remedies": ("#009E73", "*"),
     "cDPO, ε = 0.3": ("#999999", "v"), "robust DPO, ε = 0.3": ("#CC79A7", "^"),
     "the smallest margins": ("#E69F00", "x"),
 }  # fmt: skip
@@ -303,14 +303,14 @@ def methods_of(part: str) -> dict[str, dict]:
 
 
 def tuning(part: str) -> list[dict]:
-    """The grid's runs of a study's methods; the studies of changed labels and settings take those of `main`."""
+    """The grid's runs of a study's methods, with the labels of `main`."""
     loss = loss_of(part)
-    methods = methods_of(part if part in {"more", *LOSSES} else "main")
+    methods = dict.fromkeys(method for method, _ in settings(part).values())
     return [at(loss, method, seed, eval_split="validation", **point) for seed in TUNING_SEEDS[loss]
             for point in grid(loss) for method in methods]  # fmt: skip
 
 
-def settings(runs: Runs, study: str) -> dict[str, tuple[str, dict]]:
+def settings(study: str) -> dict[str, tuple[str, dict]]:
     """The rows of a study: heading -> method, whose best β and learning rate it has, and what is changed."""
     long = {"iterations": LONG}
     sera = lambda **changed: ("SeRA", {**changed})  # noqa: E731
@@ -352,7 +352,7 @@ def specs(runs: Runs, study: str) -> dict[str, list[dict]]:
     """The runs of a study's rows, a seed each."""
     loss = loss_of(study)
     rows = {}
-    for row, (method, changed) in settings(runs, study).items():
+    for row, (method, changed) in settings(study).items():
         point = best(runs, loss, method)
         rows[row] = [at(loss, method, seed, **{**point, **changed}) for seed in seeds_of(study)]
     return rows
@@ -503,8 +503,7 @@ def compared(runs: Runs, study: str) -> int:
 
 
 def main_and_more(runs: Runs) -> dict[str, list[dict]]:
-    rows = specs(runs, "main") | specs(runs, "more")
-    return {method: rows[method] for method in METHODS | BASELINES}
+    return specs(runs, "main") | specs(runs, "more")
 
 
 def methods_table(runs: Runs, study: str, rows: dict[str, list[dict]]) -> str:
@@ -604,7 +603,7 @@ def in_brackets(found: tuple[float, float, float] | None, sign: str = "") -> str
 
 def frontier_table(runs: Runs) -> str:
     """The true reward at equal distance from the reference, and what it is more than plain DPO's."""
-    every = {method: frontier(runs, method) for method in METHODS | BASELINES}
+    every = {method: frontier(runs, method) for method in methods_of("main") | methods_of("more")}
     lines = []
     for method, points in every.items():
         cells = [in_brackets(frontier_at(points, kl)) for kl in KLS]
@@ -618,7 +617,7 @@ def frontier_table(runs: Runs) -> str:
 def tuning_table(runs: Runs, loss: str) -> str:
     """Win rates on validation prompts, means over the tuning seeds, at every β with its best learning rate."""
     betas = GRID[loss][0]
-    methods = METHODS | BASELINES if loss == "dpo" else methods_of(loss)
+    methods = methods_of("main") | methods_of("more") if loss == "dpo" else methods_of(loss)
     lines = [[method, *(f"{at_beta(runs, loss, method, beta):.3f}" for beta in betas)] for method in methods]
     return markdown(["win rate over SFT, validation", *(f"β = {beta:g}" for beta in betas)], lines)
 

@@ -107,11 +107,11 @@ def test_a_sentence_says_a_difference_where_the_interval_of_all_comparisons_has_
 
 
 def test_every_method_takes_as_many_steps_at_a_point_of_one_grid():
-    assert {claims.name_of(spec) for spec in claims.tuning("main")} <= RUNS.keys()
-    for method in claims.methods_of("main"):
+    assert {claims.name_of(spec) for study in ("main", "more") for spec in claims.tuning(study)} <= RUNS.keys()
+    for method in claims.METHODS | claims.BASELINES:
         assert claims.best(RUNS, "dpo", method) in claims.grid("dpo")
     assert not {*claims.SEEDS} & {seed for seeds in claims.TUNING_SEEDS.values() for seed in seeds}
-    changed = {name for row in claims.methods_of("main").values() for name in row}
+    changed = {name for row in (claims.METHODS | claims.BASELINES).values() for name in row}
     assert not changed & {"steps_per_iteration", "per_device_train_batch_size", "iterations", "beta", "learning_rate"}
 
 
@@ -185,7 +185,8 @@ def test_quick_and_smaller(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(claims, name, getattr(claims, name).copy())
     few, make_quick = ("plain training", "SeRA"), claims.make_quick
     methods = {name: claims.METHODS[name] for name in few}
-    for name, value in {"SEEDS": [0], "LONG": 3, "IN_FIGURE": {"SeRA": ("black", "o")}, "methods_of": lambda _: methods}.items():
+    changed = {"SEEDS": [0], "LONG": 3, "IN_FIGURE": {"SeRA": ("black", "o")}}
+    for name, value in {**changed, "methods_of": lambda part: methods if part == "main" else {}}.items():
         monkeypatch.setattr(claims, name, value)
 
     def smaller():
@@ -199,7 +200,7 @@ def test_quick_and_smaller(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "quick"
     runs = json.loads((folder / "claims.json").read_text())["runs"]
     assert {path.name for path in folder.glob("*.png")} == {"frontier.png", "reward.png", "bootstrapped-precision.png"}
-    assert (folder / "claims.md").read_text().count("|SeRA|") == 4 + (8 + 1)  # main, details, frontier, tuning; over, lead
+    assert (folder / "claims.md").read_text().count("|SeRA|") == 5 + (8 + 1)  # short, main, details, frontier, tuning; over, lead
     [spec] = claims.specs(runs, "main")["SeRA"]
     others = json.loads(json.dumps({name: run for name, run in runs.items() if name == claims.name_of(spec)}))
     here = {f"2 CPU cores, {claims.machine()}"}
@@ -223,6 +224,16 @@ def test_quick_and_smaller(tmp_path, monkeypatch, capsys):
     trained = sum(len((p["prompt"] + p["chosen"]).split()) + len((p["prompt"] + p["rejected"]).split()) + 2
                   for p in map(json.loads, (out / "iteration-1/pairs.jsonl").read_text().splitlines()))  # fmt: skip
     assert shared[1]["tokens/trained"] == trained  # 64 pairs, 2 steps of 32: all of them once
+
+
+def test_a_dead_worker_is_no_difference(monkeypatch, capsys):
+    def killed(*_):
+        raise claims.BrokenProcessPool
+
+    monkeypatch.setattr(claims, "make", killed)
+    with pytest.raises(SystemExit) as stopped:
+        claims.main(["--check", "2"])
+    assert stopped.value.code == 2 and "A worker process was killed" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("count", ["0", "-1", "some"])
