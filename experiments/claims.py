@@ -880,7 +880,7 @@ def figure(file: Path, panels: int = 1):
 def draw_frontier(runs: Runs, file: Path) -> None:
     """True reward against KL: a line a method, a point a β, means over the seeds and their standard errors.
 
-    Right: the same between 2 and 12 nats, where the best points are.
+    Right: the same between 1 and 12 nats, where the best points are.
     """
     points = {method: frontier(runs, method) for method in IN_FIGURE}
     with figure(file, panels=2) as (whole, near):
@@ -894,7 +894,7 @@ def draw_frontier(runs: Runs, file: Path) -> None:
                 axes.errorbar(kl, reward, reward_error, kl_error, color=colour, marker=marker, markersize=5,
                               linewidth=1, elinewidth=0.6, label=method.replace("plain training", "plain DPO"))
         whole.set(xscale="log", xlabel="KL(π_θ ‖ π_ref), nats a response", ylabel="true reward")
-        near.set(xlabel="the same from 2 to 12 nats", xlim=(2, 12), ylim=(0.4, 0.8))
+        near.set(xlabel="the same from 1 to 12 nats", xlim=(1, 12), ylim=(0.4, 0.9))
 
 
 def draw_over(runs: Runs, place: Path) -> None:

@@ -244,12 +244,16 @@ def test_a_small_run(method, small_world, monkeypatch):
         assert (sources[t] == {"own"}) == (method not in {"SPO", "AIHF"} and (t > 1 or method not in first)), (t, sources[t])
 
 
-def test_quick_makes_the_tables_and_writes_nothing(small_world, monkeypatch, capsys):
-    """Two methods from end to end: one of claims.py, and one of these, beside each other."""
+def put_back_what_main_changes(monkeypatch):
     for name in ("GRID", "EVERY", "TUNING_SEEDS"):
         monkeypatch.setattr(claims, name, getattr(claims, name).copy())
     for name in ("SEEDS", "LONG", "METHODS", "BASELINES", "IN_FIGURE"):
-        monkeypatch.setattr(claims, name, getattr(claims, name))  # so that they are put back
+        monkeypatch.setattr(claims, name, getattr(claims, name))
+
+
+def test_quick_makes_the_tables_and_writes_nothing(small_world, monkeypatch, capsys):
+    """Two methods from end to end: one of claims.py, and one of these, beside each other."""
+    put_back_what_main_changes(monkeypatch)
     make_quick = claims.make_quick
 
     def smaller():
@@ -269,6 +273,25 @@ def test_quick_makes_the_tables_and_writes_nothing(small_world, monkeypatch, cap
         at = shown.index(f"|{noise} flipped|given beside the pairs|")
         assert shown[at:].splitlines()[2].startswith("|plain DPO|nothing|1|")
         assert shown[at:].splitlines()[3].startswith("|SPIN|less: no rejected responses|1|")
+
+
+def test_the_tables_in_the_readme_are_those_of_the_results(monkeypatch, tmp_path):
+    """With every run there nothing is run, and what is wrong in the README is mended."""
+    put_back_what_main_changes(monkeypatch)
+    readme, drawn = tmp_path / "README.md", []
+    text = neighbours.README.read_text()
+    assert text.count("<!-- neighbours: ") == 2
+    readme.write_text(text.replace("|AIHF|", "|another|"))
+
+    def make(wanted, runs, *_):
+        assert wanted and {*map(claims.name_of, wanted)} <= runs.keys()
+
+    monkeypatch.setattr(claims, "make", make)
+    monkeypatch.setattr(claims, "draw_frontier", lambda _, file: drawn.append(file.name))
+    monkeypatch.setattr(neighbours, "README", readme)
+    monkeypatch.setattr(sys, "argv", ["neighbours.py"])
+    neighbours.main()
+    assert readme.read_text() == text and drawn == ["neighbours.png"]
 
 
 def test_a_method_is_a_function_of_at_most_30_lines():
