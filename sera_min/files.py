@@ -50,10 +50,21 @@ def read_rows(name: str, split: str, limit: int | None = None, config: str | Non
             causes += [one_line(cause)]
             cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
         what = name if path.is_file() else f"{name}, split '{split}'"
-        raise InputError(f"{what}: cannot be read: {'; '.join(dict.fromkeys(causes))}") from None
+        raise InputError(f"{what}: cannot be read: {broken_file(path)}{'; '.join(dict.fromkeys(causes))}") from None
     if isinstance(rows, datasets.Dataset):
         return rows if limit is None else rows.select(range(min(len(rows), limit)))
     return rows[:limit]
+
+
+def broken_file(folder: Path) -> str:
+    """Of a folder's files the first that cannot be read by itself, which `datasets` does not name."""
+    for file in sorted(folder.rglob("*")):
+        try:
+            if file.name.endswith(SUFFIXES):
+                read_file(file, "train")
+        except Exception:  # which one it is, is in `datasets`' own error
+            return f"{file}: "
+    return ""
 
 
 def is_path(name: str) -> bool:

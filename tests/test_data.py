@@ -358,6 +358,14 @@ def test_files_that_are_none(tmp_path, name, content, message):
     assert "\n" not in str(error.value) and name in str(error.value) and "split" not in str(error.value)
 
 
+def test_a_broken_file_of_a_folder_is_named(tmp_path):
+    for name, cut in (("a", None), ("b", 12), ("c", None)):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(FORMATS["strings"])[:cut] + "\n")
+    with pytest.raises(InputError, match="cannot be read: .*/b.jsonl: ") as error:
+        read_rows(str(tmp_path), "train")
+    assert "\n" not in str(error.value)
+
+
 rows_of_a_file = st.lists(
     st.dictionaries(columns, json_values) | json_values,
     max_size=3,
