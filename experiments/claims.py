@@ -554,9 +554,9 @@ def wide_table(runs: Runs, noise: float, given: dict[str, str]) -> str:
         lines.append([method.replace("plain training", "plain DPO"), given.get(method, "nothing"),
                       f"{row[0]['beta']:g}", spread(column(runs, row, "gold/reward")), spread(win), lead,
                       spread(column(runs, row, "kl"), 1), spread(column(runs, row, "gold/broken"), 2),
-                      *cost(runs, row)])  # fmt: skip
+                      spread(column(runs, row, "gold/length"), 1), *cost(runs, row)])  # fmt: skip
     return markdown([f"{noise:.0%} flipped", "given beside the pairs", "β", "true reward", "win rate over SFT",
-                     "less plain DPO's", "KL, nats", "broken", *(f"M tokens {kind}" for kind in KINDS)],
+                     "less plain DPO's", "KL, nats", "broken", "words", *(f"M tokens {kind}" for kind in KINDS)],
                     lines)  # fmt: skip
 
 
@@ -772,18 +772,19 @@ def sentences(runs: Runs) -> dict[str, str]:
         return f"{statistics.mean(values(study, row, key, t)):.{digits}f}"
 
     def against_plain(study: str, *rows: str) -> str:
-        """Shown to win more often than plain DPO: SeRA (+0.026 [+0.009, +0.044]). Shown to win less often: …"""
+        """Shown to win more often than plain DPO: SeRA (+0.026 [+0.009, +0.044]). Not shown to win …"""
         plain = values(study, "plain training", "gold/win_rate")
         n, comparisons = len(plain), compared(runs, study)
-        more, less, neither = [], [], []
+        said: dict[str, list[str]] = {"Shown to win more often": [], "Shown to win less often": [],
+                                      "Not shown to win more or less often": []}  # fmt: skip
         for row in rows:
             win = values(study, row, "gold/win_rate")
             low, _, high = interval(win, plain, comparisons)
-            (more if low > 0 else less if high < 0 else neither).append(f"{row} ({gain(win, plain, comparisons)})")
-        return (f"Shown to win more often than plain DPO: {', '.join(more) or 'none'}. Shown to win less often: "
-                f"{', '.join(less) or 'none'}. Neither is shown: {', '.join(neither) or 'none'}. These are differences "
-                f"in win rate over SFT, means over {n} seeds, and their intervals hold for all {comparisons} "
-                "comparisons at once (95 %).")  # fmt: skip
+            verdict = [*said][0 if low > 0 else 1 if high < 0 else 2]
+            said[verdict].append(f"{row} ({gain(win, plain, comparisons)})")
+        verdicts = [f"{verdict} than plain DPO: {', '.join(those)}." for verdict, those in said.items() if those]
+        return " ".join(verdicts) + (f" These are differences in win rate over SFT, means over {n} seeds, and their "
+                                     f"intervals hold for all {comparisons} comparisons at once (95 %).")  # fmt: skip
 
     def against_random(method: str) -> str:
         win, by_chance = (values("main", row, "gold/win_rate") for row in (method, "random K"))

@@ -1,7 +1,7 @@
 """SeRA among its neighbours: related methods, each as the few lines in which it differs, in one loop and one world.
 
-    python experiments/neighbours.py            into results/ and README.md; 45 minutes on two cores; stopped, it goes on
-    python experiments/neighbours.py --quick    one seed, small: does it all still run? It writes nothing
+    python experiments/neighbours.py          into results/ and README.md; 45 minutes on two cores; it goes on if stopped
+    python experiments/neighbours.py --quick  one seed, small: does it all still run? It writes nothing
 
 Every method is one function. It returns the functions that replace train.py's: pairs(run, t) makes the training set of
 iteration t (for `all_pairs` and `review`); some replace `pair_losses` or `backward` too. All else is SeRA's: the
@@ -351,7 +351,7 @@ NEIGHBOURS: dict[str, tuple] = {  # the method, what it is given beside D, and f
     "active labels": (proxy, "200 true labels", {}),
     "AIHF": (aihf, "a nearly perfect answer to every prompt", {}),
     "SAPO": (sapo, "less: no rejected responses", {}),
-    "iREPO": (irepo, "up to 48,000 votes, flipped as D's labels; less: no pairs", {"samples_per_prompt": 2}),
+    "iREPO": (irepo, "up to 48,000 noisy votes; less: no pairs", {"samples_per_prompt": 2}),
     "DICE": (dice, "nothing", {}),
     "SPIN": (spin, "less: no rejected responses", {"samples_per_prompt": 2}),
 }

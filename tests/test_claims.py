@@ -99,11 +99,11 @@ def test_a_sentence_says_a_difference_where_the_interval_of_all_comparisons_has_
             runs[ours] = {"iterations": [row | {"gold/win_rate": other["gold/win_rate"] + difference} for row, other in both]}
         return claims.sentences(runs)["headline"]
 
-    assert "more often than plain DPO: SeRA (+0.120 [" in said(0.1, 0.12, 0.11, 0.13, 0.14)
-    assert "less often: SeRA (-0.120 [" in said(-0.1, -0.12, -0.11, -0.13, -0.14)
-    assert "Neither is shown: SeRA (-0.020 [" in said(-0.2, 0.1, 0.1, -0.2, 0.1)
+    assert "Shown to win more often than plain DPO: SeRA (+0.120 [" in said(0.1, 0.12, 0.11, 0.13, 0.14)
+    assert "Shown to win less often than plain DPO: SeRA (-0.120 [" in said(-0.1, -0.12, -0.11, -0.13, -0.14)
+    assert "Not shown to win more or less often than plain DPO: SeRA (-0.020 [" in said(-0.2, 0.1, 0.1, -0.2, 0.1)
     # standard deviation 0.0422, t 2.262: ±0.0302 without the correction, which would have no zero
-    assert "Neither is shown: SeRA (+0.040 [" in said(0.0, 0.0, 0.04, 0.08, 0.08)
+    assert "Not shown to win more or less often than plain DPO: SeRA (+0.040 [" in said(0.0, 0.0, 0.04, 0.08, 0.08)
 
 
 def test_every_method_takes_as_many_steps_at_a_point_of_one_grid():
