@@ -1,6 +1,6 @@
 """SeRA among its neighbours: related methods, each as the few lines in which it differs, in one loop and one world.
 
-    python experiments/neighbours.py          into results/ and README.md; 45 minutes on two cores; it goes on if stopped
+    python experiments/neighbours.py          into results/ and README.md; 45 min. on two cores; stopped, it goes on
     python experiments/neighbours.py --quick  one seed, small: does it all still run? It writes nothing
 
 Every method is one function. It returns the functions that replace train.py's: pairs(run, t) makes the training set of
