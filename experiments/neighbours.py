@@ -60,14 +60,14 @@ def to_train_on(run: Run, t: int, pairs: list[Pair], against: int = 0) -> Review
     return Review(TrainingSet(pairs, reference, torch.zeros(len(pairs)), ["own"] * len(pairs), [0] * len(pairs)))
 
 
-def ranked(run: Run, t: int, against: int) -> Samples:
-    """n samples of each prompt of D from π_θ(t−1); their rewards are log π_θ(t−1)(y|x) − log π_θ`against`(y|x)."""
+def ranked(run: Run, t: int, against: int, count: int | None = None) -> Samples:
+    """n samples of each of the first `count` prompts from π_θ(t−1); rewards: log π_θ(t−1) − log π_θ`against`."""
 
     def reward(x: list[Ids], y: list[Ids], what: str) -> tuple[Tensor, Tensor, Tensor]:
         newest, reference = (run.log_prob(i, x, y, what) for i in (t - 1, against))
         return newest[:, 0] - reference[:, 0], reference[:, 0], reference[:, 1]
 
-    return train.rank_samples(t, [x for x, _, _ in run.offline], run.sample, reward, -math.inf, run.config)
+    return train.rank_samples(t, [x for x, _, _ in run.offline[:count]], run.sample, reward, -math.inf, run.config)
 
 
 def best_and_worst(run: Run, samples: Samples, rewards: Tensor) -> tuple[list[Pair], Tensor]:
@@ -306,7 +306,7 @@ def dice() -> Changes:
         if t == 1:
             return all_pairs(run)
         half = len(run.offline) // 2
-        samples = Samples(*(column[:half] for column in ranked(run, t, against=t - 2)))
+        samples = ranked(run, t, against=t - 2, count=half)
         lengths = torch.tensor([[len(y) for y in row] for row in samples.responses])
         made, _ = best_and_worst(run, samples, samples.rewards - length_price(samples.rewards, lengths) * lengths)
         return to_train_on(run, t, made + run.offline[half:], against=t - 1)
