@@ -104,7 +104,7 @@ REMEDIES: dict[str, dict] = {
     "SeRA + floor": {"token_floor": 0.01}, "SeRA + length-free": {"length_free": True},
     "SeRA + both": METHODS["SeRA + both remedies"],
 }  # fmt: skip
-SHARED = (
+SHARED = (  # what decides the SFT policy and iteration 1
     "device", "seed", "loss_type", "beta", "learning_rate", "label_smoothing", "label_noise", "length_bias",
     "eval_split", "max_train_pairs", "steps_per_iteration", "samples_per_prompt", "neighbour",
 )  # fmt: skip
@@ -396,7 +396,7 @@ def make(
         if len(parts[-1]) == 6:
             parts.append({})
         parts[-1][name] = {**EVERY, **spec}
-    rounds = range(max(map(len, by_base.values()), default=0))  # the first studies first, whatever shares with them
+    rounds = range(max(map(len, by_base.values()), default=0))  # a part of each base in turn: early studies first
     together = [parts[i] for i in rounds for parts in by_base.values() if i < len(parts)]
     if together:
         machines.add(f"{cores} CPU cores, {machine()}")

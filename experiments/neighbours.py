@@ -1,15 +1,15 @@
 """SeRA among its neighbours: related methods, each as the few lines in which it differs, in one loop and one world.
 
-    python experiments/neighbours.py          into results/ and README.md; 45 min. on two cores; stopped, it goes on
+    python experiments/neighbours.py          45 minutes on two idle cores; stopped, it goes on
     python experiments/neighbours.py --quick  one seed, small: does it all still run? It writes nothing
 
 Every method is one function. It returns the functions that replace train.py's: pairs(run, t) makes the training set of
-iteration t (for `all_pairs` and `review`); some replace `pair_losses` or `backward` too. All else is SeRA's: the
-playground, whose true reward is known, three iterations, and the reference π_θ0 unless the docstring says another; and
-claims.py's comparison: equal optimizer steps (not epochs), one grid of β, tuned on validation prompts at 30 % flipped
-labels. "and its code" was read; of other methods what the docstring says. These numbers do not say how good a method is
-on its own task. Outside of such a loop are Linear Alignment (arXiv:2401.11458), which only changes how a model is
-decoded, and ABR (adaptive behavior regularization), offline reinforcement learning of control.
+iteration t (for `all_pairs` and `review`); some replace `pair_losses` or `backward` too. All else is SeRA's loop in the
+playground, whose true reward is known, with the reference π_θ0 unless the docstring says another, and claims.py's
+comparison: equal optimizer steps (not epochs), one grid of β, tuned on validation prompts at 30 % flipped labels. Paper
+and code were read where a docstring says "and its code"; elsewhere it says what was read. No number here says how good
+a method is on its own task. Outside of such a loop are Linear Alignment (arXiv:2401.11458: only decoding changes) and
+ABR (offline reinforcement learning of control). Writes results/neighbours.json, .png and experiments/README.md.
 """
 
 import argparse
@@ -103,14 +103,14 @@ def rad(judged: bool) -> Changes:
     return {"pairs": pairs}
 
 
-def spo(weight: float = 0.1, degrees: int = 4) -> Changes:
+def spo(gamma: float = 0.1, degrees: int = 4) -> Changes:
     """SPO, preference degree (arXiv:2409.17791: abstract read). The loss, and beside it a classifier's:
 
         −log σ(βm) + γ·CE(W h, k),    h: mean hidden state of y_w without k/3 of its key words
     Assumed: γ = 0.1, k = 0 … 3 at random, a linear W with its own Adam; key words: all but D's 6 most frequent.
     """
-    rng, frequent, w = random.Random(), set[int](), torch.zeros(degrees, 64, requires_grad=True)
-    optimizer = torch.optim.Adam([w], 1e-3)
+    rng, frequent, W = random.Random(), set[int](), torch.zeros(degrees, 64, requires_grad=True)
+    optimizer = torch.optim.Adam([W], 1e-3)
 
     def pairs(run: Run, t: int) -> Review:
         rng.seed(f"{run.config.seed} {t}")
@@ -124,7 +124,7 @@ def spo(weight: float = 0.1, degrees: int = 4) -> Changes:
         rows = pad_sequence([torch.tensor(pair.prompt + less) for pair, less in zip(pairs, y)], batch_first=True)
         hidden = logprobs.body_of(policy)(input_ids=rows).last_hidden_state  # (m, T, 64)
         h = [of[len(x) : len(x) + len(less)].mean(0) for of, (x, _, _), less in zip(hidden, pairs, y)]
-        (weight * F.cross_entropy(torch.stack(h) @ w.T, torch.tensor(k), reduction="sum") / b).backward()
+        (gamma * F.cross_entropy(torch.stack(h) @ W.T, torch.tensor(k), reduction="sum") / b).backward()
         optimizer.step()
         optimizer.zero_grad()
         return plain(policy, pairs, reference, b, *others)
@@ -179,7 +179,7 @@ def confidence(logps: Tensor, y: Ids, other: Ids, delta: float) -> Tensor:
     return 1 + differs * (-logps.detach()).exp().clamp(max=delta)
 
 
-def proxy(budget: int = 100) -> Changes:
+def active_labels(budget: int = 100) -> Changes:
     """Active labels, on-policy (arXiv:2407.02119: abstract and notes read). From t = 2 only its own samples:
 
         best and worst under r_(t−1); the `budget` pairs of the smallest margins are labelled by the true reward
@@ -200,7 +200,7 @@ def proxy(budget: int = 100) -> Changes:
     return {"pairs": pairs}
 
 
-def aihf(weight: float = 0.1) -> Changes:
+def aihf(w: float = 0.1) -> Changes:
     """AIHF, joint demonstrations and preferences (arXiv:2406.06874: abstract and first page read). In one stage:
 
         −log σ(βm) − w log π_θ(y*|x),    y*: a demonstration
@@ -210,7 +210,7 @@ def aihf(weight: float = 0.1) -> Changes:
     def backward(policy, pairs: list[Pair], reference, b: int, *others, plain=train.backward) -> list[Tensor]:
         shown = [ids(demonstration(text(pair.prompt))) for pair in pairs]
         logps, _ = logprobs.sequence_logprobs(policy, [pair.prompt for pair in pairs], shown)
-        (-weight * logps.sum() / b).backward()
+        (-w * logps.sum() / b).backward()
         return plain(policy, pairs, reference, b, *others)
 
     return {"pairs": lambda run, t: all_pairs(run), "backward": backward}
@@ -252,7 +252,7 @@ def sapo(decay: float = 0.5) -> Changes:
 
 
 def spliced(y: Ids, cut: int, n: int, new: Ids, ends: list[int]) -> Ids:
-    """y with n tokens of `new` in the place of its n tokens from `cut` on; to the end, where these end."""
+    """y with n tokens of `new` in the place of its n tokens from `cut` on; no more after them, if they end."""
     return y[:cut] + new[:n] + ([] if new[:n][-1:] and new[:n][-1] in ends else y[cut + n :])
 
 
@@ -348,7 +348,7 @@ NEIGHBOURS: dict[str, tuple] = {  # the method, what it is given beside D, and f
     "RAD, own scores": (lambda: rad(False), "nothing", {}),
     "SPO": (spo, "nothing", {}),
     "BMC": (bmc, "an editor who knows true scores: no wrong label is left", {}),
-    "active labels": (proxy, "200 true labels", {}),
+    "active labels": (active_labels, "200 true labels", {}),
     "AIHF": (aihf, "a nearly perfect answer to every prompt", {}),
     "SAPO": (sapo, "less: no rejected responses", {}),
     "iREPO": (irepo, "up to 48,000 noisy votes; less: no pairs", {"samples_per_prompt": 2}),
@@ -360,11 +360,11 @@ GIVEN = {name: given for name, (_, given, _) in NEIGHBOURS.items()} | {"robust D
 
 
 def runs_of_one_base(work: Path, runs: dict[str, dict]) -> dict[str, dict]:
-    """claims.py's, of one method, whose functions stand in the place of train.py's; by way of review tokens count."""
+    """claims.py's, of one method, whose functions stand in train.py's place (methods call the true all_pairs)."""
     [method] = {spec.get("neighbour") for spec in runs.values()}
     changes = NEIGHBOURS[method][0]() if method else {"train": train.train}  # itself: nothing is changed
-    if pairs := changes.pop("pairs", None):
-        changes["review"] = lambda t, offline, log_prob, *_: pairs(log_prob.__self__, t)  # whose method it is: the run
+    if pairs := changes.pop("pairs", None):  # claims.py counts tokens in `review`: all_pairs goes through it too
+        changes["review"] = lambda t, offline, log_prob, *_: pairs(log_prob.__self__, t)  # log_prob is the run's
         changes["all_pairs"] = lambda run: train.review(1, run.offline, run.log_prob, run.sample, run.config)
     with mock.patch.multiple(train, **changes), mock.patch.object(train.report, "write_report", lambda *_: None):
         specs = {name: {flag: spec[flag] for flag in spec if flag != "neighbour"} for name, spec in runs.items()}

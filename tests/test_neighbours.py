@@ -86,7 +86,7 @@ def test_spo_and_aihf_add_their_terms_to_the_loss():
     torch.testing.assert_close(aihf, plain + term, rtol=1e-4, atol=1e-6)
 
     for degree in (0, 3):  # nothing is taken away, and all key words
-        changes = neighbours.spo(weight=0.7)
+        changes = neighbours.spo(gamma=0.7)
         spo = inspect.getclosurevars(changes["backward"]).nonlocals
         spo["frequent"].update(ids("the is .")[:-1])
         spo["w"].data = torch.randn(spo["w"].shape, generator=torch.Generator().manual_seed(0))
@@ -132,14 +132,14 @@ def test_bmc_mends_the_worst_sentence_and_weighs_where_the_two_differ():
     assert r[0].tolist() == pytest.approx(by_hand, rel=1e-4) and logps[0].tolist() == pytest.approx([w.sum().item(), l.sum().item()], rel=1e-4)
 
 
-def test_proxy_asks_for_the_labels_of_the_smallest_margins():
+def test_active_labels_are_those_of_the_smallest_margins():
     scores = {GOOD: 0.0, BAD: 1.0, FAIR: 5.0}  # r_1 has BAD above GOOD, by little
     run = a_run([pair(GOOD, BAD)] * 3, sampled=[[GOOD, BAD], [FAIR, GOOD], [FAIR, BAD]], logps=lambda i, y: i * scores[y])
-    assert neighbours.proxy()["pairs"](run, 2).training_set.reference.unique().item() == 0.0  # π_θ0's
-    asked = neighbours.proxy(budget=1)["pairs"](run, 2)
+    assert neighbours.active_labels()["pairs"](run, 2).training_set.reference.unique().item() == 0.0  # π_θ0's
+    asked = neighbours.active_labels(budget=1)["pairs"](run, 2)
     assert [pair[1:] for pair in texts(asked)] == [(GOOD, BAD), (FAIR, GOOD), (FAIR, BAD)]  # mended, as it was, as it was
-    assert [pair[1:] for pair in texts(neighbours.proxy(budget=2)["pairs"](run, 2))][1:] == [(FAIR, GOOD), (FAIR, BAD)]
-    assert [pair[1:] for pair in texts(neighbours.proxy(budget=3)["pairs"](run, 2))][1:] == [(GOOD, FAIR), (FAIR, BAD)]
+    assert [pair[1:] for pair in texts(neighbours.active_labels(budget=2)["pairs"](run, 2))][1:] == [(FAIR, GOOD), (FAIR, BAD)]
+    assert [pair[1:] for pair in texts(neighbours.active_labels(budget=3)["pairs"](run, 2))][1:] == [(GOOD, FAIR), (FAIR, BAD)]
 
 
 def test_sapo_splices_and_averages():
@@ -295,7 +295,7 @@ def test_the_tables_in_the_readme_are_those_of_the_results(monkeypatch, tmp_path
 
 
 def test_a_method_is_a_function_of_at_most_30_lines():
-    for name in ("rad", "spo", "bmc", "proxy", "aihf", "sapo", "irepo", "dice", "spin"):
+    for name in ("rad", "spo", "bmc", "active_labels", "aihf", "sapo", "irepo", "dice", "spin"):
         method = getattr(neighbours, name)
         assert len(inspect.getsource(method).splitlines()) <= 30, name
         assert "arXiv:" in method.__doc__
