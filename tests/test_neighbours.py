@@ -34,7 +34,7 @@ def a_run(offline, *, sampled=(), logps=0.0, t=2, **config):
     of_rows = lambda i, x, y, what: torch.tensor([[score(i, text(one)), 0.0] for one in y])  # noqa: E731
     samples = [[(ids(y), True) for y in row] for row in sampled]
     return SimpleNamespace(
-        offline=offline, log_prob=of_rows, sample=lambda i, prompts: samples, eos_ids=[neighbours.TOKENIZER.eos_token_id],
+        offline=offline, log_prob=of_rows, sample=lambda i, prompts: samples[: len(prompts)], eos_ids=[neighbours.TOKENIZER.eos_token_id],
         config=resolve(train.Config(device="cpu", beta=1.0, **config)),
     )  # fmt: skip
 
@@ -89,8 +89,8 @@ def test_spo_and_aihf_add_their_terms_to_the_loss():
         changes = neighbours.spo(gamma=0.7)
         spo = inspect.getclosurevars(changes["backward"]).nonlocals
         spo["frequent"].update(ids("the is .")[:-1])
-        spo["w"].data = torch.randn(spo["w"].shape, generator=torch.Generator().manual_seed(0))
-        spo["rng"].randrange, w = (lambda _, degree=degree: degree), spo["w"].detach().clone()
+        spo["W"].data = torch.randn(spo["W"].shape, generator=torch.Generator().manual_seed(0))
+        spo["rng"].randrange, w = (lambda _, degree=degree: degree), spo["W"].detach().clone()
         with_degree = gradients(changes["backward"], policy, pairs, config)
         policy.zero_grad()
         for one in pairs:
@@ -99,7 +99,7 @@ def test_spo_and_aihf_add_their_terms_to_the_loss():
             (0.7 * -(w @ hidden).log_softmax(-1)[degree] / 4).backward()
         term = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in policy.parameters()])
         torch.testing.assert_close(with_degree, plain + term, rtol=1e-4, atol=1e-5)
-        assert not torch.equal(spo["w"], w) and spo["w"].grad is None  # its Adam took a step
+        assert not torch.equal(spo["W"], w) and spo["W"].grad is None  # its Adam took a step
 
 
 def test_spo_takes_away_a_share_of_what_is_rare():
