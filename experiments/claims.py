@@ -104,6 +104,12 @@ REMEDIES: dict[str, dict] = {
     "SeRA + floor": {"token_floor": 0.01}, "SeRA + length-free": {"length_free": True},
     "SeRA + both": METHODS["SeRA + both remedies"],
 }  # fmt: skip
+LONG, NOISE, BIASED = 6, (0.0, 0.2, 0.4), {"length_bias": 0.5, "label_noise": 0.15}
+NEAR = {"beta": playground.BETA["dpo"], "learning_rate": playground.LEARNING_RATE}  # as `python train.py` has them
+STUDIES = {
+    "main": ["main"], "more": ["more"], "over": ["over"], "near": ["near"],
+    "noise": [f"noise {noise}" for noise in NOISE], "length": ["length"], "asked": ["asked"], "losses": list(LOSSES),
+}  # fmt: skip
 SHARED = (  # what decides the SFT policy and iteration 1
     "device", "seed", "loss_type", "beta", "learning_rate", "label_smoothing", "label_noise", "length_bias",
     "eval_split", "max_train_pairs", "steps_per_iteration", "samples_per_prompt", "neighbour",
@@ -284,6 +290,11 @@ def grid(loss: str) -> list[dict]:
     return [{"beta": beta, "learning_rate": rate} for beta in betas for rate in rates]
 
 
+def column(runs: Runs, row: list[dict], key: str, t: int = 3) -> list:
+    """A figure of every seed after iteration t."""
+    return [runs[name_of(spec)]["iterations"][t].get(key) for spec in row]
+
+
 def validation(runs: Runs, loss: str, method: str, point: dict) -> float:
     """The win rate on validation prompts after T = 3, mean over the tuning seeds."""
     tried = [at(loss, method, seed, eval_split="validation", **point) for seed in TUNING_SEEDS[loss]]
@@ -356,14 +367,6 @@ def specs(runs: Runs, study: str) -> dict[str, list[dict]]:
         point = best(runs, loss, method)
         rows[row] = [at(loss, method, seed, **{**point, **changed}) for seed in seeds_of(study)]
     return rows
-
-
-LONG, NOISE, BIASED = 6, (0.0, 0.2, 0.4), {"length_bias": 0.5, "label_noise": 0.15}
-NEAR = {"beta": playground.BETA["dpo"], "learning_rate": playground.LEARNING_RATE}  # as `python train.py` has them
-STUDIES = {
-    "main": ["main"], "more": ["more"], "over": ["over"], "near": ["near"],
-    "noise": [f"noise {noise}" for noise in NOISE], "length": ["length"], "asked": ["asked"], "losses": list(LOSSES),
-}  # fmt: skip
 
 
 def processor() -> str:
@@ -479,11 +482,6 @@ def interval(ours: list[float], theirs: list[float], comparisons: int = 1) -> tu
         return math.nan, mean, math.nan
     half = student_t(1 - 0.05 / comparisons, n - 1) * statistics.stdev(differences) / math.sqrt(n)
     return mean - half, mean, mean + half
-
-
-def column(runs: Runs, row: list[dict], key: str, t: int = 3) -> list:
-    """A figure of every seed after iteration t."""
-    return [runs[name_of(spec)]["iterations"][t].get(key) for spec in row]
 
 
 def markdown(headings: list[str], rows: list[list[str]]) -> str:
