@@ -4,6 +4,7 @@ import functools
 import inspect
 import math
 import random
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -254,6 +255,7 @@ def put_back_what_main_changes(monkeypatch):
 def test_quick_makes_the_tables_and_writes_nothing(small_world, monkeypatch, capsys):
     """Two methods from end to end: one of claims.py, and one of these, beside each other."""
     put_back_what_main_changes(monkeypatch)
+    monkeypatch.setattr(claims, "sft", lambda path, seed: shutil.copytree(small_world / "sft-0", path, dirs_exist_ok=True))
     make_quick = claims.make_quick
 
     def smaller():
