@@ -176,8 +176,8 @@ class InThisProcess:
 def test_quick_and_smaller(tmp_path, monkeypatch, capsys):
     """Two studies from end to end: shared runs go on from one iteration 1, and end as runs of their own would."""
     every, made, pairs = playground.prompts, playground.make_sft_policy, playground.preferences
-    monkeypatch.setattr(playground, "prompts", lambda part: every(part)[:12])
-    monkeypatch.setattr(playground, "preferences", lambda n, part, **of: pairs(min(n, 64 if part == "train" else 16), part, **of))
+    monkeypatch.setattr(playground, "prompts", lambda part: every(part)[:6])
+    monkeypatch.setattr(playground, "preferences", lambda n, part, **of: pairs(min(n, 32 if part == "train" else 8), part, **of))
     monkeypatch.setattr(playground, "make_sft_policy", functools.partial(made, steps=20))
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
     monkeypatch.setattr(claims, "ProcessPoolExecutor", InThisProcess)
@@ -192,7 +192,7 @@ def test_quick_and_smaller(tmp_path, monkeypatch, capsys):
     def smaller():
         make_quick()
         monkeypatch.setattr(claims, "LONG", 2)
-        claims.EVERY.update(max_train_pairs=64, steps_per_iteration=2)
+        claims.EVERY.update(max_train_pairs=32, steps_per_iteration=1)
         claims.GRID["dpo"] = ([1.0], [1e-3])
 
     monkeypatch.setattr(claims, "make_quick", smaller)
@@ -223,7 +223,7 @@ def test_quick_and_smaller(tmp_path, monkeypatch, capsys):
         assert {key: ours[key] for key in own.keys() - {"select/pairs", "bootstrap/pairs"}}.items() <= own.items()
     trained = sum(len((p["prompt"] + p["chosen"]).split()) + len((p["prompt"] + p["rejected"]).split()) + 2
                   for p in map(json.loads, (out / "iteration-1/pairs.jsonl").read_text().splitlines()))  # fmt: skip
-    assert shared[1]["tokens/trained"] == trained  # 64 pairs, 2 steps of 32: all of them once
+    assert shared[1]["tokens/trained"] == trained  # 32 pairs, a step of 32: all of them once
 
 
 def test_a_dead_worker_is_no_difference(monkeypatch, capsys):

@@ -216,8 +216,8 @@ def small_world(tmp_path_factory):
     every, made, rows = playground.prompts, playground.make_sft_policy, playground.preferences
     work = tmp_path_factory.mktemp("sft")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(playground, "prompts", lambda part: every(part)[:12])
-        patch.setattr(playground, "preferences", lambda n, part, **of: rows(min(n, 64 if part == "train" else 16), part, **of))
+        patch.setattr(playground, "prompts", lambda part: every(part)[:6])
+        patch.setattr(playground, "preferences", lambda n, part, **of: rows(min(n, 32 if part == "train" else 8), part, **of))
         patch.setattr(playground, "make_sft_policy", functools.partial(made, steps=60))
         claims.sft(work / "sft-0", 0)
         yield work
@@ -260,7 +260,7 @@ def test_quick_makes_the_tables_and_writes_nothing(small_world, monkeypatch, cap
 
     def smaller():
         make_quick()
-        claims.EVERY.update(max_train_pairs=64, steps_per_iteration=2)
+        claims.EVERY.update(max_train_pairs=32, steps_per_iteration=1)
         claims.GRID["dpo"] = ([1.0], [1e-3])
 
     monkeypatch.setattr(claims, "make_quick", smaller)

@@ -16,7 +16,7 @@ T = 3
 
 @pytest.fixture(scope="module")
 def sft():
-    return playground.make_sft_policy(0, "cpu", steps=200)
+    return playground.make_sft_policy(0, "cpu", steps=100)
 
 
 @pytest.fixture
