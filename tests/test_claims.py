@@ -48,7 +48,7 @@ def test_every_block_is_what_the_runs_say():
     assert claims.filled("<!-- claims: main --><!-- end -->", shown) == f"<!-- claims: main -->\n{shown['main']}\n<!-- end -->"
 
 
-def test_write_fills_the_blocks_and_runs_nothing(tmp_path, monkeypatch):
+def test_write_fills_the_blocks_and_runs_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
     monkeypatch.setattr(claims, "READMES", (tmp_path / "a.md", tmp_path / "not there.md"))
     monkeypatch.setattr(claims, "make", lambda *_: pytest.fail("a run is made"))
@@ -63,6 +63,9 @@ def test_write_fills_the_blocks_and_runs_nothing(tmp_path, monkeypatch):
     (tmp_path / "a.md").write_text("<!-- claims: far -->\nold\n<!-- end -->")
     with pytest.raises(SystemExit, match="nothing to put into its block 'far'"):
         claims.main(["--write"])
+    monkeypatch.setattr(claims, "make", lambda *_: None)
+    claims.main(["--studies", "near"])
+    assert "'far': it is left as it is" in capsys.readouterr().out and "old" in (tmp_path / "a.md").read_text()
 
 
 def test_no_result_stands_outside_a_block():
