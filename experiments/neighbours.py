@@ -175,7 +175,7 @@ def mend(x: str, better: str, worse: str) -> str:
 
 
 def confidence(logps: Tensor, y: Ids, other: Ids, delta: float) -> Tensor:
-    differs = torch.tensor([i >= len(other) or token != other[i] for i, token in enumerate(y)])
+    differs = torch.tensor([i >= len(other) or token != other[i] for i, token in enumerate(y)])  # place by place
     return 1 + differs * (-logps.detach()).exp().clamp(max=delta)
 
 
