@@ -495,25 +495,22 @@ def cost(runs: Runs, row: list[dict]) -> list[str]:
     return [f"{sum(by_t) / len(row) / 1e6:.2f}" for by_t in every]
 
 
-def compared(runs: Runs, study: str) -> int:
+def compared(study: str) -> int:
     """How many methods are compared with plain training at once: those of `main` and `more` are one table."""
-    return len(METHODS | BASELINES if study == "main" else specs(runs, study)) - 1
+    return len(METHODS | BASELINES if study == "main" else settings(study)) - 1
 
 
-def main_and_more(runs: Runs) -> dict[str, list[dict]]:
-    return specs(runs, "main") | specs(runs, "more")
-
-
-def methods_table(runs: Runs, study: str, rows: dict[str, list[dict]]) -> str:
-    """SFT and every method, after T = 3 iterations."""
-    loss = loss_of(study)
+def methods_table(runs: Runs, *studies: str) -> str:
+    """SFT and every method of these studies of one loss, after T = 3 iterations."""
+    rows = {method: row for study in studies for method, row in specs(runs, study).items()}
+    loss, comparisons = loss_of(studies[0]), compared(studies[0])
     plain = rows["plain training"]
     sft, alone = (column(runs, plain, key, t) for key, t in (("gold/reward", 0), ("gold/win_rate", 3)))
     lines = [["SFT", "–", spread(sft), middle_of(sft), "–", "0", spread(column(runs, plain, "gold/win_rate", 0)), "–"]]
     for method, row in rows.items():
         reward, win = column(runs, row, "gold/reward"), column(runs, row, "gold/win_rate")
         collapsed = sum(ours < theirs for ours, theirs in zip(reward, sft))
-        difference = "–" if method == "plain training" else gain(win, alone, compared(runs, study))
+        difference = "–" if method == "plain training" else gain(win, alone, comparisons)
         lines.append([method, f"{best(runs, loss, method)['beta']:g}", spread(reward), middle_of(reward),
                       f"{collapsed} of {len(row)}", spread(column(runs, row, "kl"), 1), spread(win),
                       difference])  # fmt: skip
@@ -526,7 +523,7 @@ def details_table(runs: Runs) -> str:
     lines = [[method, middle_of(column(runs, row, "gold/win_rate")),
               spread(column(runs, row, "select/precision")), spread(column(runs, row, "bootstrap/precision")),
               spread(column(runs, row, "gold/length"), 1), *cost(runs, row)]
-             for method, row in main_and_more(runs).items()]  # fmt: skip
+             for method, row in (specs(runs, "main") | specs(runs, "more")).items()]  # fmt: skip
     return markdown(["method", "median win rate", "precision",
                      "precision of the bootstrapped pairs", "words", *(f"M tokens {kind}" for kind in KINDS)],
                     lines)  # fmt: skip
@@ -730,15 +727,14 @@ TITLES = {
 def tables(runs: Runs) -> dict[str, str]:
     """Of every study all of whose runs have been made."""
     makers = {
-        "short": lambda: methods_table(runs, "main", specs(runs, "main")),
-        "main": lambda: methods_table(runs, "main", main_and_more(runs)),
+        "short": partial(methods_table, runs, "main"), "main": partial(methods_table, runs, "main", "more"),
         "tuning": partial(tuning_table, runs, "dpo"), "details": partial(details_table, runs),
         "frontier": partial(frontier_table, runs), "noise": partial(noise_tables, runs),
         "length": partial(length_table, runs), "asked": partial(asked_table, runs), "lead": partial(lead_table, runs),
         "over": partial(over_table, runs, "over"), "near": partial(over_table, runs, "near"),
         "near, in short": partial(over_table, runs, "near", "gold/reward", "bootstrap/precision"),
         "losses": partial(losses_table, runs),
-        **{loss: lambda loss=loss: methods_table(runs, loss, specs(runs, loss)) for loss in LOSSES},
+        **{loss: partial(methods_table, runs, loss) for loss in LOSSES},
         **{f"{loss} tuning": partial(tuning_table, runs, loss) for loss in LOSSES},
     }  # fmt: skip
     shown = made(makers)
@@ -773,13 +769,14 @@ def sentences(runs: Runs) -> dict[str, str]:
     def against_plain(study: str, *rows: str) -> str:
         """Shown to win more often than plain DPO: SeRA (+0.026 [+0.009, +0.044]). Not shown to win …"""
         plain = values(study, "plain training", "gold/win_rate")
-        n, comparisons = len(plain), compared(runs, study)
-        said: dict[str, list[str]] = {"Shown to win more often": [], "Shown to win less often": [],
-                                      "Not shown to win more or less often": []}  # fmt: skip
+        n, comparisons = len(plain), compared(study)
+        more, less = "Shown to win more often", "Shown to win less often"
+        neither = "Not shown to win more or less often"
+        said: dict[str, list[str]] = {more: [], less: [], neither: []}
         for row in rows:
             win = values(study, row, "gold/win_rate")
             low, _, high = interval(win, plain, comparisons)
-            verdict = [*said][0 if low > 0 else 1 if high < 0 else 2]
+            verdict = more if low > 0 else less if high < 0 else neither
             said[verdict].append(f"{row} ({gain(win, plain, comparisons)})")
         verdicts = [f"{verdict} than plain DPO: {', '.join(those)}." for verdict, those in said.items() if those]
         return " ".join(verdicts) + (f" These are differences in win rate over SFT, means over {n} seeds, and their "
@@ -787,7 +784,7 @@ def sentences(runs: Runs) -> dict[str, str]:
 
     def against_random(method: str) -> str:
         win, by_chance = (values("main", row, "gold/win_rate") for row in (method, "random K"))
-        return gain(win, by_chance, compared(runs, "main"))
+        return gain(win, by_chance, compared("main"))
 
     def more_at_kl(kl: float) -> str:
         """plain DPO 0.51; differences from it: SeRA +0.06 [+0.01, +0.11], …"""

@@ -176,6 +176,13 @@ class InThisProcess:
         return done
 
 
+def put_back_what_a_quick_run_changes(monkeypatch):
+    for name in ("GRID", "EVERY", "TUNING_SEEDS"):
+        monkeypatch.setattr(claims, name, getattr(claims, name).copy())
+    for name in ("SEEDS", "LONG", "METHODS", "BASELINES", "IN_FIGURE"):
+        monkeypatch.setattr(claims, name, getattr(claims, name))
+
+
 def test_quick_and_smaller(tmp_path, monkeypatch, capsys):
     """Two studies from end to end: shared runs go on from one iteration 1, and end as runs of their own would."""
     every, made, pairs = playground.prompts, playground.make_sft_policy, playground.preferences
@@ -184,8 +191,7 @@ def test_quick_and_smaller(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(playground, "make_sft_policy", functools.partial(made, steps=20))
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
     monkeypatch.setattr(claims, "ProcessPoolExecutor", InThisProcess)
-    for name in ("GRID", "EVERY", "TUNING_SEEDS"):
-        monkeypatch.setattr(claims, name, getattr(claims, name).copy())
+    put_back_what_a_quick_run_changes(monkeypatch)
     few, make_quick = ("plain training", "SeRA"), claims.make_quick
     methods = {name: claims.METHODS[name] for name in few}
     changed = {"SEEDS": [0], "LONG": 3, "IN_FIGURE": {"SeRA": ("black", "o")}}

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
 import claims
 import neighbours
 from neighbours import ids, text
-from test_claims import InThisProcess
+from test_claims import InThisProcess, put_back_what_a_quick_run_changes
 
 X = ids("tell me about the fox and the cave")[:-1]
 GOOD, FAIR, BAD = "the fox is lovely .", "the owl is lovely .", "the owl is ugly ."  # true reward 1, 0, −1
@@ -245,16 +245,9 @@ def test_a_small_run(method, small_world, monkeypatch):
         assert (sources[t] == {"own"}) == (method not in {"SPO", "AIHF"} and (t > 1 or method not in first)), (t, sources[t])
 
 
-def put_back_what_main_changes(monkeypatch):
-    for name in ("GRID", "EVERY", "TUNING_SEEDS"):
-        monkeypatch.setattr(claims, name, getattr(claims, name).copy())
-    for name in ("SEEDS", "LONG", "METHODS", "BASELINES", "IN_FIGURE"):
-        monkeypatch.setattr(claims, name, getattr(claims, name))
-
-
 def test_quick_makes_the_tables_and_writes_nothing(small_world, monkeypatch, capsys):
     """Two methods from end to end: one of claims.py, and one of these, beside each other."""
-    put_back_what_main_changes(monkeypatch)
+    put_back_what_a_quick_run_changes(monkeypatch)
     monkeypatch.setattr(claims, "sft", lambda path, seed: shutil.copytree(small_world / "sft-0", path, dirs_exist_ok=True))
     make_quick = claims.make_quick
 
@@ -279,7 +272,7 @@ def test_quick_makes_the_tables_and_writes_nothing(small_world, monkeypatch, cap
 
 def test_the_tables_in_the_readme_are_those_of_the_results(monkeypatch, tmp_path):
     """With every run there nothing is run, and what is wrong in the README is mended."""
-    put_back_what_main_changes(monkeypatch)
+    put_back_what_a_quick_run_changes(monkeypatch)
     readme, drawn = tmp_path / "README.md", []
     text = neighbours.README.read_text()
     assert text.count("<!-- neighbours: ") == 2
