@@ -1,0 +1,1 @@
+"""What makes it a program: flags, reading data, models on disk, the run's folder, reports, memory. No method here."""
