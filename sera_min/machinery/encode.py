@@ -12,15 +12,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice, takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 from tqdm import tqdm
 
-from sera_min import forms
-from sera_min.files import KNOWN, Rows, decoded, in_one_line
-from sera_min.forms import InputError, Messages, Reading, Unusable, as_text, squeezed, texts_in
-from sera_min.pairs import Given, Ids, Pair
+from sera_min.machinery import forms
+from sera_min.machinery.errors import InputError, Unusable, in_one_line
+from sera_min.machinery.forms import Messages, Reading, as_text, squeezed, texts_in
+from sera_min.machinery.rows import KNOWN, Rows, decoded
+from sera_min.pairs import Ids, Pair
 
 BATCH = 256  # rows that are tokenised together
 # For tokenizers without a chat template: HH-RLHF's plain form, which a dialogue in that form survives unchanged.
@@ -29,6 +30,14 @@ PLAIN_TEMPLATE = (
     "+ m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
 SPOKEN = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")  # are a part of an answer
+
+
+class Given(NamedTuple):
+    """A pair of the user's data, its prompt as people read it, and the number of its row (the first is 0)."""
+
+    pair: Pair
+    text: str
+    row: int
 
 
 @dataclass

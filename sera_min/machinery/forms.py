@@ -17,6 +17,8 @@ import json
 import re
 from typing import Any, NamedTuple
 
+from sera_min.machinery.errors import InputError, Unusable
+
 COLUMNS = {  # what is read, and the names it has: of several in a row, the first
     "prompt": ("prompt", "conversations", "messages"),
     "instruction": ("instruction", "question"),
@@ -37,22 +39,6 @@ SPEAKERS = {"human": "user", "gpt": "assistant", "observation": "tool"}  # in me
 
 Message = dict[str, Any]  # of a role, a content, and whatever else it says
 Messages = list[Message]
-
-
-class InputError(ValueError):
-    """What the user gave is not as expected. The message is one line: where, and what was expected."""
-
-
-class Paused(Exception):
-    """The run ends here, and goes on when another program has done its part. The message says what and how."""
-
-
-class Unusable(Exception):
-    """A row of a right form that is no pair to train on: it is dropped, and counted under this message."""
-
-
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 class Reading(NamedTuple):

@@ -5,32 +5,19 @@ import gzip
 import io
 import json
 import sys
-import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
-import torch
 
-from sera_min.forms import COLUMNS, InputError, Unusable, one_line, unknown_form
+from sera_min.machinery.errors import InputError, one_line
+from sera_min.machinery.forms import COLUMNS, unknown_form
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".json.gz", ".jsonl.gz", ".csv.gz", ".parquet")
 KNOWN = {name for names in COLUMNS.values() for name in names}  # columns
 
 Rows: TypeAlias = Sequence[Any] | datasets.Dataset
-
-
-@contextmanager
-def in_one_line(what: str) -> Iterator[None]:
-    """What code that is not ours raises here, a template's, a tokenizer's or a model's, becomes an InputError."""
-    try:
-        yield
-    except (InputError, Unusable, FloatingPointError, torch.OutOfMemoryError):  # which say themselves what they are
-        raise
-    except Exception as error:
-        raise InputError(f"{what}: {one_line(error)}") from error
 
 
 def read_rows(name: str, split: str, limit: int | None = None, config: str | None = None) -> Rows:
@@ -144,11 +131,3 @@ def decoded(rows: Rows, name: str) -> Iterator[Any]:
             yield next(each)
         except Exception as error:  # it reads ahead
             raise InputError(f"{name}, row {i} or one after it: cannot be decoded: {one_line(error)}") from None
-
-
-def fingerprint(parts: Sequence[tuple[str, Rows]]) -> str:
-    """How many rows each part has, and a checksum of what is read of them: a resumed run knows its data by it."""
-    crc = 0
-    for row in (row for name, rows in parts for row in decoded(rows, name)):
-        crc = zlib.crc32(repr(row).encode(errors="backslashreplace"), crc)
-    return f"{' + '.join(str(len(rows)) for _, rows in parts)} rows, CRC {crc:08x}"
