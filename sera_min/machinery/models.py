@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file, find_adapter_config_file
 
 from sera_min.bootstrap import sample_responses
-from sera_min.files import is_lfs_pointer, is_path
-from sera_min.forms import InputError, one_line
 from sera_min.logprobs import rope_limit, score, sequence_logprobs
+from sera_min.machinery.errors import InputError, one_line
+from sera_min.machinery.rows import is_lfs_pointer, is_path
 from sera_min.pairs import Ids, Pair, rows_of
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names of the types that weights may be stored in

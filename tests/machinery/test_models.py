@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicLayer
 
-from sera_min.files import is_lfs_pointer
-from sera_min.forms import InputError
 from sera_min.logprobs import score, sequence_logprobs
-from sera_min.models import check_before_training, check_positions, load
+from sera_min.machinery.errors import InputError
+from sera_min.machinery.models import check_before_training, check_positions, load
+from sera_min.machinery.rows import is_lfs_pointer
 from sera_min.pairs import Pair
 
 PAIR = Pair([5, 6, 7, 8], [9, 10, 11, 1], [12, 1])
