@@ -1,226 +1,349 @@
-"""Preference bootstrapping: pairs that the policy writes and ranks itself. Copy this file alone: torch and tqdm.
+"""Preference bootstrapping: pairs of responses that the policy writes and ranks itself.
 
-    for each prompt x:  y_1 … y_N ~ π_θ(t−1)(·|x),     y_w = argmax_j r̄_t(x, y_j),     y_l = argmin_j r̄_t(x, y_j)
+    for each prompt x:     y_1 … y_N ~ π_θ(t−1)(·|x)
+                           y_w = argmax_j r̄_t(x, y_j)      y_l = argmin_j r̄_t(x, y_j)
 
-(SeRA, arXiv:2410.09362.) Sampling is one function and pairing another, so that samples may come from any engine. What
-cannot be paired is dropped and counted, above all samples that were cut off by the length limit: do not append an end
-of sequence to them; the model never wrote it, so its log-probability means nothing.
+Sampling, flattening and pairing are three functions, so samples may come from any engine. A sample
+that was cut off by the length limit is never paired. Do not append an end of sequence to it: the
+model never wrote one there, so the log-probability of that token says nothing about the response.
 
-To understand the method read `sample_responses` and `best_worst_pairs`. The functions between them make sampling fast
-and exact; you may skip them.
+Copy this file alone: it needs torch and tqdm, and a causal language model of transformers.
+From sera_min 0.1.0, Apache-2.0; SeRA, arXiv:2410.09362.
 """
 
-import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from functools import partial
 from unittest.mock import patch
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 TokenIds = list[int]
-CACHE_TOKENS = {"cuda": 2**17, "cpu": 2**15}  # tokens of key-value cache at a time: what keeps the device busy
-STRIDE = 32  # tokens after which samples that have ended leave the batch
-KEYS_AND_VALUES = {"DynamicLayer", "DynamicSlidingWindowLayer"}  # transformers' caches of keys and values alone
+Sample = tuple[TokenIds, bool]  # token ids, and whether they end with an end of sequence
 
 
 def sample_responses(
-    model, prompts: list[TokenIds], n: int, *, max_new_tokens: int, temperature: float, top_p: float,
-    eos_token_id: int | list[int], pad_token_id: int, seed: int, max_tokens: int | None = None, desc: str | None = None,
-) -> list[list[tuple[TokenIds, bool]]]:  # fmt: skip
-    """n samples y ~ π(·|x) a prompt, as (token ids, ended): those that ended hold their end of sequence, others none.
+    model,
+    prompts: list[TokenIds],
+    n: int,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    eos_token_id: int | list[int],
+    pad_token_id: int,
+    seed: int,
+    max_tokens: int | None = None,
+    desc: str | None = None,
+) -> list[list[Sample]]:
+    """n samples y ~ π(·|x) for each prompt, as (token ids, ended).
 
-    Prompts of similar length are sampled together, within `max_tokens` tokens of key-value cache (None: CACHE_TOKENS).
-    For one seed, batch size and machine the result is the same; the random generators of the CPU and of the model's
-    device are left as they were.
+    Those that ended hold their end of sequence; those that were cut off hold none. Tokens are drawn
+    from softmax(logits / temperature), cut to the likeliest ones that reach top_p together; the
+    model's generation_config has no say. Prompts of similar length are sampled together,
+    with at most `max_tokens` tokens in the key-value cache (None: CACHE_TOKENS). The same seed,
+    batch size and machine give the same samples; random generators are left as they were.
     """
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    broken: list[torch.Tensor] = []  # for every token of a batch: is a row's distribution no numbers?
-
-    def draw_next(_, logits: torch.Tensor) -> torch.Tensor:
-        """(B, V) -> (B, V): we draw a token, and give all others −∞, so that the greedy `generate` takes it."""
-        p, tokens = (logits.float() / temperature).softmax(-1), None
-        broken.append(p[:, 0].isnan().any())  # one NaN or ∞ among the logits makes all of a softmax NaN
-        if top_p < 1:  # the fewest tokens that together have probability top_p
-            p, tokens = p.sort(-1, descending=True)
-            p = p * (p.cumsum(-1) - p < top_p)
-        drawn = draw_tokens(p) if tokens is None else tokens.gather(1, draw_tokens(p))  # (B, 1)
-        return torch.full_like(logits, -torch.inf).scatter_(1, drawn, 0.0)
-
-    samples: list[list[tuple[TokenIds, bool]]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    longest = max(map(len, prompts), default=0) + max_new_tokens
-    size = max(1, (max_tokens or CACHE_TOKENS.get(model.device.type, 2**15)) // (n * longest))  # prompts of a batch
-    gpus = [model.device] if model.device.type == "cuda" else []
+    draw_next = DrawNext(temperature, top_p)
+    samples: list[list[Sample]] = [[] for _ in prompts]
     bar = tqdm(total=len(prompts), desc=desc, unit="prompt", disable=desc is None)
-    with only_our_settings(model, ends, pad_token_id), torch.random.fork_rng(gpus), bar:
-        torch.manual_seed(seed)
-        for batch in (order[start : start + size] for start in range(0, len(order), size)):
-            written = continue_all(model, [prompts[i] for i in batch], n, max_new_tokens, ends, pad_token_id, draw_next)
-            if torch.stack(broken).any():  # asked once a batch: a GPU need not wait for it at every token
-                raise FloatingPointError("sampling: the model's probabilities are not finite numbers")
-            broken.clear()
-            for row, tokens in enumerate(written):
-                samples[batch[row // n]].append((tokens, tokens[-1] in ends))
+    with our_settings(model, ends, pad_token_id), our_seed(model.device, seed), bar:
+        for batch in prompt_batches(prompts, n, max_new_tokens, max_tokens, model.device):
+            x = [prompts[i] for i in batch]
+            written = continue_all(model, x, n, max_new_tokens, ends, pad_token_id, draw_next)
+            draw_next.check()
+            for row, y in enumerate(written):
+                samples[batch[row // n]].append((y, y[-1] in ends))
             bar.update(len(batch))
     return samples
 
 
+def ended_responses(samples: list[list[Sample]]) -> tuple[list[int], list[TokenIds], int]:
+    """Flattens what `sample_responses` returns, without the samples that were cut off.
+
+    Returns, for the R responses that ended, the number of their prompt, list (R,), and their token
+    ids, list (R,); and how many samples were cut off. Raises TypeError where `ended` is not a bool
+    (an engine's "length" would count as true).
+    """
+    prompt_of: list[int] = []
+    responses: list[TokenIds] = []
+    cut_off = 0
+    for i, of_prompt in enumerate(samples):
+        for j, (y, ended) in enumerate(of_prompt):
+            if not isinstance(ended, bool):
+                raise TypeError(f"prompt {i}, sample {j}: ended is {ended!r}, expected a bool")
+            if not ended:
+                cut_off += 1
+                continue
+            prompt_of.append(i)
+            responses.append(y)
+    return prompt_of, responses, cut_off
+
+
+def best_worst_pairs(
+    prompt_of: list[int], responses: list[TokenIds], rewards: Tensor
+) -> tuple[Tensor, Tensor, Counter]:
+    """argmax and argmin of the reward over each prompt's different responses, where these differ.
+
+    prompt_of, responses, rewards: of R rows the number of the prompt, the token ids, and the reward
+    in nats, a float tensor (R,). A reward of NaN means that the row has none: it is never paired.
+    Returns the row numbers of the best and of the worst response, int64 (P,) each, the first of
+    equals; and what was dropped: "identical samples" (only the first is used), "samples without a
+    reward", and "prompts without a pair" (fewer than two different rewards are left).
+    Raises ValueError where lengths differ or a reward is infinite, TypeError for other types.
+    """
+    check_rows(prompt_of, responses, rewards)
+    values = rewards.tolist()
+    rows_of_prompt: dict[int, list[int]] = {}
+    seen: set[tuple[int, ...]] = set()
+    dropped: Counter = Counter()
+    for row, i in enumerate(prompt_of):
+        rows = rows_of_prompt.setdefault(i, [])
+        response = (i, *responses[row])
+        if math.isnan(values[row]):
+            dropped["samples without a reward"] += 1
+        elif response in seen:
+            dropped["identical samples"] += 1
+        else:
+            rows.append(row)
+            seen.add(response)
+
+    best: list[int] = []
+    worst: list[int] = []
+    for rows in rows_of_prompt.values():
+        if len({values[row] for row in rows}) < 2:
+            dropped["prompts without a pair"] += 1
+            continue
+        best.append(max(rows, key=lambda row: values[row]))
+        worst.append(min(rows, key=lambda row: values[row]))
+    return torch.tensor(best, dtype=torch.int64), torch.tensor(worst, dtype=torch.int64), dropped
+
+
+# ------------------------------------------------------------------------------------------------
+# You may skip what follows: it makes sampling fast, and checks arguments. The samples are those of
+# model.generate(do_sample=True, top_k=0, num_return_sequences=n, …), drawn in another way:
+#   - a prompt is read once for its n samples;
+#   - samples that have ended leave the batch;
+#   - a token costs one random number, not one for every word of the vocabulary.
+# ------------------------------------------------------------------------------------------------
+
+CACHE_TOKENS = {"cuda": 2**17, "cpu": 2**15}  # tokens in the key-value cache that keep it busy
+STRIDE = 32  # tokens after which samples that have ended leave the batch
+KEYS_AND_VALUES = {"DynamicLayer", "DynamicSlidingWindowLayer"}  # caches of nothing else
+
+
+def check_rows(prompt_of: list[int], responses: list[TokenIds], rewards: Tensor) -> None:
+    if not isinstance(rewards, Tensor):
+        raise TypeError(f"rewards must be a tensor, not a {type(rewards).__name__}")
+    rows = len(responses)
+    if len(prompt_of) != rows:
+        raise ValueError(f"prompt_of has {len(prompt_of)} entries, but there are {rows} responses")
+    if rewards.shape != (rows,):
+        raise ValueError(f"rewards must be ({rows},), one a response, not {tuple(rewards.shape)}")
+    for row, response in enumerate(responses):
+        if not isinstance(response, list):
+            kind = type(response).__name__
+            raise TypeError(f"row {row}: the response is a {kind}, expected a list of token ids")
+    for row in rewards.isinf().nonzero().flatten().tolist():
+        raise ValueError(f"row {row}: the reward is {rewards[row].item()}")
+
+
+def prompt_batches(
+    prompts: list[TokenIds],
+    n: int,
+    max_new_tokens: int,
+    max_tokens: int | None,
+    device: torch.device,
+) -> list[list[int]]:
+    """Prompt numbers, longest first, in batches whose caches hold at most `max_tokens` tokens."""
+    room = max_tokens or CACHE_TOKENS.get(device.type, 2**15)
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    longest = max(map(len, prompts), default=0) + max_new_tokens
+    size = max(1, room // (n * longest))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 @contextmanager
-def only_our_settings(model, ends: list[int], pad: int) -> Iterator[None]:
-    """In eval mode, and without the model's `generation_config`, whose default top_k = 50 changes the distribution."""
-    before, modes = model.generation_config, [(part, part.training) for part in model.modules()]
-    model.generation_config = type(before)(do_sample=False, repetition_penalty=1.0, num_beams=1, eos_token_id=ends,
-                                           pad_token_id=pad, return_dict_in_generate=True)  # fmt: skip
+def our_seed(device: torch.device, seed: int) -> Iterator[None]:
+    """Random numbers of this seed; afterwards the generators are where they were."""
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def our_settings(model, ends: list[int], pad: int) -> Iterator[None]:
+    """Eval mode, and nothing of the model's generation_config, whose top_k may be 50 by default."""
+    config = model.generation_config
+    modes = [(part, part.training) for part in model.modules()]
+    model.generation_config = type(config)(
+        do_sample=False,
+        repetition_penalty=1.0,
+        num_beams=1,
+        eos_token_id=ends,
+        pad_token_id=pad,
+        return_dict_in_generate=True,
+    )
     model.eval()
     try:
         yield
     finally:
-        model.generation_config = before
-        for part, mode in modes:
+        model.generation_config = config
+        for part, mode in modes:  # not model.train(): a part may have been in eval mode before
             part.training = mode
 
 
-def draw_tokens(p: torch.Tensor) -> torch.Tensor:
-    """For speed: one token a row, as likely as p (B, V) says, (B, 1), by the inverse of the distribution function.
+class DrawNext:
+    """Draws the next token of every row, inside a greedy `generate`.
 
-    `torch.multinomial` draws a random number for every token of the vocabulary, this draws one a row. In float64: the
-    float32 sum of 100,000 probabilities loses the small ones. Where p is NaN it is some token.
+    `generate` calls this with the logits of the next token and then takes the largest. So we draw a
+    token here, and return 0 for it and −∞ for all others: the largest is the one we drew.
+    """
+
+    def __init__(self, temperature: float, top_p: float) -> None:
+        self.temperature = temperature
+        self.top_p = top_p
+        self.broken: list[Tensor] = []  # for each token of a batch: is a row's distribution NaN?
+
+    def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:  # (B, T), (B, V) -> (B, V)
+        p = (logits.float() / self.temperature).softmax(-1)  # (B, V)
+        # One NaN or +∞ among the logits makes the whole softmax NaN.
+        self.broken.append(p[:, 0].isnan().any())
+        drawn = draw_from_nucleus(p, self.top_p) if self.top_p < 1 else draw_tokens(p)  # (B, 1)
+        return torch.full_like(logits, -torch.inf).scatter_(1, drawn, 0.0)
+
+    def check(self) -> None:
+        """Once a batch: to ask at every token would make a GPU wait for the answer."""
+        if torch.stack(self.broken).any():
+            raise FloatingPointError("sampling: the model's probabilities are not finite numbers")
+        self.broken.clear()
+
+
+def draw_from_nucleus(p: Tensor, top_p: float) -> Tensor:
+    """`draw_tokens` from the fewest tokens that together have probability top_p."""
+    p, tokens = p.sort(-1, descending=True)  # (B, V) each
+    before = p.cumsum(-1) - p  # probability of all likelier tokens
+    drawn = draw_tokens(p * (before < top_p))  # (B, 1), places in the sorted row
+    return tokens.gather(1, drawn)
+
+
+def draw_tokens(p: Tensor) -> Tensor:
+    """One token of each row, with probabilities in proportion to p: (B, V) -> (B, 1).
+
+    By the inverse of the cumulative distribution, with one random number a row, where
+    `torch.multinomial` draws one for each of V tokens. In float64: a float32 sum of 100,000
+    probabilities loses the small ones. A row of NaN gives some token.
     """
     cdf = p.cumsum(-1, dtype=torch.float64)  # (B, V)
-    u = 1 - torch.rand(len(p), 1, dtype=torch.float64, device=p.device)  # in (0, 1]: no token of probability 0
-    return torch.searchsorted(cdf, cdf[:, -1:] * u).clamp(max=p.shape[1] - 1)
+    u = 1 - torch.rand(len(p), 1, dtype=torch.float64, device=p.device)  # in (0, 1]
+    drawn = torch.searchsorted(cdf, cdf[:, -1:] * u)  # u > 0: no token of probability 0
+    return drawn.clamp(max=p.shape[1] - 1)
 
 
 @torch.no_grad()
 def continue_all(
-    model, prompts: list[TokenIds], n: int, max_new_tokens: int, ends: list[int], pad: int, draw_next: Callable
+    model,
+    prompts: list[TokenIds],
+    n: int,
+    max_new_tokens: int,
+    ends: list[int],
+    pad: int,
+    draw_next: DrawNext,
 ) -> list[TokenIds]:
-    """For speed: n continuations of each of b prompts side by side, as (b·n) lists, each up to its end of sequence.
-
-    A prompt is read once for its n continuations; every STRIDE tokens those that have ended leave the batch.
-    """
-    width = max(map(len, prompts))  # padded on the left, so that all rows go on from the same column, and masked
-    ids = torch.tensor([[pad] * (width - len(x)) + x for x in prompts], device=model.device)  # (b, P)
-    mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in prompts], device=model.device)  # (b, P)
-    cache = {}
-    if width > 1:  # all but the last token are read; the token that is written after them is thrown away
-        cache = cache_of(model.generate(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], max_new_tokens=1))
-        for keys_and_values in cache.values():
-            keys_and_values.batch_repeat_interleave(n)
-    ids, mask = ids.repeat_interleave(n, 0), mask.repeat_interleave(n, 0)  # (b·n, P)
+    """n responses to each of b prompts, (b·n) lists, each up to its end of sequence."""
+    ids, mask = pad_left(prompts, pad, model.device)  # (b, P) each
+    cache = read_prompts(model, ids, mask, n)
+    ids = ids.repeat_interleave(n, 0)  # (b·n, P)
+    mask = mask.repeat_interleave(n, 0)  # (b·n, P)
     written: list[TokenIds] = [[] for _ in ids]
-    rows = list(range(len(ids)))  # those that go on, B of them
+    rows = list(range(len(ids)))  # those that have not ended, B of them
     with keys_like_values(cache):
         for start in range(0, max_new_tokens, STRIDE):
             stride = min(STRIDE, max_new_tokens - start)
-            read = {"input_ids": ids, "attention_mask": mask, **cache}
-            output = model.generate(**read, max_new_tokens=stride, logits_processor=[draw_next])
-            ids, cache = output.sequences, cache_of(output)  # (B, P) -> (B, P + stride)
-            for row, tokens in zip(rows, ids[:, mask.shape[1] :].tolist()):
-                end = next((j + 1 for j, token in enumerate(tokens) if token in ends), None)
-                written[row] += tokens[:end]
-            alive = [k for k, row in enumerate(rows) if written[row][-1] not in ends]
-            if not alive:
+            inputs = {"input_ids": ids, "attention_mask": mask, **cache}
+            output = model.generate(**inputs, max_new_tokens=stride, logits_processor=[draw_next])
+            cache = cache_of(output)
+            new = output.sequences[:, ids.shape[1] :]  # (B, stride)
+            for row, tokens in zip(rows, new.tolist()):
+                written[row] += up_to_end(tokens, ends)
+
+            going_on = [k for k, row in enumerate(rows) if written[row][-1] not in ends]
+            if not going_on:
                 break
-            rows, ids = [rows[k] for k in alive], ids[alive]
-            mask = torch.cat([mask[alive], mask.new_ones(len(alive), ids.shape[1] - mask.shape[1])], 1)
+            rows = [rows[k] for k in going_on]
+            kept = torch.tensor(going_on, device=model.device)
+            ids = output.sequences[kept]  # (B, P + stride) of a smaller B
+            mask = torch.cat([mask[kept], torch.ones_like(new[kept])], 1)
             for keys_and_values in cache.values():
-                keys_and_values.batch_select_indices(torch.tensor(alive, device=model.device))
+                keys_and_values.batch_select_indices(kept)
     return written
+
+
+def pad_left(prompts: list[TokenIds], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, int64 (b, P): all rows go on from the same column."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad)
+    mask = torch.zeros_like(ids)
+    for row, x in enumerate(prompts):
+        ids[row, width - len(x) :] = torch.tensor(x)
+        mask[row, width - len(x) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def read_prompts(model, ids: Tensor, mask: Tensor, n: int) -> dict:
+    """The cache of all but the last token of b prompts, repeated for n samples of each."""
+    if ids.shape[1] == 1:
+        return {}
+    # `generate` wants to write at least one token: it is thrown away.
+    output = model.generate(input_ids=ids[:, :-1], attention_mask=mask[:, :-1], max_new_tokens=1)
+    cache = cache_of(output)
+    for keys_and_values in cache.values():
+        keys_and_values.batch_repeat_interleave(n)
+    return cache
+
+
+def up_to_end(tokens: TokenIds, ends: list[int]) -> TokenIds:
+    for j, token in enumerate(tokens):
+        if token in ends:
+            return tokens[: j + 1]
+    return tokens
+
+
+def cache_of(output) -> dict:
+    """The cache as an argument of `generate`, by the name that this version of transformers uses.
+
+    Empty where it holds more than keys and values: recurrent and convolution states (Mamba, LFM2,
+    Qwen3-Next, …) can be neither repeated nor selected. `generate` then reads all tokens again.
+    """
+    name = "cache" if "cache" in output else "past_key_values"
+    cache = output.get(name)
+    kinds = {type(layer).__name__ for layer in getattr(cache, "layers", [])}
+    if not kinds or not kinds <= KEYS_AND_VALUES or not cache.get_seq_length():
+        return {}
+    return {name: cache}
 
 
 @contextmanager
 def keys_like_values(cache: dict) -> Iterator[None]:
-    """For memory and speed: meanwhile the keys of this cache are kept in the type of its values.
+    """While this is open, the cache holds its keys in the type of its values.
 
-    Under autocast rotary positions leave keys in float32, beside values in bfloat16; attention would take all of them
-    to bfloat16 again at every token, so this changes no number.
+    Under autocast rotary positions make keys float32, beside values in bfloat16. Attention would
+    convert all of them at every token, so this saves time and memory and changes no number.
     """
-    layers = [layer for keys_and_values in cache.values() for layer in keys_and_values.layers]
     with ExitStack() as patches:
-        for kind in {type(layer) for layer in layers}:
-
-            def update(layer, keys, values, *args, plain=kind.update, **kwargs):
-                return plain(layer, keys.to(values.dtype), values, *args, **kwargs)
-
-            patches.enter_context(patch.object(kind, "update", update))
-        for layer in layers:
-            layer.keys = layer.keys.to(layer.values.dtype)
+        for keys_and_values in cache.values():
+            for layer in keys_and_values.layers:
+                layer.keys = layer.keys.to(layer.values.dtype)
+                update = partial(update_like_values, layer.update)
+                patches.enter_context(patch.object(layer, "update", update))
         yield
 
 
-def cache_of(output) -> dict:
-    """The cache by the name that this version of transformers gives it, if keys and values are all that it holds.
-
-    Rows of recurrent and convolution states (Mamba, LFM2, Qwen3-Next, …) cannot be repeated or taken out: without a
-    cache, `generate` reads again what is written so far.
-    """
-    name = "cache" if "cache" in output else "past_key_values"
-    kinds = {type(layer).__name__ for layer in getattr(output.get(name), "layers", [])}
-    return {name: output[name]} if kinds and kinds <= KEYS_AND_VALUES and output[name].get_seq_length() else {}
-
-
-def best_worst_pairs(
-    rewards: list[list[float]], ended: list[list[bool]], responses: list[list[TokenIds]],
-    usable: list[list[bool]] | None = None,
-) -> tuple[list[tuple[int, int, int]], torch.Tensor, Counter]:  # fmt: skip
-    """(prompt, best, worst) index triples, their float32 (P,) margins r̄(best) − r̄(worst) > 0 in nats, and the drops.
-
-    rewards, ended, responses: one list a prompt, one entry a sample; `usable`, where given, bars samples too. Never
-    paired, and counted: samples that were cut off, that are not usable, that repeat an earlier one; prompts left with
-    fewer than two different rewards. Raises ValueError where the reward of a sample to be paired is not finite.
-    """
-    pairs: list[tuple[int, int, int]] = []
-    dropped: Counter = Counter()
-    for i, values in enumerate(rewards):
-        seen: dict[tuple[int, ...], int] = {}  # response -> its first sample
-        for j, tokens in enumerate(map(tuple, responses[i])):
-            if not ended[i][j]:
-                dropped["cut-off samples"] += 1
-            elif usable is not None and not usable[i][j]:
-                dropped["samples below --token_floor"] += 1
-            elif tokens in seen:
-                dropped["identical samples"] += 1
-            elif not math.isfinite(values[j]):
-                raise ValueError(f"prompt {i}, sample {j}: the reward is {values[j]}")
-            else:
-                seen[tokens] = j
-        if len({values[j] for j in seen.values()}) < 2:
-            dropped["prompts without a pair"] += 1
-            continue
-        best = max(seen.values(), key=lambda j: values[j])
-        worst = min(seen.values(), key=lambda j: values[j])
-        pairs.append((i, best, worst))
-    return pairs, torch.tensor([rewards[i][best] - rewards[i][worst] for i, best, worst in pairs]), dropped
-
-
-def read_responses(path: str | Path, encode: Callable[[str], TokenIds], eos_token_id: int):
-    """Samples that another engine wrote: JSONL of `prompt`, `response` and, where known, `finish_reason`.
-
-    Returns the prompts, each once, in the file's order, and their samples as `sample_responses` gives them.
-    `finish_reason` "stop", or none at all, means that the response ended: it gets its EOS. Any other is a cut-off.
-    Raises ValueError naming the line and the field that is not as said.
-    """
-    samples: dict[str, list[tuple[TokenIds, bool]]] = {}
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            row = response_row(line, f"{path}, line {number}")
-            ended = row.get("finish_reason") in (None, "stop")
-            tokens = encode(row["response"]) + [eos_token_id] * ended
-            samples.setdefault(row["prompt"], []).append((tokens, ended))
-    return list(samples), list(samples.values())
-
-
-def response_row(line: str, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
-    for field in ("prompt", "response"):
-        if not isinstance(row, dict) or not isinstance(row.get(field), str):
-            raise ValueError(f"{where}: the field '{field}' must be a string")
-    return row
+def update_like_values(update, keys: Tensor, values: Tensor, *args, **kwargs):
+    return update(keys.to(values.dtype), values, *args, **kwargs)
