@@ -1,177 +1,326 @@
-"""What a person looks at: metrics.jsonl, TensorBoard's curves, the table, answers, figures, seconds. No method here.
+"""What people look at: report.md, review.png and curves.png of a run, and TensorBoard's curves.
 
-What report.md and review.png tell of the reviews is in seen.py.
+The report is made of the files that the run wrote: metrics.jsonl and, of every iteration,
+pairs.jsonl, dropped.jsonl, samples.jsonl and answers.jsonl.
 """
 
 import json
 import math
-import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import Tensor
+import torch
 
-from sera_min import seen
-from sera_min.folder import first_line, read_jsonl, write
+from sera_min.machinery.errors import one_line
+from sera_min.machinery.folder import read_jsonl, write
 
-COLUMNS = {  # of the table: heading -> the name in metrics.jsonl, and what it is
+COLUMNS = {  # of the table: heading -> the name in metrics.jsonl, and what it means
     "iteration": ("iteration", "0 is the SFT policy"),
     "kept": ("select/pairs", "given pairs that were trained on"),
-    "precision": ("select/precision", "share of them whose chosen response has the larger true reward"),
+    "precision": ("select/precision", "share of them whose chosen has the larger true reward"),
     "bootstrapped": ("bootstrap/pairs", "pairs that the policy wrote and ranked itself"),
     "their precision": ("bootstrap/precision", "the same share of those, ties ½"),
     "true reward": ("gold/reward", "mean over fresh answers to evaluation prompts"),
-    "win rate": ("gold/win_rate", "share of them with a larger true reward than the SFT policy's answer, ties ½"),
-    "KL": ("kl", "mean over fresh answers to evaluation prompts of log π_θ(y|x) − log π_ref(y|x), nats: how far the "
-           "policy has gone from the reference, at temperature 1; an estimate, so it may be below 0 at first"),
+    "win rate": ("gold/win_rate", "how often it beats that of the SFT policy's answer, ties ½"),
+    "KL": (
+        "kl",
+        "mean over fresh answers to evaluation prompts of log π_θ(y|x) − log π_ref(y|x), nats: "
+        "how far the policy has gone from the reference, at temperature 1; an estimate, so it "
+        "may be below 0 at first",
+    ),
     "words": ("gold/length", "mean length of these answers"),
-    "accuracy": ("eval_rewards/accuracies", "share of evaluation pairs with a positive implicit reward margin, ties ½"),
+    "accuracy": ("eval_rewards/accuracies", "share of evaluation pairs with margin > 0, ties ½"),
     "β·margin": ("eval_rewards/margins", "β times their mean implicit reward margin"),
     "seconds": ("seconds", "review, training and evaluation, in this process"),
 }
-SECONDS: Counter[str] = Counter()  # of this process, by phase
-WRITERS: dict[Path, Any] = {}  # of TensorBoard's events, by folder
+CURVES = ("loss", "rewards/accuracies", "rewards/margins")  # in curves.png
+COLOURS = {"right label": "C0", "flipped label": "C1", "kept": "C2", "not kept": "0.75"}
+SHOWN = 400  # characters of a text; a longer one loses its middle
+
+Line = dict[str, Any]  # of a JSONL file
+IsFlipped = Callable[[Line], bool] | None  # whether a label is wrong; None where nobody knows
 
 
-POSTFIX = "loss {loss:.3f}, accuracy {rewards/accuracies:.3f}, margin {rewards/margins:.3f}"  # of the training bar
+class Curves:
+    """TensorBoard's curves, where it is installed: one an iteration, and one of the evaluations."""
 
+    def __init__(self, out: Path) -> None:
+        self.folder = out / "tensorboard"
+        self.writers: dict[str, Any] = {}
+        self.is_missing = False
 
-def preference_metrics(losses: Tensor, r: Tensor, beta: float) -> dict[str, float]:
-    """Means over the pairs' losses (b,) and rewards (b, 2), by TRL's names; a tied reward is half right."""
-    margins = r[:, 0] - r[:, 1]  # (b,)
-    right = (margins > 0).float() + 0.5 * (margins == 0)
-    return {"loss": losses.mean().item(), "rewards/accuracies": right.mean().item(),
-            "rewards/margins": beta * margins.mean().item()}  # fmt: skip
+    def add(self, line: Line) -> None:
+        """Add a line of metrics.jsonl. A curve's first replaces those of an earlier process."""
+        is_step = line["phase"] == "train"
+        curve = f"iteration-{line['iteration']}" if is_step else "evaluation"
+        at = line["step"] if is_step else line["iteration"]
+        if curve not in self.writers and not self.is_missing:
+            self.begin(curve, at)
+        writer = self.writers.get(curve)
+        if writer is not None:
+            for name, value in line.items():
+                if isinstance(value, float):
+                    writer.add_scalar(name, value, at)
+            writer.flush()
 
-
-def means(name: str, values: Tensor) -> dict[str, float]:  # (b, 2): of the chosen and of the rejected responses
-    return dict(zip((f"{name}/chosen", f"{name}/rejected"), values.mean(0).tolist()))
-
-
-@contextmanager
-def timed(phase: str) -> Iterator[None]:
-    """Counts the seconds of a function, as its decorator, or of a `with` block under this name."""
-    began = time.monotonic()
-    try:
-        yield
-    finally:
-        SECONDS[phase] += time.monotonic() - began  # type: ignore[assignment]
-
-
-def start() -> None:
-    """Nothing of another run in this process."""
-    SECONDS.clear()
-    for writer in WRITERS.values():
-        if writer:
-            writer.close()
-    WRITERS.clear()
-
-
-def log(out: Path, *lines: dict[str, Any]) -> None:
-    """Append lines to metrics.jsonl, and to TensorBoard's curves: one an iteration by step, and the evaluations.
-
-    No clock is in a line, so a resumed run's are the uninterrupted run's.
-    """
-    with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
-    for line in lines:
-        log_events(out, line)
-
-
-def log_events(out: Path, line: dict[str, Any]) -> None:
-    t = line["iteration"]
-    curve, at = (f"iteration-{t}", line["step"]) if line["phase"] == "train" else ("evaluation", t)
-    if writer := events(out / "tensorboard" / curve, at):
-        for name, value in line.items():
-            if isinstance(value, float):
-                writer.add_scalar(name, value, at)
-        writer.flush()
-
-
-def events(folder: Path, at: int) -> Any:
-    """TensorBoard's writer into the folder, from step `at` on, open until the run ends; None where there is none."""
-    if folder not in WRITERS:
+    def begin(self, curve: str, at: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
 
-            WRITERS[folder] = SummaryWriter(str(folder), purge_step=at)
+            self.writers[curve] = SummaryWriter(str(self.folder / curve), purge_step=at)
         except ImportError:
-            WRITERS[folder] = None
-        except Exception as error:  # a broken installation raises anything, and is no reason to end a run
-            print(f"no TensorBoard: {first_line(error)}")
-            WRITERS[folder] = None
-    return WRITERS[folder]
+            self.is_missing = True
+        except Exception as error:  # a broken installation may raise anything: the run goes on
+            self.is_missing = True
+            print(f"no TensorBoard: {one_line(error)}")
+
+    def close(self) -> None:
+        for writer in self.writers.values():
+            writer.close()
 
 
-def table(evaluations: list[dict[str, Any]]) -> str:
+def write_report(out: Path, seconds: dict[int, float], prompts: dict[int, str], is_flipped: IsFlipped) -> None:
+    """Write report.md and the figures, and print all but the reviewed pairs.
+
+    seconds: by iteration, what this process spent on it. prompts: of the given pairs, by the
+    number of their row, as people read them.
+    """
+    metrics = read_jsonl(out / "metrics.jsonl")
+    steps = [line for line in metrics if line["phase"] == "train"]
+    evaluations = [line for line in metrics if line["phase"] != "train"]
+    for line in evaluations:
+        if line["iteration"] in seconds:
+            line["seconds"] = round(seconds[line["iteration"]])
+    last = evaluations[-1]["iteration"]
+    results = [table(evaluations), ""]
+    for heading, (_, meaning) in columns_of(evaluations).items():
+        results.append(f"- {heading}: {meaning}")
+    for line in read_jsonl(out / f"iteration-{last}" / "answers.jsonl")[:5]:
+        texts = {"before": line["reference"], "after": line["answer"]}
+        results += ["", block({"prompt": line["prompt"], **texts})]
+    print("\n" + "\n".join(results) + "\n")
+
+    reviews: list[Reviewed] = []
+    pairs = []
+    for t in range(1, last + 1):
+        folder = out / f"iteration-{t}"
+        if (folder / "dropped.jsonl").exists():  # not at t = 1, which takes all given pairs
+            review = read_review(folder, t, is_flipped)
+            before = reviews[-1] if reviews else None
+            summary = summarise(review, before)
+            print(f"iteration {t}: {summary}")
+            pairs += describe(review, summary, prompts)
+            reviews.append(review)
+    title = ["", "## What the review saw"] if reviews else []
+    figures = [f"![{name}]({name})" for name in draw_figures(out, steps, reviews)]
+    parts = [f"# {out.name}", "", *results, *title, *pairs, "", *figures]
+    write(out / "report.md", "\n".join(parts) + "\n")
+
+
+def table(evaluations: list[Line]) -> str:
     """The iterations as a Markdown table, of the columns that any evaluation has."""
-    rows = [{heading: line.get(name) for heading, (name, _) in COLUMNS.items()} for line in evaluations]
-    columns = [c for c in COLUMNS if any(row[c] is not None for row in rows)]
-    lines = [[format_cell(row[c]) for c in columns] for row in rows]
-    widths = [max(map(len, column)) for column in zip(columns, *lines)]
-    lines = [columns, ["-" * (w - 1) + ":" for w in widths], *lines]
-    return "\n".join("| " + " | ".join(cell.rjust(w) for cell, w in zip(line, widths)) + " |" for line in lines)
+    columns = []
+    for heading, (name, _) in columns_of(evaluations).items():
+        cells = [format_cell(line.get(name)) for line in evaluations]
+        width = max(map(len, [heading, *cells]))
+        rule = "-" * (width - 1) + ":"
+        columns.append([cell.rjust(width) for cell in (heading, rule, *cells)])
+    rows = [" | ".join(row) for row in zip(*columns)]
+    return "\n".join(f"| {row} |" for row in rows)
+
+
+def columns_of(evaluations: list[Line]) -> dict[str, tuple[str, str]]:
+    names = set()
+    for line in evaluations:
+        names |= {name for name, value in line.items() if value is not None}
+    return {heading: column for heading, column in COLUMNS.items() if column[0] in names}
 
 
 def format_cell(value: Any) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None or value != value:  # NaN
         return "–"
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def draw_figures(out: Path, reviews: list[seen.Seen], is_flipped: seen.IsFlipped) -> list[str]:
-    """review.png, where there was a review, and curves.png; the names of those drawn. None without matplotlib."""
+class Reviewed(NamedTuple):
+    """What the review of iteration t made of the given pairs and of its samples, by row."""
+
+    t: int
+    given: list[Line]  # all of them, smallest margin first
+    kept: set[int]
+    flipped: set[int]  # whose label is wrong, where that is known
+    bootstrapped: list[Line]  # pairs of samples that were kept
+    sampled: dict[int, float]  # margins of all pairs of samples, nats
+
+
+def read_review(folder: Path, t: int, is_flipped: IsFlipped) -> Reviewed:
+    pairs = read_jsonl(folder / "pairs.jsonl")
+    given = [pair for pair in pairs if pair["source"] == "offline"]
+    kept = {pair["row"] for pair in given}
+    given += read_jsonl(folder / "dropped.jsonl")
+    given.sort(key=lambda pair: pair["margin"])
+    flipped = {pair["row"] for pair in given if is_flipped and is_flipped(pair)}
+    bootstrapped = [pair for pair in pairs if pair["source"] == "bootstrap"]
+    rows = sorted(pair["row"] for pair in given)
+    sampled = sampled_margins(folder / "samples.jsonl", rows)
+    return Reviewed(t, given, kept, flipped, bootstrapped, sampled)
+
+
+def sampled_margins(file: Path, rows: list[int]) -> dict[int, float]:
+    """By row the largest reward of the samples of its prompt minus the smallest, if they differ.
+
+    The file has the samples of a prompt one after the other, in the order of the rows.
+    """
+    if not file.exists():
+        return {}
+    with open(file, encoding="utf-8") as lines:  # line by line: they may be many
+        rewards = [json.loads(line)["reward"] for line in lines]  # None where it was cut off
+    n = len(rewards) // len(rows)
+    margins = {}
+    for place, row in enumerate(rows):
+        of_prompt = rewards[place * n : (place + 1) * n]
+        ranked = sorted(reward for reward in of_prompt if reward is not None)
+        if ranked and ranked[0] < ranked[-1]:
+            margins[row] = ranked[-1] - ranked[0]
+    return margins
+
+
+def summarise(review: Reviewed, before: Reviewed | None) -> str:
+    """One line about a review, and how it differs from the one `before` it."""
+    n = len(review.given)
+    k = len(review.kept)
+    negative = sum(pair["margin"] < 0 for pair in review.given) / n
+    line = f"{k} of {n} given pairs kept, {n - k} not selected; "
+    line += f"{negative:.0%} of the margins are negative"
+    if before is None:
+        return line
+    again = len(review.kept & before.kept) / max(1, k)
+    now = [pair["row"] for pair in review.given]
+    then = [pair["row"] for pair in before.given]
+    return (
+        f"{line}; {again:.0%} of the kept were kept the time before; Spearman's correlation "
+        f"of all margins with those then {spearman(now, then):.2f}"
+    )
+
+
+def spearman(now: list[int], then: list[int]) -> float:
+    """The correlation of the places that the same N things have in two orders."""
+    if len(now) < 2:
+        return 1.0
+    places = torch.tensor([now, then]).argsort().double()  # (2, N): of each thing its place
+    return torch.corrcoef(places)[0, 1].item()
+
+
+def describe(review: Reviewed, summary: str, prompts: dict[int, str]) -> list[str]:
+    """The part of report.md about one review."""
+    shown = {
+        "The given pairs with the smallest margins": review.given[:5],
+        "The given pairs with the largest margins": review.given[::-1][:5],
+        "Pairs of its own samples": review.bootstrapped[:3],
+    }
+    parts = ["", f"### Iteration {review.t}", "", f"{summary}."]
+    for title, pairs in shown.items():
+        if pairs:
+            parts += ["", f"{title}:"]
+        for pair in pairs:
+            row = pair["row"]
+            margin = f"{pair['margin']:.2f}, row {row}"
+            if pair["source"] == "offline" and row in review.flipped:
+                margin += "; the label is flipped"
+            texts = {name: pair[name] for name in ("chosen", "rejected")}
+            parts += ["", block({"margin": margin, "prompt": prompts[row], **texts})]
+    return parts
+
+
+def block(texts: dict[str, str]) -> str:
+    """Texts as code, which Markdown leaves as they are, each after its name."""
+    width = max(map(len, texts))
+    lines = []
+    for name, text in texts.items():
+        indented = shortened(text).replace("\n", "\n    " + " " * (width + 2))
+        lines.append(f"    {name:>{width}}: {indented}")
+    return "\n".join(lines)
+
+
+def shortened(text: str) -> str:
+    text = text.strip()
+    if len(text) <= SHOWN:
+        return text
+    half = SHOWN // 2
+    return f"{text[:half]} … {len(text) - SHOWN} characters … {text[-half:]}"
+
+
+def draw_figures(out: Path, steps: list[Line], reviews: list[Reviewed]) -> list[str]:
+    """Draw review.png, where there was a review, and curves.png; returns the names."""
     try:
         from matplotlib.figure import Figure
-    except ImportError:
-        print("no figures: matplotlib is not installed")
-        return []
-    except Exception as error:  # as in `events`
-        print(f"no figures: {first_line(error)}")
+    except Exception as error:  # not installed, or broken, which may raise anything
+        print(f"no figures: {one_line(error)}")
         return []
     figures = {}
     if reviews:
-        figures["review.png"] = Figure((max(7, 3.5 * len(reviews)), 5), layout="constrained")
-        seen.draw(figures["review.png"], reviews, is_flipped)
-    steps = [line for line in read_jsonl(out / "metrics.jsonl") if line["phase"] == "train"]
+        size = (max(7, 3.5 * len(reviews)), 5)
+        figures["review.png"] = Figure(size, layout="constrained")
+        draw_reviews(figures["review.png"], reviews)
     figures["curves.png"] = Figure((11, 3), layout="constrained")
-    names = ("loss", "rewards/accuracies", "rewards/margins")
-    for axes, name in zip(figures["curves.png"].subplots(1, 3), names):
-        for t in range(1, steps[-1]["iteration"] + 1):
-            points = [(at, line[name]) for at, line in enumerate(steps, 1) if line["iteration"] == t]
-            axes.plot(*zip(*points), label=f"iteration {t}")
-        axes.set(title=name, xlabel="step")
-    axes.legend(fontsize="small")
+    draw_curves(figures["curves.png"], steps)
     for name, figure in figures.items():
-        figure.savefig(out / f".{name}", format="png")
-        (out / f".{name}").replace(out / name)
+        figure.savefig(out / name)
     return list(figures)
 
 
-def write_report(out: Path, last: int, prompts: dict[int, str], is_flipped: seen.IsFlipped) -> None:
-    """Write report.md, and print what is in it but for the reviewed pairs: the table, five prompts before and after.
+def draw_curves(figure: Any, steps: list[Line]) -> None:
+    panels = figure.subplots(1, len(CURVES))
+    for axes, name in zip(panels, CURVES):
+        for t in sorted({line["iteration"] for line in steps}):
+            points = {at: line[name] for at, line in enumerate(steps, 1) if line["iteration"] == t}
+            axes.plot(list(points), list(points.values()), label=f"iteration {t}")
+        axes.set(title=name, xlabel="step")
+    panels[-1].legend(fontsize="small")
 
-    prompts: of the given pairs, by row, as people read them. is_flipped: see seen.py.
-    """
-    evaluations = [line for line in read_jsonl(out / "metrics.jsonl") if line["phase"] != "train"]
-    shown = table([{**line, "seconds": round(SECONDS.pop(f"iteration {t}"))} for t, line in enumerate(evaluations)])
-    report = [shown, "", *(f"- {heading}: {what}" for heading, (_, what) in COLUMNS.items() if f" {heading} " in shown)]
-    for answer in read_jsonl(out / f"iteration-{last}" / "answers.jsonl")[:5]:
-        texts = {"prompt": answer["prompt"], "before": answer["reference"], "after": answer["answer"]}
-        report += ["", *seen.block(texts)]
-    reviews = [seen.read_review(out, t) for t in range(2, last + 1)]
-    summaries = [seen.summarise(review, before) for review, before in zip(reviews, [None, *reviews])]
-    print("\n" + "\n".join(report) + "\n")
-    for review, summary in zip(reviews, summaries):
-        print(f"iteration {review.t}: {summary}")
-    described = [line for review, summary in zip(reviews, summaries)
-                 for line in seen.describe(review, summary, prompts, is_flipped)]  # fmt: skip
-    figures = [f"![{name}]({name})" for name in draw_figures(out, reviews, is_flipped)]
-    title = ["", "## What the review saw"] if reviews else []
-    parts = [f"# {out.name}", "", *report, *title, *described, "", *figures]
-    write(out / "report.md", "\n".join(parts) + "\n")
-    print("Seconds:", ", ".join(f"{spent:.0f} {phase}" for phase, spent in SECONDS.most_common()))
-    start()
+
+def draw_reviews(figure: Any, reviews: list[Reviewed]) -> None:
+    """A column a review: above all given pairs, below all pairs of its samples."""
+    above, below = figure.subplots(2, len(reviews), squeeze=False)
+    for review, upper, lower in zip(reviews, above, below):
+        given = {pair["row"]: pair["margin"] for pair in review.given}
+        histogram(upper, given, review.kept, review.flipped)
+        counts = f"{len(review.kept)} of {len(given)}"
+        upper.set_title(f"iteration {review.t}: {counts} given pairs kept", fontsize="medium")
+        taken = {pair["row"] for pair in review.bootstrapped}
+        histogram(lower, review.sampled, taken, set())
+        counts = f"{len(taken)} of {len(review.sampled)}"
+        lower.set_title(f"iteration {review.t}: {counts} new pairs kept", fontsize="medium")
+    for axes in (above[0], below[0]):
+        axes.set_ylabel("pairs")
+
+
+def histogram(axes: Any, margins: dict[int, float], kept: set[int], flipped: set[int]) -> None:
+    """Of margins by row; a line at the smallest one kept, where none above it was left out."""
+    inside, outside = split(margins, kept)
+    groups = {"kept": inside, "not kept": outside}
+    if flipped:
+        wrong, right = split(margins, flipped)
+        groups = {"right label": right, "flipped label": wrong}
+    values = list(margins.values()) or [0.0]
+    is_cut = bool(inside and outside) and max(outside) <= min(inside)
+    edge = min(inside) if is_cut else min(values)  # no bar has pairs on both sides of it
+    width = (max(values) - min(values)) / min(50, len(values)) or 1.0
+    first = math.floor((min(values) - edge) / width)
+    last = math.ceil((max(values) - edge) / width) + 1
+    bins = [edge + k * width for k in range(first, last + 1)]
+    colours = [COLOURS[name] for name in groups]
+    labels = [f"{name}: {len(group)}" for name, group in groups.items()]
+    axes.hist(list(groups.values()), bins, stacked=True, color=colours, label=labels)
+    if is_cut:
+        axes.axvline(edge, color="black", linestyle="--", label="kept: right of it")
+    axes.set_ylim(top=1.4 * axes.get_ylim()[1])  # room for the legend
+    axes.set_xlabel("implicit reward margin, nats")
+    axes.legend(fontsize="small")
+
+
+def split(margins: dict[int, float], rows: set[int]) -> tuple[list[float], list[float]]:
+    """The margins of these rows, and those of the others."""
+    others = margins.keys() - rows
+    return [margins[row] for row in margins.keys() & rows], [margins[row] for row in others]
