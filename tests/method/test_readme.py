@@ -1,0 +1,173 @@
+"""The README's numbers, names, links and code, each against what it speaks of."""
+
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from sera_min import playground
+from sera_min.logprobs import implicit_reward
+from sera_min.losses import dpo_loss, ipo_loss, simpo_loss, slic_loss
+from sera_min.select import select_top
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+LINK = re.compile(r"\]\(([\w/.-]+)\)")
+
+
+def section(title):
+    text = README.split(f"\n{title}\n")[1]
+    return re.split(r"\n##+ ", text)[0]
+
+
+def rows_of(text):
+    """The cells of every row of the tables in a text, headings left out; | inside a cell is written \\|."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
+    bodies = [i for i, row in enumerate(rows) if set("".join(row)) <= set(":-")]
+    return [row for i, row in enumerate(rows) if i not in bodies and i + 1 not in bodies]
+
+
+def number(text):
+    return float(text.split("=")[-1].replace("−", "-"))
+
+
+BY_HAND = section("### One pair by hand")
+
+
+def logps_by_hand():
+    """log π_ref and log π_θ of the tokens of both responses, as the README's first table has them."""
+    logps = {"chosen": [], "rejected": []}
+    for row in rows_of(BY_HAND):
+        if row[0] in logps:
+            logps[row[0]].append([number(row[2]), number(row[3])])
+    return torch.tensor(logps["chosen"]), torch.tensor(logps["rejected"])
+
+
+def test_the_rewards_and_the_margin_by_hand():
+    chosen, rejected = logps_by_hand()
+    assert (len(chosen), len(rejected)) == (3, 2)
+    reference_w, policy_w = chosen.sum(0)
+    reference_l, policy_l = rejected.sum(0)
+    r_w = implicit_reward(policy_w, reference_w)
+    r_l = implicit_reward(policy_l, reference_l)
+    written = [number(found) for found in re.findall(r"−?\d\.\d", BY_HAND.split("\n\n")[2])]
+    computed = [reference_w, policy_w, policy_w, reference_w, r_w, reference_l, policy_l, r_l]
+    computed += [r_w, r_l, r_w - r_l]
+    assert written == pytest.approx([value.item() for value in computed], abs=5e-4)
+
+
+REWARDS = {  # of sums of log-probs and token counts
+    "DPO": lambda policy, reference, n: implicit_reward(policy, reference),
+    "IPO": implicit_reward,
+    "SLiC": lambda policy, reference, n: implicit_reward(policy, reference),
+    "SimPO": lambda policy, reference, n: implicit_reward(policy, torch.zeros(()), n),
+}
+LOSSES = {
+    "DPO": dpo_loss,
+    "IPO": ipo_loss,
+    "SLiC": slic_loss,
+    "SimPO": lambda margin, beta: simpo_loss(margin, beta, gamma=beta / 2),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_losses_by_hand(name):
+    [row] = [row for row in rows_of(BY_HAND) if row[0] == name]
+    beta, written_w, written_l, written_margin = map(number, row[1:5])
+    rewards = []
+    for logps in logps_by_hand():
+        reference, policy = logps.sum(0)
+        rewards.append(REWARDS[name](policy, reference, torch.tensor(len(logps))))
+    margin = rewards[0] - rewards[1]
+    loss = LOSSES[name](margin[None], beta)
+    computed = [*rewards, margin, loss]
+    written = [written_w, written_l, written_margin, number(row[6])]
+    assert written == pytest.approx([value.item() for value in computed], abs=5e-4)
+
+
+def test_which_pairs_are_kept_by_hand():
+    last = BY_HAND.strip().split("\n\n")[-1]
+    others = [number(found) for found in re.findall(r"margins of (\S+) and (\S+),", last)[0]]
+    [k] = re.findall(r"K = (\d)", last)
+    kept = [number(found) for found in re.findall(r"keeps the margins (\S+) and (\S+)\.", last)[0]]
+    margins = torch.tensor([2.0, *others])
+    assert margins[select_top(margins, int(k))].tolist() == pytest.approx(kept)
+
+
+def test_the_playground_is_the_one_described():
+    """Precision at iteration 1 is the share of right labels in the default data, which nothing rounds."""
+    rows = playground.preferences(2000, "train", label_noise=0.3, length_bias=0.0, seed=0)
+    share = f"{playground.precision(rows):.3f}"
+    table = {row[0]: row for row in rows_of(section("### What you should see"))}
+    assert table["1"][1:3] == ["2000", share] and list(table) == ["0", "1", "2", "3"]
+    assert f"from {share} to {table['2'][2]}" in README
+
+
+def test_the_verdict_s_numbers_are_those_of_the_results():
+    """Each number of "When to use it" and of the ensemble beside what it is a number of."""
+    results = (ROOT / "experiments/results/claims.md").read_text()
+    main = results.split("\n## ")[0]
+    over = re.search(r"\|precision of the bootstrapped pairs, ties ½\|SeRA\|(.*)\|", results)[1]
+    when = section("## When to use it")
+    for method in ("selection only", "plain DPO"):
+        [true_reward] = re.findall(rf"\|{method}\|[\d.]+\|([^|]*)\|", main)
+        assert true_reward in when
+    of_iteration = over.split("|")
+    for t in (2, 6):
+        assert of_iteration[t - 1].split(" ")[0] in when
+    [without] = re.findall(r"\|γ = 0\.0\|[^|]*\|([^|]*)\|", results)
+    assert without in README.replace("−", "-")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/exercises.md", "experiments/README.md"])
+def test_links_and_commands_name_what_is_there(page):
+    text = (ROOT / page).read_text()
+    paths = [(ROOT / page).parent / path for path in LINK.findall(text)]
+    paths += [ROOT / path for path in re.findall(r"python ((?:experiments/)?\w+\.py)", text)]
+    assert paths and [path for path in paths if not path.exists()] == []
+
+
+def test_the_equations_stand_beside_names_that_are_there():
+    for _, code in rows_of(section("## The method in equations and code")):
+        [file] = LINK.findall(code)
+        source = (ROOT / file).read_text()
+        names = re.findall(r"`(\w+)`", code)
+        assert [name for name in names if f"\ndef {name}(" not in source] == []
+
+
+def test_the_readme_is_short_and_its_first_commands_run():
+    assert len(README.split()) <= 1900
+    for command in (
+        "python3 -m venv .venv && . .venv/bin/activate",
+        "pip install -e . && python train.py",
+        "pip install -e '.[test]' && pytest",
+    ):
+        assert f"\n{command}\n" in README
+
+
+def test_the_copied_files_run_as_shown(tmp_path, monkeypatch):
+    for name, copy in [("logprobs", "logprobs"), ("losses", "losses"), ("select", "selection")]:
+        shutil.copy(ROOT / f"sera_min/{name}.py", tmp_path / f"{copy}.py")
+        monkeypatch.delitem(sys.modules, copy, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    policy, reference = tiny_model(), tiny_model()
+    given = {
+        "policy": policy,
+        "reference": reference,
+        "prompts": [[2, 5], [2, 6, 7]],
+        "chosen": [[8, 9, 1], [8, 1]],
+        "rejected": [[10, 1], [11, 12, 1]],
+        "newest": torch.tensor([0.5, -1.0, 2.0]),
+        "previous": torch.tensor([0.5, 3.0, -4.0]),
+        "k": 2,
+    }
+    [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    exec(code, given)
+    assert given["margin"].tolist() == [0, 0]  # policy and reference are alike
+    assert given["kept"].tolist() == [1, 0]
+    assert any(p.grad is not None and p.grad.any() for p in policy.parameters())
