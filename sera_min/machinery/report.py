@@ -18,7 +18,7 @@ from sera_min.machinery.folder import read_jsonl, write
 COLUMNS = {  # of the table: heading -> the name in metrics.jsonl, and what it means
     "iteration": ("iteration", "0 is the SFT policy"),
     "kept": ("select/pairs", "given pairs that were trained on"),
-    "precision": ("select/precision", "share of them whose chosen has the larger true reward"),
+    "precision": ("select/precision", "share of them whose label is right by the true reward"),
     "bootstrapped": ("bootstrap/pairs", "pairs that the policy wrote and ranked itself"),
     "their precision": ("bootstrap/precision", "the same share of those, ties ½"),
     "true reward": ("gold/reward", "mean over fresh answers to evaluation prompts"),
@@ -48,39 +48,40 @@ class Curves:
     def __init__(self, out: Path) -> None:
         self.folder = out / "tensorboard"
         self.writers: dict[str, Any] = {}
-        self.is_missing = False
+        self.is_off = False
 
     def add(self, line: Line) -> None:
         """Add a line of metrics.jsonl. A curve's first replaces those of an earlier process."""
+        if self.is_off:
+            return
+        try:
+            self.write_events(line)
+        except Exception as error:  # not installed; or broken, which may raise anything
+            self.is_off = True
+            if not isinstance(error, ImportError):
+                print(f"no TensorBoard: {one_line(error)}")
+
+    def write_events(self, line: Line) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
         is_step = line["phase"] == "train"
         curve = f"iteration-{line['iteration']}" if is_step else "evaluation"
         at = line["step"] if is_step else line["iteration"]
-        if curve not in self.writers and not self.is_missing:
-            self.begin(curve, at)
-        writer = self.writers.get(curve)
-        if writer is not None:
-            for name, value in line.items():
-                if isinstance(value, float):
-                    writer.add_scalar(name, value, at)
-            writer.flush()
-
-    def begin(self, curve: str, at: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-
+        if curve not in self.writers:
             self.writers[curve] = SummaryWriter(str(self.folder / curve), purge_step=at)
-        except ImportError:
-            self.is_missing = True
-        except Exception as error:  # a broken installation may raise anything: the run goes on
-            self.is_missing = True
-            print(f"no TensorBoard: {one_line(error)}")
+        for name, value in line.items():
+            if isinstance(value, float):
+                self.writers[curve].add_scalar(name, value, at)
+        self.writers[curve].flush()
 
     def close(self) -> None:
         for writer in self.writers.values():
             writer.close()
 
 
-def write_report(out: Path, seconds: dict[int, float], prompts: dict[int, str], is_flipped: IsFlipped) -> None:
+def write_report(
+    out: Path, seconds: dict[int, float], prompts: dict[int, str], is_flipped: IsFlipped
+) -> None:
     """Write report.md and the figures, and print all but the reviewed pairs.
 
     seconds: by iteration, what this process spent on it. prompts: of the given pairs, by the
@@ -94,8 +95,10 @@ def write_report(out: Path, seconds: dict[int, float], prompts: dict[int, str], 
             line["seconds"] = round(seconds[line["iteration"]])
     last = evaluations[-1]["iteration"]
     results = [table(evaluations), ""]
-    for heading, (_, meaning) in columns_of(evaluations).items():
-        results.append(f"- {heading}: {meaning}")
+    header = results[0].split("\n")[0]
+    for heading, (_, meaning) in COLUMNS.items():
+        if f" {heading} " in header:
+            results.append(f"- {heading}: {meaning}")
     for line in read_jsonl(out / f"iteration-{last}" / "answers.jsonl")[:5]:
         texts = {"before": line["reference"], "after": line["answer"]}
         results += ["", block({"prompt": line["prompt"], **texts})]
@@ -121,20 +124,15 @@ def write_report(out: Path, seconds: dict[int, float], prompts: dict[int, str], 
 def table(evaluations: list[Line]) -> str:
     """The iterations as a Markdown table, of the columns that any evaluation has."""
     columns = []
-    for heading, (name, _) in columns_of(evaluations).items():
+    for heading, (name, _) in COLUMNS.items():
         cells = [format_cell(line.get(name)) for line in evaluations]
+        if set(cells) == {"–"}:
+            continue
         width = max(map(len, [heading, *cells]))
-        rule = "-" * (width - 1) + ":"
-        columns.append([cell.rjust(width) for cell in (heading, rule, *cells)])
+        ruled = [heading, "-" * (width - 1) + ":", *cells]
+        columns.append([cell.rjust(width) for cell in ruled])
     rows = [" | ".join(row) for row in zip(*columns)]
     return "\n".join(f"| {row} |" for row in rows)
-
-
-def columns_of(evaluations: list[Line]) -> dict[str, tuple[str, str]]:
-    names = set()
-    for line in evaluations:
-        names |= {name for name, value in line.items() if value is not None}
-    return {heading: column for heading, column in COLUMNS.items() if column[0] in names}
 
 
 def format_cell(value: Any) -> str:
@@ -170,20 +168,18 @@ def read_review(folder: Path, t: int, is_flipped: IsFlipped) -> Reviewed:
 def sampled_margins(file: Path, rows: list[int]) -> dict[int, float]:
     """By row the largest reward of the samples of its prompt minus the smallest, if they differ.
 
-    The file has the samples of a prompt one after the other, in the order of the rows.
+    The file has the same number of samples of every prompt, in the order of the rows.
     """
     if not file.exists():
         return {}
     with open(file, encoding="utf-8") as lines:  # line by line: they may be many
-        rewards = [json.loads(line)["reward"] for line in lines]  # None where it was cut off
-    n = len(rewards) // len(rows)
-    margins = {}
-    for place, row in enumerate(rows):
-        of_prompt = rewards[place * n : (place + 1) * n]
-        ranked = sorted(reward for reward in of_prompt if reward is not None)
-        if ranked and ranked[0] < ranked[-1]:
-            margins[row] = ranked[-1] - ranked[0]
-    return margins
+        values = [json.loads(line)["reward"] for line in lines]
+    known = [math.nan if value is None else value for value in values]
+    rewards = torch.tensor(known, dtype=torch.float64).view(len(rows), -1)  # (P, n)
+    largest = rewards.nan_to_num(-math.inf).amax(1)
+    smallest = rewards.nan_to_num(math.inf).amin(1)
+    margins = (largest - smallest).tolist()
+    return {row: margin for row, margin in zip(rows, margins) if margin > 0}
 
 
 def summarise(review: Reviewed, before: Reviewed | None) -> str:
@@ -238,17 +234,17 @@ def block(texts: dict[str, str]) -> str:
     width = max(map(len, texts))
     lines = []
     for name, text in texts.items():
-        indented = shortened(text).replace("\n", "\n    " + " " * (width + 2))
+        indented = shortened(text).replace("\n", "\n" + " " * (4 + width + 2))
         lines.append(f"    {name:>{width}}: {indented}")
     return "\n".join(lines)
 
 
 def shortened(text: str) -> str:
     text = text.strip()
-    if len(text) <= SHOWN:
+    left_out = len(text) - SHOWN
+    if left_out <= 0:
         return text
-    half = SHOWN // 2
-    return f"{text[:half]} … {len(text) - SHOWN} characters … {text[-half:]}"
+    return f"{text[: SHOWN // 2]} … {left_out} characters … {text[-SHOWN // 2 :]}"
 
 
 def draw_figures(out: Path, steps: list[Line], reviews: list[Reviewed]) -> list[str]:
@@ -258,16 +254,15 @@ def draw_figures(out: Path, steps: list[Line], reviews: list[Reviewed]) -> list[
     except Exception as error:  # not installed, or broken, which may raise anything
         print(f"no figures: {one_line(error)}")
         return []
-    figures = {}
-    if reviews:
-        size = (max(7, 3.5 * len(reviews)), 5)
-        figures["review.png"] = Figure(size, layout="constrained")
-        draw_reviews(figures["review.png"], reviews)
-    figures["curves.png"] = Figure((11, 3), layout="constrained")
-    draw_curves(figures["curves.png"], steps)
-    for name, figure in figures.items():
-        figure.savefig(out / name)
-    return list(figures)
+    curves = Figure((11, 3), layout="constrained")
+    draw_curves(curves, steps)
+    curves.savefig(out / "curves.png")
+    if not reviews:
+        return ["curves.png"]
+    picture = Figure((max(7, 3.5 * len(reviews)), 5), layout="constrained")
+    draw_reviews(picture, reviews)
+    picture.savefig(out / "review.png")
+    return ["review.png", "curves.png"]
 
 
 def draw_curves(figure: Any, steps: list[Line]) -> None:

@@ -12,7 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 from sera_min.logprobs import score, sequence_logprobs
 from sera_min.machinery.errors import InputError
-from sera_min.machinery.models import check_before_training, check_positions, load
+from sera_min.machinery.models import check_before_training, check_positions, eos_ids_of, load, pad_id_of
 from sera_min.machinery.rows import is_lfs_pointer
 from sera_min.pairs import Pair
 
@@ -123,6 +123,15 @@ def test_named_templates(tmp_path):
         file.unlink()
     tokenizer.save_pretrained(tmp_path)
     assert refused(tmp_path).endswith("its tokenizer has the chat templates rag, tool_use, and none is named default")
+
+
+@pytest.mark.parametrize("named, ends", [(None, [1]), (0, [1, 0]), (1, [1]), ([7, 1], [1, 7])])
+def test_a_response_ends_with_the_tokenizer_s_token_or_one_that_the_model_names(named, ends):
+    model, tokenizer = tiny_model(), bpe_tokenizer()
+    model.generation_config.eos_token_id = named
+    assert eos_ids_of(model, tokenizer) == ends and pad_id_of(tokenizer) == 0
+    tokenizer.pad_token = None
+    assert pad_id_of(tokenizer) == 1
 
 
 def noisy(family, tmp_path, **settings):
