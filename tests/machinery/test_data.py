@@ -10,10 +10,12 @@ from conftest import CHATML, GEMMA, LLAMA2, ZEPHYR, bpe_tokenizer, unigram_token
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sera_min import data, playground
-from sera_min.data import InputError, decode, encode
-from sera_min.files import read_rows
-from sera_min.pairs import Given, Pair, split_by_prompt
+from sera_min import playground
+from sera_min.machinery.data import split_by_prompt
+from sera_min.machinery.encode import Given, decode, encode, encode_prompts
+from sera_min.machinery.errors import InputError
+from sera_min.machinery.rows import read_rows
+from sera_min.pairs import Pair
 
 U, A, S = ({"role": role} for role in ("user", "assistant", "system"))
 
@@ -421,15 +423,15 @@ def test_prompts_to_answer():
     """As a pair's prompt is read, but alone: of a vocabulary that knows no word of ours, where no response has room."""
     limits = {"eos_ids": [1], "max_length": 17, "max_prompt_length": 16}
     rows = [{"prompt": "tell me about the fox and the owl"}, {"instruction": "tell me", "input": "about the owl"}]
-    texts, ids, counts = data.encode_prompts(rows, playground.make_tokenizer(), name="ask", **limits)
+    texts, ids, counts = encode_prompts(rows, playground.make_tokenizer(), name="ask", **limits)
     assert counts == {"read": 2, "prompts cut": 0, "responses cut": 0}
     assert texts == [rows[0]["prompt"], "tell me\n\nabout the owl"] and len(ids[0]) == 8
     for tokenizer in (bpe_tokenizer(CHATML), bpe_tokenizer(adds_bos=True), unigram_tokenizer(adds_bos=True)):
         answered = [{**row, "chosen": "b", "rejected": "c"} for row in rows]
         pairs, _ = encode(answered, tokenizer, name="d", **{**limits, "max_length": 99})
-        assert data.encode_prompts(rows, tokenizer, name="ask", **limits)[1] == [x for x, _, _ in pairs]
+        assert encode_prompts(rows, tokenizer, name="ask", **limits)[1] == [x for x, _, _ in pairs]
     long = [{"prompt": "tell me " * 9}]  # loses its beginning, and that is counted
-    _, [x], counts = data.encode_prompts(long, playground.make_tokenizer(), name="ask", **limits)
+    _, [x], counts = encode_prompts(long, playground.make_tokenizer(), name="ask", **limits)
     assert len(x) == 16 and counts["prompts cut"] == 1
 
 
@@ -442,4 +444,4 @@ def test_prompts_to_answer():
 def test_what_is_no_prompt_to_answer(row, message):
     with pytest.raises(InputError, match=re.escape(message)):
         limits = {"eos_ids": [1], "max_length": 30, "max_prompt_length": 20}
-        data.encode_prompts([{"prompt": "a"}, row], bpe_tokenizer(), name="ask", **limits)
+        encode_prompts([{"prompt": "a"}, row], bpe_tokenizer(), name="ask", **limits)

@@ -7,17 +7,14 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-import torch
-from conftest import CHATML, bpe_tokenizer, tiny_model, unigram_tokenizer
+from conftest import CHATML, bpe_tokenizer, unigram_tokenizer
 from datasets import Dataset, DatasetDict
 from tokenizers import processors
 
-import train
-from sera_min import compute, config, data, folder, prepare, run
-from sera_min.data import InputError, decode, encode
-from sera_min.files import fingerprint, read_rows
-from sera_min.forms import Unusable, preference, question
-from sera_min.pairs import Pair, Review, TrainingSet, pack, unpack
+from sera_min.machinery import encode as encoding
+from sera_min.machinery.encode import decode, decode_responses, encode, encode_given
+from sera_min.machinery.errors import InputError, Unusable
+from sera_min.machinery.rows import preference, question, read_rows
 
 
 def S(text):
@@ -259,16 +256,16 @@ def test_a_prompt_that_is_cut_keeps_what_its_tokenizer_puts_first():
 
 
 @pytest.mark.parametrize("kind", ROUND_TRIPS)
-def test_trl_reads_the_ids_that_were_trained_on(kind, tmp_path):
-    """ids -> pairs.jsonl -> TRL's own preparation -> the same ids; where a turn ends by another token, TRL adds its EOS."""
+def test_trl_reads_the_ids_that_were_trained_on(kind):
+    """ids -> texts -> TRL's own preparation -> the same ids; where a turn ends by another token, TRL adds its EOS."""
     trl = pytest.importorskip("trl")
     tokenizer = ROUND_TRIPS[kind]
     ends = list(dict.fromkeys([tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]))
     pairs, _ = encoded([row for x, row in PUBLISHED.values() if not any("tool_calls" in m for m in x)], tokenizer, ends)
-    of_run = run.Run(None, tmp_path, None, tokenizer, ends, offline=pairs, offline_rows=list(range(len(pairs))))
-    n = len(pairs)
-    of_run.write_review(1, Review(TrainingSet(pairs, torch.zeros(n, 2), torch.zeros(n), ["offline"] * n, list(range(n)))))
-    rows = folder.read_jsonl(tmp_path / "iteration-1/pairs.jsonl")
+    rows = []
+    for x, *answers in pairs:  # as pairs.jsonl has them
+        chosen, rejected = decode_responses(tokenizer, x, answers, ends[:1])
+        rows.append({"prompt": decode(tokenizer, x, ends[:1]), "chosen": chosen, "rejected": rejected})
     prepare = partial(trl.DPOTrainer._prepare_dataset, SimpleNamespace(_tokenizer=tokenizer))
     theirs = prepare(Dataset.from_list(rows), tokenizer, trl.DPOConfig(max_length=None, bf16=False, use_cpu=True), "train")
     added = [] if tokenizer.eos_token == "<|im_end|>" else [tokenizer.eos_token_id]
@@ -276,17 +273,15 @@ def test_trl_reads_the_ids_that_were_trained_on(kind, tmp_path):
     assert [[row[name] for name in names] for row in theirs] == [[x, w + added, l + added] for x, w, l in pairs]
 
 
-def test_people_see_a_conversation(tmp_path):
+def test_people_see_a_conversation():
     rows = [{"prompt": [S("be kind"), U("red?")], **SAME}, {"prompt": [U("blue?")], **SAME}]
-    tokenizer, flags = smollm(), config.Config(model_name_or_path="m", dataset_name="d", eval_fraction=0, device="cpu")
+    tokenizer = smollm()
     limits = {"eos_ids": [tokenizer.eos_token_id], "max_length": 400, "max_prompt_length": 300}
-    given, _, prompts, texts = prepare.user_pairs(config.resolve(flags), tokenizer, limits, ("d", rows), ("d", []))
-    offline = [one.pair for one in given]
-    assert prompts == [pair.prompt for pair in offline] and texts == ["system: be kind\n\nuser: red?", "blue?"]
-    of_run = run.Run(None, tmp_path, None, tokenizer, limits["eos_ids"], offline=offline, eval_prompts=prompts, eval_texts=texts)
-    of_run.write_answers(1, [w for _, w, _ in offline], [l for _, _, l in offline])
-    answers = folder.read_jsonl(tmp_path / "iteration-1/answers.jsonl")
-    assert [(row["prompt"], row["answer"]) for row in answers] == [(text, "river") for text in texts]
+    given, _ = encode_given(rows, tokenizer, name="d", **limits)
+    assert [one.text for one in given] == ["system: be kind\n\nuser: red?", "blue?"]
+    assert [one.row for one in given] == [0, 1]
+    for one in given:
+        assert decode(tokenizer, one.pair.rejected, limits["eos_ids"], after=one.pair.prompt) == "river"
 
 
 # Files
@@ -342,34 +337,15 @@ def test_a_configuration_of_a_data_set(monkeypatch):
     asked = []
     rows = Dataset.from_list([{"prompt": "a", **SAME}])
     monkeypatch.setattr("datasets.load_dataset", lambda *name, **more: asked.append((*name, more["split"])) or rows)
-    flags = config.Config(model_name_or_path="m", dataset_name="some/data", dataset_config="clean", eval_split="test", device="cpu")
-    prepare.read_parts(config.resolve(flags))
+    for split in ("train", "test"):
+        assert len(read_rows("some/data", split, config="clean")) == 1
     assert asked == [("some/data", "clean", "train"), ("some/data", "clean", "test")]
-    for wrong in ({}, {"model_name_or_path": "m", "dataset_name": "."}):
-        with pytest.raises(InputError, match="--dataset_config is "):
-            config.resolve(config.Config(dataset_config="clean", **wrong))
 
 
 # Errors of others, size
 
 
-def test_what_a_model_or_a_tokenizer_raises_is_one_line(monkeypatch):
-    def fail(*_, **__):
-        raise ZeroDivisionError("division by zero")
-
-    model, flags = tiny_model(), config.resolve(config.Config(device="cpu"))
-    model.forward = fail
-    with pytest.raises(InputError, match=r"^the model fails: division by zero$"):
-        compute.score_rows(model, [[5]], [[6, 7]], flags, None)
-    with pytest.raises(InputError, match=r"^sampling: the model fails: division by zero$"):
-        compute.draw_samples(model, [[5]], 2, flags, ends=[1], pad=0, seed=0, desc=None)
-    of_pair = [Pair([5], [6], [7])], torch.zeros(1, 2), 1, flags
-    with pytest.raises(InputError, match=r"^step 5, the model fails: division by zero$"):
-        compute.retry_on_oom(lambda tokens: train.backward(model, *of_pair, tokens), 8, 4, "step 5, ")
-    monkeypatch.setattr(train, "pair_losses", fail)
-    with pytest.raises(ZeroDivisionError):  # of a loss it is the program's own, and shows where
-        compute.retry_on_oom(lambda tokens: train.backward(tiny_model(), *of_pair, tokens), 8, 4, "step 5, ")
-
+def test_what_a_tokenizer_raises_is_one_line():
     class Broken(type(bpe_tokenizer())):
         def __call__(self, texts, **more):
             if isinstance(texts, list) and len(texts) > 2:
@@ -384,28 +360,14 @@ def test_what_a_model_or_a_tokenizer_raises_is_one_line(monkeypatch):
 
 def test_rows_are_tokenised_in_batches_to_the_same_ids(monkeypatch):
     rows = [{"prompt": [U(f"red {i}?")] if i % 3 else f"red {i}?", "chosen": f"stone {i}", "rejected": "river" * (i % 5)} for i in range(60)]
-    monkeypatch.setattr(data, "BATCH", 16)
+    monkeypatch.setattr(encoding, "BATCH", 16)
     tokenizer, lists = bpe_tokenizer(CHATML), []
     call = type(tokenizer).__call__
     monkeypatch.setattr(type(tokenizer), "__call__", lambda self, x, **more: lists.append(x) or call(self, x, **more))
     pairs, counts = encoded(rows, tokenizer)
-    assert len([x for x in lists if isinstance(x, list) and len(x) > 2]) == 4
+    assert len([x for x in lists if isinstance(x, list) and len(x) > 2]) == 3  # of the 48 rows with two answers
     assert pairs == [pair for row in rows for pair in encoded([row], tokenizer)[0]]
     assert counts["read"] == 60 and counts["kept"] == 48 and counts["dropped: a text is empty"] == 12
-
-
-def test_rows_of_ids_are_packed_and_unpacked():
-    for rows in ([], [[]], [[1, 70000], [], [70000, 5]]):
-        assert unpack(*pack(rows)) == rows
-    a, _, b = unpack(*pack([[1, 70000], [], [70000, 5]]))
-    assert a[1] is b[0]  # one object
-
-
-def test_a_fingerprint_knows_every_part():
-    rows = [{"prompt": "a", **SAME}]
-    assert fingerprint([("d", rows), ("e", [])]) == fingerprint([("other", rows), ("e", [])])
-    for other in ([("d", rows), ("e", rows)], [("d", []), ("e", rows)], [("d", [{**rows[0], "chosen": "x"}]), ("e", [])]):
-        assert fingerprint(other) != fingerprint([("d", rows), ("e", [])])
 
 
 def test_a_response_is_decoded_after_its_prompt_whatever_their_border():
@@ -422,11 +384,3 @@ def test_messages_that_are_an_answer_alone_are_no_prompt():
     assert preference({"messages": answer, "chosen": asked, "rejected": asked}, "row 0").prompt == asked[:1]
     with pytest.raises(Unusable, match="without an answer"):
         preference({"messages": answer, "chosen": asked[:1], "rejected": asked}, "row 0")
-
-
-def test_log_probs_of_other_rows_are_not_taken_for_these(tmp_path):
-    of_run = run.Run(None, tmp_path, None, None, [1], offline=[])
-    folder.phase(tmp_path, "logps-pairs-under-0", lambda: torch.zeros(3, 2))
-    assert of_run.log_prob(0, [[5]] * 3, [[6]] * 3, "pairs").shape == (3, 2)
-    with pytest.raises(AssertionError, match="logps-pairs-under-0 was computed of 3 other rows"):
-        of_run.log_prob(0, [[5]] * 2, [[6]] * 2, "pairs")
