@@ -94,31 +94,39 @@ def write_report(
         if line["iteration"] in seconds:
             line["seconds"] = round(seconds[line["iteration"]])
     last = evaluations[-1]["iteration"]
-    results = [table(evaluations), ""]
-    header = results[0].split("\n")[0]
-    for heading, (_, meaning) in COLUMNS.items():
-        if f" {heading} " in header:
-            results.append(f"- {heading}: {meaning}")
-    for line in read_jsonl(out / f"iteration-{last}" / "answers.jsonl")[:5]:
-        texts = {"before": line["reference"], "after": line["answer"]}
-        results += ["", block({"prompt": line["prompt"], **texts})]
+    answers = read_jsonl(out / f"iteration-{last}" / "answers.jsonl")
+    results = describe_results(evaluations, answers)
     print("\n" + "\n".join(results) + "\n")
 
     reviews: list[Reviewed] = []
     pairs = []
     for t in range(1, last + 1):
         folder = out / f"iteration-{t}"
-        if (folder / "dropped.jsonl").exists():  # not at t = 1, which takes all given pairs
-            review = read_review(folder, t, is_flipped)
-            before = reviews[-1] if reviews else None
-            summary = summarise(review, before)
-            print(f"iteration {t}: {summary}")
-            pairs += describe(review, summary, prompts)
-            reviews.append(review)
+        if not (folder / "dropped.jsonl").exists():  # t = 1, which takes all given pairs
+            continue
+        before = reviews[-1] if reviews else None
+        reviews.append(read_review(folder, t, is_flipped))
+        summary = summarise(reviews[-1], before)
+        print(f"iteration {t}: {summary}")
+        pairs += describe_review(reviews[-1], summary, prompts)
     title = ["", "## What the review saw"] if reviews else []
-    figures = [f"![{name}]({name})" for name in draw_figures(out, steps, reviews)]
-    parts = [f"# {out.name}", "", *results, *title, *pairs, "", *figures]
+    parts = [f"# {out.name}", "", *results, *title, *pairs, ""]
+    for name in draw_figures(out, steps, reviews):
+        parts.append(f"![{name}]({name})")
     write(out / "report.md", "\n".join(parts) + "\n")
+
+
+def describe_results(evaluations: list[Line], answers: list[Line]) -> list[str]:
+    """The table, what its columns mean, and five answers."""
+    parts = [table(evaluations), ""]
+    header = parts[0].split("\n")[0]
+    for heading, (_, meaning) in COLUMNS.items():
+        if f" {heading} " in header:
+            parts.append(f"- {heading}: {meaning}")
+    for line in answers[:5]:
+        texts = {"prompt": line["prompt"], "before": line["reference"], "after": line["answer"]}
+        parts += ["", block(texts)]
+    return parts
 
 
 def table(evaluations: list[Line]) -> str:
@@ -131,8 +139,8 @@ def table(evaluations: list[Line]) -> str:
         width = max(map(len, [heading, *cells]))
         ruled = [heading, "-" * (width - 1) + ":", *cells]
         columns.append([cell.rjust(width) for cell in ruled])
-    rows = [" | ".join(row) for row in zip(*columns)]
-    return "\n".join(f"| {row} |" for row in rows)
+    lines = [f"| {' | '.join(row)} |" for row in zip(*columns)]
+    return "\n".join(lines)
 
 
 def format_cell(value: Any) -> str:
@@ -146,10 +154,11 @@ class Reviewed(NamedTuple):
 
     t: int
     given: list[Line]  # all of them, smallest margin first
+    margins: dict[int, float]  # of the given pairs, in the same order, nats
     kept: set[int]
     flipped: set[int]  # whose label is wrong, where that is known
     bootstrapped: list[Line]  # pairs of samples that were kept
-    sampled: dict[int, float]  # margins of all pairs of samples, nats
+    sampled: dict[int, float]  # margins of all pairs of samples
 
 
 def read_review(folder: Path, t: int, is_flipped: IsFlipped) -> Reviewed:
@@ -158,11 +167,11 @@ def read_review(folder: Path, t: int, is_flipped: IsFlipped) -> Reviewed:
     kept = {pair["row"] for pair in given}
     given += read_jsonl(folder / "dropped.jsonl")
     given.sort(key=lambda pair: pair["margin"])
+    margins = {pair["row"]: pair["margin"] for pair in given}
     flipped = {pair["row"] for pair in given if is_flipped and is_flipped(pair)}
     bootstrapped = [pair for pair in pairs if pair["source"] == "bootstrap"]
-    rows = sorted(pair["row"] for pair in given)
-    sampled = sampled_margins(folder / "samples.jsonl", rows)
-    return Reviewed(t, given, kept, flipped, bootstrapped, sampled)
+    sampled = sampled_margins(folder / "samples.jsonl", sorted(margins))
+    return Reviewed(t, given, margins, kept, flipped, bootstrapped, sampled)
 
 
 def sampled_margins(file: Path, rows: list[int]) -> dict[int, float]:
@@ -172,10 +181,14 @@ def sampled_margins(file: Path, rows: list[int]) -> dict[int, float]:
     """
     if not file.exists():
         return {}
+    values = []
     with open(file, encoding="utf-8") as lines:  # line by line: they may be many
-        values = [json.loads(line)["reward"] for line in lines]
-    known = [math.nan if value is None else value for value in values]
-    rewards = torch.tensor(known, dtype=torch.float64).view(len(rows), -1)  # (P, n)
+        for line in lines:
+            reward = json.loads(line)["reward"]
+            if reward is None:
+                reward = math.nan
+            values.append(reward)
+    rewards = torch.tensor(values, dtype=torch.float64).view(len(rows), -1)  # (P, n)
     largest = rewards.nan_to_num(-math.inf).amax(1)
     smallest = rewards.nan_to_num(math.inf).amin(1)
     margins = (largest - smallest).tolist()
@@ -186,17 +199,16 @@ def summarise(review: Reviewed, before: Reviewed | None) -> str:
     """One line about a review, and how it differs from the one `before` it."""
     n = len(review.given)
     k = len(review.kept)
-    negative = sum(pair["margin"] < 0 for pair in review.given) / n
+    negative = sum(margin < 0 for margin in review.margins.values()) / n
     line = f"{k} of {n} given pairs kept, {n - k} not selected; "
     line += f"{negative:.0%} of the margins are negative"
     if before is None:
         return line
     again = len(review.kept & before.kept) / max(1, k)
-    now = [pair["row"] for pair in review.given]
-    then = [pair["row"] for pair in before.given]
+    alike = spearman(list(review.margins), list(before.margins))
     return (
         f"{line}; {again:.0%} of the kept were kept the time before; Spearman's correlation "
-        f"of all margins with those then {spearman(now, then):.2f}"
+        f"of all margins with those then {alike:.2f}"
     )
 
 
@@ -208,7 +220,7 @@ def spearman(now: list[int], then: list[int]) -> float:
     return torch.corrcoef(places)[0, 1].item()
 
 
-def describe(review: Reviewed, summary: str, prompts: dict[int, str]) -> list[str]:
+def describe_review(review: Reviewed, summary: str, prompts: dict[int, str]) -> list[str]:
     """The part of report.md about one review."""
     shown = {
         "The given pairs with the smallest margins": review.given[:5],
@@ -224,8 +236,9 @@ def describe(review: Reviewed, summary: str, prompts: dict[int, str]) -> list[st
             margin = f"{pair['margin']:.2f}, row {row}"
             if pair["source"] == "offline" and row in review.flipped:
                 margin += "; the label is flipped"
-            texts = {name: pair[name] for name in ("chosen", "rejected")}
-            parts += ["", block({"margin": margin, "prompt": prompts[row], **texts})]
+            texts = {"margin": margin, "prompt": prompts[row]}
+            texts |= {"chosen": pair["chosen"], "rejected": pair["rejected"]}
+            parts += ["", block(texts)]
     return parts
 
 
@@ -279,9 +292,8 @@ def draw_reviews(figure: Any, reviews: list[Reviewed]) -> None:
     """A column a review: above all given pairs, below all pairs of its samples."""
     above, below = figure.subplots(2, len(reviews), squeeze=False)
     for review, upper, lower in zip(reviews, above, below):
-        given = {pair["row"]: pair["margin"] for pair in review.given}
-        histogram(upper, given, review.kept, review.flipped)
-        counts = f"{len(review.kept)} of {len(given)}"
+        histogram(upper, review.margins, review.kept, review.flipped)
+        counts = f"{len(review.kept)} of {len(review.margins)}"
         upper.set_title(f"iteration {review.t}: {counts} given pairs kept", fontsize="medium")
         taken = {pair["row"] for pair in review.bootstrapped}
         histogram(lower, review.sampled, taken, set())
@@ -305,7 +317,7 @@ def histogram(axes: Any, margins: dict[int, float], kept: set[int], flipped: set
     first = math.floor((min(values) - edge) / width)
     last = math.ceil((max(values) - edge) / width) + 1
     bins = [edge + k * width for k in range(first, last + 1)]
-    colours = [COLOURS[name] for name in groups]
+    colours = list(map(COLOURS.get, groups))
     labels = [f"{name}: {len(group)}" for name, group in groups.items()]
     axes.hist(list(groups.values()), bins, stacked=True, color=colours, label=labels)
     if is_cut:

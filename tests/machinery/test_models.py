@@ -12,7 +12,13 @@ from transformers.cache_utils import DynamicLayer
 
 from sera_min.logprobs import score, sequence_logprobs
 from sera_min.machinery.errors import InputError
-from sera_min.machinery.models import check_before_training, check_positions, eos_ids_of, load, pad_id_of
+from sera_min.machinery.models import (
+    check_before_training,
+    check_positions,
+    eos_ids_of,
+    load,
+    pad_id_of,
+)
 from sera_min.machinery.rows import is_lfs_pointer
 from sera_min.pairs import Pair
 

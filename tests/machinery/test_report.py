@@ -57,7 +57,7 @@ def test_the_margins_of_samples_are_of_usable_ones_that_differ(reviews):
 
 
 def test_the_most_distrusted_and_trusted_pairs_are_shown_with_their_rows(reviews):
-    lines = report.describe(reviews[0], "a line", {row: f"user: {row}?" for row in ROWS})
+    lines = report.describe_review(reviews[0], "a line", {row: f"user: {row}?" for row in ROWS})
     text = "\n".join(lines)
     given_pairs, sampled = text.split("Pairs of its own samples:")
     distrusted, trusted = given_pairs.split("The given pairs with the largest margins:")
@@ -66,7 +66,7 @@ def test_the_most_distrusted_and_trusted_pairs_are_shown_with_their_rows(reviews
     assert "      margin: -3.00, row 3; the label is flipped\n      prompt: user: 3?\n      chosen: good" in distrusted
     assert text.count("flipped") == 2 and "margin: 1.50, row 8" in sampled and "x8" not in text
     unknown = reviews[0]._replace(flipped=set())
-    assert "flipped" not in "".join(report.describe(unknown, "a line", dict.fromkeys(ROWS, "")))
+    assert "flipped" not in "".join(report.describe_review(unknown, "a line", dict.fromkeys(ROWS, "")))
 
 
 def test_nobody_knows_the_labels_of_a_user_s_file(folder):
