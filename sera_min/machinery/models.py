@@ -23,9 +23,7 @@ from sera_min.pairs import Ids, Pair, rows_of
 
 FLOATS = {"F64", "F32", "F16", "BF16"}  # safetensors' names of what weights may be stored as
 MERGE = "AutoPeftModelForCausalLM.from_pretrained(ADAPTER).merge_and_unload().save_pretrained(DIR)"
-STEPS = (
-    8  # tokens that the check samples; at most bootstrap.STRIDE, so that no row leaves the batch
-)
+STEPS = 8  # tokens that the check samples, no more than bootstrap.STRIDE: no row leaves the batch
 
 
 def load(path: str | Path, device: str) -> tuple[Any, Any]:
