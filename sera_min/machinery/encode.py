@@ -5,7 +5,6 @@ response: where a token would span the border, the response is tokenised by itse
 with exactly one end of sequence, unless it is cut.
 """
 
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,9 +16,8 @@ from typing import Any, NamedTuple
 import datasets
 from tqdm import tqdm
 
-from sera_min.machinery import rows as forms
 from sera_min.machinery.errors import InputError, Unusable, in_one_line
-from sera_min.machinery.rows import Message, Messages, Reading, Rows, squeezed
+from sera_min.machinery.rows import KNOWN, Messages, Reading, Rows, each_row, is_blank, preference, question, squeezed
 from sera_min.pairs import Ids, Pair
 
 BATCH = 256  # rows that are tokenised together
@@ -55,7 +53,7 @@ def encode_given(rows: Rows, tokenizer: Any, *, name: str, eos_ids: Ids, **limit
     """The same, with each pair's prompt as people read it, and its row."""
     encoder = Encoder(tokenizer, eos_ids, **limits)
     given = []
-    for i, prompt, ids in encoder.encode(rows, name, forms.preference):
+    for i, prompt, ids in encoder.encode(rows, name, preference):
         given.append(Given(Pair(*ids), as_text(prompt), i))
     counts = Counter({"read": len(rows), "kept": len(given)})
     counts.update(encoder.counts)
@@ -72,7 +70,7 @@ def encode_prompts(
     encoder = Encoder(tokenizer, eos_ids, **limits)
     encoder.may_drop = False
     texts, prompts = [], []
-    for _, prompt, ids in encoder.encode(rows, name, forms.question):
+    for _, prompt, ids in encoder.encode(rows, name, question):
         texts.append(as_text(prompt))
         prompts.append(ids[0])
     counts = Counter({"read": len(rows)})
@@ -117,14 +115,14 @@ class Encoder:
         """Of each usable row its number, its prompt, and the texts of prompt and of prompt with each answer."""
         unread = set()
         if isinstance(rows, datasets.Dataset):
-            unread = set(rows.column_names) - forms.KNOWN
+            unread = set(rows.column_names) - KNOWN
         written = []
-        bar = tqdm(forms.each_row(rows, name), f"reading {name}", len(rows), unit="row", leave=False)
+        bar = tqdm(each_row(rows, name), f"reading {name}", len(rows), unit="row", leave=False)
         for i, row in enumerate(bar):
             where = f"{name}, row {i}"
             with self.dropping(where):
                 reading = form(row, where)
-                filled = {column for column, value in row.items() if not forms.is_blank(value)}
+                filled = {column for column, value in row.items() if not is_blank(value)}
                 unread |= filled - reading.columns
                 written.append((i, reading.prompt, self.texts(reading, where)))
         if unread:
@@ -174,7 +172,7 @@ class Encoder:
         asking = {**options, opening: True}
         prompt = self.render(x, asking, where)
         wholes = [self.render(dialogue, options, where) for dialogue in dialogues]
-        shared = os.path.commonprefix([prompt, *wholes])  # which compares characters
+        shared = common_start([prompt, *wholes])
         if shared != prompt:
             end = f"does not begin an answered dialogue with its own prompt's {prompt[len(shared) :]!r}"
             if not shared.startswith(self.render(x, options, where)):
@@ -185,14 +183,8 @@ class Encoder:
                 part = f"a part of the answer {y['content'][:40]!r}"
                 raise InputError(f"{where}: the chat template leaves out or changes {part}: give the tokenizer another")
         lost = self.unwritten(prompt, x, 0, asking, where)
-        if "tools" in options and self.render(x, {**asking, "tools": None}, where) == prompt:
-            lost.append("tools")
         for dialogue, whole in zip(dialogues, wholes):
-            of_answer = self.unwritten(whole, dialogue, -1, options, where)
-            for field in of_answer:
-                if field in PARTS_OF_AN_ANSWER:
-                    raise Unusable(f"the chat template does not write an answer's '{field}'")
-            lost += of_answer
+            lost += self.unwritten(whole, dialogue, -1, options, where)
         for field in dict.fromkeys(lost):
             self.counts[f"dialogues whose '{field}' the chat template does not write"] += 1
         if not all(squeezed(turn["content"]) in squeezed(shared) for turn in x):
@@ -200,15 +192,23 @@ class Encoder:
         return [shared, *wholes]
 
     def unwritten(self, text: str, turns: Messages, first: int, options: dict[str, Any], where: str) -> list[str]:
-        """The fields of turns[first:] without which the template writes the same text."""
-        unwritten = []
+        """The fields of turns[first:] without which the template writes the same text.
+
+        Raises Unusable where one of them is a part of an answer, turns[-1:].
+        """
+        lost = []
         for field in sorted(set(chain(*turns[first:])) - {"role", "content"}):
             without = [{**turn} for turn in turns]
             for turn in without[first:]:
                 turn.pop(field, None)
             if self.render(without, options, where) == text:
-                unwritten.append(field)
-        return unwritten
+                lost.append(field)
+        for field in lost:
+            if first == -1 and field in PARTS_OF_AN_ANSWER:
+                raise Unusable(f"the chat template does not write an answer's '{field}'")
+        if first == 0 and "tools" in options and self.render(turns, {**options, "tools": None}, where) == text:
+            lost.append("tools")
+        return lost
 
     def render(self, turns: Messages, options: dict[str, Any], where: str) -> str:
         with in_one_line(f"{where}: the chat template does not take this dialogue"):
@@ -232,7 +232,7 @@ class Encoder:
         first = added_before(self.tokenizer)
         if is_text and prompt[: len(first)] != first:
             prompt = first + prompt
-        kept = self.cut([prompt, *responses])
+        kept = self.cut(prompt, responses)
         if not all(kept):
             raise Unusable("no token of the prompt or a response")
         if responses and kept[1] == kept[2]:
@@ -241,9 +241,8 @@ class Encoder:
         self.counts["responses cut"] += sum(short != y for short, y in zip(kept[1:], responses))
         return kept
 
-    def cut(self, row: list[Ids]) -> list[Ids]:
-        """The end of the prompt, after its BOS if it has one, and of the responses what then fits."""
-        prompt, *responses = row
+    def cut(self, prompt: Ids, responses: list[Ids]) -> list[Ids]:
+        """The end of the prompt, after its BOS if it has one, and of each response what then fits."""
         excess = len(prompt) - self.max_prompt_length
         if excess > 0:
             first = added_before(self.tokenizer) or [self.tokenizer.bos_token_id]
@@ -252,6 +251,14 @@ class Encoder:
             prompt = first + prompt[excess + len(first) :]
         room = self.max_length - len(prompt)
         return [prompt, *[y[:room] for y in responses]]
+
+
+def common_start(texts: list[str]) -> str:
+    start = texts[0]
+    for text in texts[1:]:
+        while not text.startswith(start):
+            start = start[:-1]
+    return start
 
 
 def up_to_end(ids: Ids, eos_ids: Ids) -> Ids:

@@ -207,7 +207,7 @@ class Reading(NamedTuple):
 
 
 class Field(NamedTuple):
-    value: Any
+    value: Any  # None where the row has none
     where: str  # file, row and column
     column: str = ""
 
@@ -216,8 +216,9 @@ def preference(row: Any, where: str) -> Reading:
     """A row of any form. Raises InputError naming the row and the field, and Unusable."""
     fields = fields_of(row, where)
     prompt, answer = prompt_of(fields)
-    chosen = fields.get("chosen", Field(answer, f"{where}: 'chosen'"))
-    rejected = fields.get("rejected", Field(None, f"{where}: 'rejected'"))
+    chosen, rejected = fields["chosen"], fields["rejected"]
+    if chosen.value is None:
+        chosen = chosen._replace(value=answer)
     if chosen.value is None and rejected.value is None:
         raise unknown_form(row, where)
     asked, good = asked_and_answered(prompt, chosen)
@@ -237,21 +238,20 @@ def question(row: Any, where: str) -> Reading:
 
 
 def fields_of(row: Any, where: str) -> dict[str, Field]:
-    """The fields that a row has, of those in COLUMNS."""
+    """All fields of COLUMNS; the value is None where the row has none."""
     if not isinstance(row, dict):
-        kind = type(row).__name__
-        raise InputError(f"{where} is of type {kind}: expected fields and their values")
-    fields = {}
+        raise InputError(f"{where} is of type {type(row).__name__}: expected fields and their values")
+    fields: dict[str, Field] = {}
     for name, columns in COLUMNS.items():
-        for column in reversed(columns):
-            value = row.get(column)
-            absent = is_blank(value) if name in OPTIONAL else value is None
-            if not absent:
-                fields[name] = Field(value, f"{where}: '{column}'", column)
-    if "prompt" in fields:
-        fields.pop("instruction", None)
-        fields.pop("input", None)
-    if fields.keys().isdisjoint(("prompt", "instruction", "input", "chosen", "rejected")):
+        filled = [column for column in columns if row.get(column) is not None]
+        column = filled[0] if filled else name
+        value = row.get(column)
+        if name in OPTIONAL and is_blank(value):
+            value = None
+        if name in ("instruction", "input") and fields["prompt"].value is not None:
+            value = None
+        fields[name] = Field(value, f"{where}: '{column}'", column)
+    if all(fields[name].value is None for name in ("prompt", "instruction", "input", "chosen", "rejected")):
         raise unknown_form(row, where)
     return fields
 
@@ -263,16 +263,15 @@ def unknown_form(columns: Iterable[Any], where: str) -> InputError:
 
 def prompt_of(fields: dict[str, Field]) -> tuple[str | Messages | None, Messages | None]:
     """The prompt that a row names, if any, and the answer that ends it in `conversations` and `messages`."""
-    if "prompt" in fields:
-        prompt = text_or_messages(fields["prompt"])
-        is_prompt_alone = fields["prompt"].column == "prompt" or isinstance(prompt, str)
-        if is_prompt_alone or prompt[-1]["role"] != "assistant":
-            return prompt, None
-        return prompt[:-1], prompt[-1:]
-    texts = [text_of(fields[name]) for name in ("instruction", "input") if name in fields]
-    if not texts:
-        return None, None
-    return [{"role": "user", "content": "\n\n".join(texts)}], None
+    field = fields["prompt"]
+    if field.value is None:
+        parts = [fields["instruction"], fields["input"]]
+        texts = [text_of(part) for part in parts if part.value is not None]
+        return [{"role": "user", "content": "\n\n".join(texts)}] if texts else None, None
+    prompt = text_or_messages(field)
+    if isinstance(prompt, str) or field.column == "prompt" or prompt[-1]["role"] != "assistant":
+        return prompt, None
+    return prompt[:-1], prompt[-1:]
 
 
 def asked_and_answered(prompt: str | Messages | None, field: Field) -> tuple[str | Messages, Any]:
@@ -327,14 +326,14 @@ def transcript(field: Field) -> Messages:
 
 def in_context(prompt: str | Messages, answers: list[Any], fields: dict[str, Field]) -> Reading:
     """With the row's `system` and `history` before the prompt, and its options."""
-    columns = {field.column for field in fields.values()}
+    columns = {field.column for field in fields.values() if field.value is not None}
     before = turns_before(fields)
     options = options_of(fields)
     if isinstance(prompt, str):
         if before or options:
+            found = "is a text, taken as it is, beside a system, history or tools"
             expected = "write them into the text, or the prompt as messages"
-            where = fields["prompt"].where
-            raise InputError(f"{where} is a text, taken as it is, beside a system, history or tools: {expected}")
+            raise InputError(f"{fields['prompt'].where} {found}: {expected}")
         return Reading(prompt, answers, {}, columns)
     if before and prompt[0]["role"] == "system":
         if prompt[0] != before[0]:
@@ -346,27 +345,29 @@ def in_context(prompt: str | Messages, answers: list[Any], fields: dict[str, Fie
 def turns_before(fields: dict[str, Field]) -> Messages:
     """The row's system turn, and the exchanges of its history."""
     turns = []
-    if "system" in fields:
-        turns.append({"role": "system", "content": text_of(fields["system"])})
-    exchanges, where, _ = fields.get("history", Field([], ""))
-    if not isinstance(exchanges, list):
-        exchanges = [exchanges]
-    for exchange in exchanges:
+    system, history = fields["system"], fields["history"]
+    if system.value is not None:
+        turns.append({"role": "system", "content": text_of(system)})
+    if history.value is None:
+        return turns
+    for exchange in listed(history.value):
         if not isinstance(exchange, list) or len(exchange) != 2:
-            raise InputError(f"{where}: expected pairs of what the user and the assistant said")
+            raise InputError(f"{history.where}: expected pairs of what the user and the assistant said")
         for role, content in zip(("user", "assistant"), exchange):
-            turns.append({"role": role, "content": text_of(Field(content, where))})
+            turns.append({"role": role, "content": text_of(Field(content, history.where))})
     return turns
 
 
 def options_of(fields: dict[str, Field]) -> dict[str, Any]:
     """What else the chat template is given: the row's tools and `chat_template_kwargs`."""
-    options, where, _ = fields.get("chat_template_kwargs", Field({}, ""))
-    options = from_json(options)
+    field = fields["chat_template_kwargs"]
+    options = from_json(field.value or {})
     if not isinstance(options, dict):
-        raise InputError(f"{where} is of type {type(options).__name__}: expected names and their values")
-    tools = from_json(fields.get("tools", Field(None, "")).value)
-    return options if is_blank(tools) else {"tools": tools, **options}
+        raise InputError(f"{field.where} is of type {type(options).__name__}: expected names and their values")
+    tools = from_json(fields["tools"].value)
+    if is_blank(tools):
+        return options
+    return {"tools": tools, **options}
 
 
 # What a field says
@@ -375,49 +376,53 @@ def options_of(fields: dict[str, Field]) -> dict[str, Any]:
 def text_or_messages(field: Field) -> str | Messages:
     """A text, or messages: a list of them or one alone, also as JSON, as a .csv holds them."""
     values = from_json(field.value)
-    if isinstance(values, dict):
-        values = [values]
-    if not isinstance(values, list):
-        return text_of(field)
     if isinstance(field.value, str) and not are_messages(values):
-        return text_of(field)  # an answer in JSON
-    messages = [message_of(Field(value, f"{field.where}, message {j}")) for j, value in enumerate(values)]
-    messages = [message for message in messages if message["content"] is not None]
+        return text_of(field)
+    if not isinstance(values, list | dict):
+        return text_of(field)  # which is none, and says so
+    messages = []
+    for j, value in enumerate(listed(values)):
+        message = message_of(Field(value, f"{field.where}, message {j}"))
+        if message["content"] is not None:
+            messages.append(message)
     if not messages:
         raise InputError(f"{field.where} is empty: expected messages")
     return messages
 
 
-def are_messages(values: list[Any]) -> bool:
-    """Whether each has the fields of a message. Their values may still be wrong."""
-    for value in values:
-        fields = value.keys() if isinstance(value, dict) else {}
-        if not any(fields >= names for names in MESSAGE_FIELDS):
+def are_messages(values: Any) -> bool:
+    """Whether one or each of several has the fields of a message. Their values may still be wrong."""
+    for value in listed(values):
+        names = set(value) if isinstance(value, dict) else set()
+        if not any(names >= fields for fields in MESSAGE_FIELDS):
             return False
     return bool(values)
 
 
+def listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
 def message_of(field: Field) -> Message:
     """Role, content and other fields. The content is None of a system turn that has none."""
-    message, where, _ = field
-    if not isinstance(message, dict):
-        message = {}
+    message = field.value if isinstance(field.value, dict) else {}
     role = message.get("role") or message.get("from")
     role = OTHER_ROLES.get(str(role), role)
     if role not in ROLES:
-        raise InputError(f"{where}: expected a role ({', '.join(ROLES)}) and a content")
+        raise InputError(f"{field.where}: expected a role ({', '.join(ROLES)}) and a content")
     content = message.get("content")
     if content is None:
         content = message.get("value")
     if isinstance(content, list):
-        content = "".join([text_of_part(part, where) for part in content])
+        content = "".join([text_of_part(part, field.where) for part in content])
     others = {name: value for name, value in message.items() if not is_blank(value)}
     for name in ("role", "from", "content", "value"):
         others.pop(name, None)
-    if content or not (role == "system" or "tool_calls" in others):
-        content = text_of(Field(content, f"{where}: 'content'"))
+    may_be_empty = role == "system" or "tool_calls" in others  # calls may be all that is said
+    if content or not may_be_empty:
+        content = text_of(Field(content, f"{field.where}: 'content'"))
     elif role != "system":
-        content = ""  # calls may be all that a message says
+        content = ""
     return {"role": role, "content": content, **others}
 
 

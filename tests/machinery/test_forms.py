@@ -134,6 +134,28 @@ def test_columns_that_are_not_read_are_named_once(tmp_path, capsys):
         assert capsys.readouterr().out.count("d.json: columns that are not read: messages, score\n") == 1
 
 
+@pytest.mark.parametrize("answer", ["[]", '[{"value": 3, "unit": "kg"}]', '[{"from": "Oslo", "to": "Rome"}]', '{"content": "pages"}'])
+def test_an_answer_in_json_is_a_text(answer):
+    assert preference({"prompt": "As JSON: ", "chosen": answer, "rejected": "no"}, "d, row 0").answers == [answer, "no"]
+
+
+@pytest.mark.parametrize("more", [{"id": 1}, {"tool_calls": None}])
+def test_messages_in_json_are_messages_whatever_their_first_field(more):
+    chosen, rejected = (json.dumps({**more, **answer}) for answer in (STONE, RIVER))
+    x, answers, *_ = preference({"prompt": json.dumps([U("red?")]), "chosen": chosen, "rejected": rejected}, "d, row 0")
+    assert x == [U("red?")] and [y["content"] for y in answers] == ["stone", "river"]
+
+
+@pytest.mark.parametrize("nothing", [[], {}, "", " ", None])
+def test_an_empty_field_says_nothing(nothing):
+    """As logs and parquet files have it: no call, no thought, no tools, no input; and no column that is not read."""
+    more = {"tool_calls": nothing, "reasoning_content": nothing}
+    row = {"instruction": "red?", "input": nothing, "system": nothing, "history": nothing, "tools": nothing, "score": nothing,
+           "chosen": A("stone", **more), "rejected": A("river", **more)}  # fmt: skip
+    assert preference(row, "d, row 0")[:3] == ([U("red?")], [STONE, RIVER], {})
+    assert encoded([row]) == encoded([{"prompt": [U("red?")], **SAME}])
+
+
 # What a template makes of a row
 
 R1 = (
@@ -298,6 +320,15 @@ def test_files_of_other_kinds(name, tmp_path):
     content = text.encode()
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     assert read_rows(str(tmp_path / name), "train") == rows
+
+
+@pytest.mark.parametrize("name, text", [
+    ("train.jsonl", '{"prompt": "when?", "chosen": "2024-05-01", "rejected": "2024-05-02"}\n' * 2), ("train.csv", "prompt,chosen,rejected\nNA,4,5\n"),
+])  # fmt: skip
+def test_a_folder_is_read_as_its_files(name, text, tmp_path):
+    """Not by `datasets`, which takes some texts for dates, numbers or nothing."""
+    (tmp_path / name).write_text(text)
+    assert read_rows(str(tmp_path), "train") == read_rows(str(tmp_path / name), "train")
 
 
 def test_messages_in_a_csv(tmp_path):
