@@ -17,7 +17,7 @@ import datasets
 from tqdm import tqdm
 
 from sera_min.machinery.errors import InputError, Unusable, in_one_line
-from sera_min.machinery.rows import KNOWN, Messages, Reading, Rows, each_row, is_blank, preference, question, squeezed
+from sera_min.machinery.rows import KNOWN, Messages, Reading, Rows, each_row, naming, preference, question, squeezed
 from sera_min.pairs import Ids, Pair
 
 BATCH = 256  # rows that are tokenised together
@@ -122,9 +122,10 @@ class Encoder:
             where = f"{name}, row {i}"
             with self.dropping(where):
                 reading = form(row, where)
-                filled = {column for column, value in row.items() if not is_blank(value)}
-                unread |= filled - reading.columns
-                written.append((i, reading.prompt, self.texts(reading, where)))
+                unread |= reading.unread
+                with naming(f"{where}: "):
+                    texts = self.texts(reading)
+                written.append((i, reading.prompt, texts))
         if unread:
             columns = ", ".join(sorted(map(str, unread)))
             tqdm.write(f"{name}: columns that are not read: {columns}")
@@ -139,7 +140,7 @@ class Encoder:
                 raise InputError(f"{where} is no prompt to answer: {reason}") from None
             self.counts[f"dropped: {reason}"] += 1
 
-    def texts(self, reading: Reading, where: str) -> list[str]:
+    def texts(self, reading: Reading) -> list[str]:
         """The prompt, and the prompt with each of its answers, as they are tokenised."""
         prompt, answers, options, _ = reading
         eos = self.tokenizer.eos_token
@@ -151,7 +152,7 @@ class Encoder:
         self.check_spelling([prompt, answers, options])
         if not all(y["content"] or y.get("tool_calls") for y in answers):
             raise Unusable("no token of the prompt or a response")
-        return self.rendered(prompt, answers, options, where)
+        return self.rendered(prompt, answers, options)
 
     def check_spelling(self, value: Any) -> None:
         """No text in messages or tools, however deep, spells a special token. Raises Unusable."""
@@ -163,35 +164,35 @@ class Encoder:
             for one in value:
                 self.check_spelling(one)
 
-    def rendered(self, x: Messages, answers: Messages, options: dict[str, Any], where: str) -> list[str]:
+    def rendered(self, x: Messages, answers: Messages, options: dict[str, Any]) -> list[str]:
         """The same texts of a dialogue. Raises InputError where the template changes an answer."""
         before, begun, opening = x, "", "add_generation_prompt"
         if x[-1]["role"] == "assistant":  # the answers go on with this turn
             before, begun, opening = x[:-1], x[-1]["content"], "continue_final_message"
         dialogues = [[*before, {**y, "content": begun + y["content"]}] for y in answers]
         asking = {**options, opening: True}
-        prompt = self.render(x, asking, where)
-        wholes = [self.render(dialogue, options, where) for dialogue in dialogues]
+        prompt = self.render(x, asking)
+        wholes = [self.render(dialogue, options) for dialogue in dialogues]
         shared = common_start([prompt, *wholes])
         if shared != prompt:
             end = f"does not begin an answered dialogue with its own prompt's {prompt[len(shared) :]!r}"
-            if not shared.startswith(self.render(x, options, where)):
-                raise InputError(f"{where}: the chat template {end}")
+            if not shared.startswith(self.render(x, options)):
+                raise InputError(f"the chat template {end}")
             self.counts[f"prompts without their end, as the chat template {end}"] += 1  # as in TRL
         for y, whole in zip(answers, wholes):
             if squeezed(y["content"]) not in squeezed(whole[len(shared) :]):
                 part = f"a part of the answer {y['content'][:40]!r}"
-                raise InputError(f"{where}: the chat template leaves out or changes {part}: give the tokenizer another")
-        lost = self.unwritten(prompt, x, 0, asking, where)
+                raise InputError(f"the chat template leaves out or changes {part}: give the tokenizer another")
+        lost = self.unwritten(prompt, x, 0, asking)
         for dialogue, whole in zip(dialogues, wholes):
-            lost += self.unwritten(whole, dialogue, -1, options, where)
+            lost += self.unwritten(whole, dialogue, -1, options)
         for field in dict.fromkeys(lost):
             self.counts[f"dialogues whose '{field}' the chat template does not write"] += 1
         if not all(squeezed(turn["content"]) in squeezed(shared) for turn in x):
             self.counts["prompts of which the chat template leaves out or changes a part"] += 1
         return [shared, *wholes]
 
-    def unwritten(self, text: str, turns: Messages, first: int, options: dict[str, Any], where: str) -> list[str]:
+    def unwritten(self, text: str, turns: Messages, first: int, options: dict[str, Any]) -> list[str]:
         """The fields of turns[first:] without which the template writes the same text.
 
         Raises Unusable where one of them is a part of an answer, turns[-1:].
@@ -201,17 +202,17 @@ class Encoder:
             without = [{**turn} for turn in turns]
             for turn in without[first:]:
                 turn.pop(field, None)
-            if self.render(without, options, where) == text:
+            if self.render(without, options) == text:
                 lost.append(field)
         for field in lost:
             if first == -1 and field in PARTS_OF_AN_ANSWER:
                 raise Unusable(f"the chat template does not write an answer's '{field}'")
-        if first == 0 and "tools" in options and self.render(turns, {**options, "tools": None}, where) == text:
+        if first == 0 and "tools" in options and self.render(turns, {**options, "tools": None}) == text:
             lost.append("tools")
         return lost
 
-    def render(self, turns: Messages, options: dict[str, Any], where: str) -> str:
-        with in_one_line(f"{where}: the chat template does not take this dialogue"):
+    def render(self, turns: Messages, options: dict[str, Any]) -> str:
+        with in_one_line("the chat template does not take this dialogue"):
             return self.tokenizer.apply_chat_template(turns, tokenize=False, **options)
 
     def ended_and_cut(self, texts: list[str], ids: list[Ids], is_text: bool) -> list[Ids]:

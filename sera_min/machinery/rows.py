@@ -10,7 +10,7 @@ these forms into a prompt, two answers, and options for the chat template:
 | dialogues | `chosen`, `rejected`: messages up to the answer
 | transcripts | `chosen`, `rejected`: "\\n\\nHuman: … \\n\\nAssistant: …" (HH-RLHF)
 | instructions | `instruction` or `question`, `input` (may be absent or empty), `chosen`, `rejected`
-| other trainers | any of these under the other names in COLUMNS
+| other trainers | any of these under the other names in FIELDS
 
 The last turn of the assistant is the answer, everything before it the prompt. `system`, `history`,
 `tools` and `chat_template_kwargs` may stand beside all forms but texts. A missing field, or one of
@@ -23,29 +23,17 @@ import io
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import datasets
 
-from sera_min.machinery.errors import InputError, Unusable, one_line
+from sera_min.machinery.errors import InputError, Unusable, in_one_line, one_line
 
 TEXT_FILES = (".json", ".jsonl", ".csv", ".json.gz", ".jsonl.gz", ".csv.gz")
 SUFFIXES = (*TEXT_FILES, ".parquet")
-COLUMNS = {  # a field, and the names of its column: where a row has several, the first counts
-    "prompt": ("prompt", "conversations", "messages"),
-    "instruction": ("instruction", "question"),
-    "input": ("input",),
-    "chosen": ("chosen", "chosen_response", "chosen_conversations"),
-    "rejected": ("rejected", "rejected_response", "rejected_messages", "rejected_conversations"),
-    "system": ("system",),
-    "history": ("history",),  # pairs of what the user asked and the assistant answered
-    "tools": ("tools",),
-    "chat_template_kwargs": ("chat_template_kwargs",),
-}
-OPTIONAL = ("input", "system", "history", "tools", "chat_template_kwargs")
-KNOWN = set().union(*COLUMNS.values())  # every column that is read
 FORMS = (
     "prompt, chosen, rejected; dialogues in chosen, rejected; "
     "instruction or question, chosen, rejected; conversations or messages, chosen, rejected; "
@@ -78,7 +66,10 @@ def read_rows(name: str, split: str, limit: int | None = None, config: str | Non
     try:
         rows = read_file(path) if path.is_file() else read_data_set(name, split, config)
     except Exception as error:  # each library underneath raises its own
-        raise InputError(f"{source}: cannot be read: {with_causes(error)}") from None
+        reason = error
+        if isinstance(error, datasets.exceptions.DatasetGenerationError):
+            reason = error.__cause__ or error  # by itself it only says that something failed
+        raise InputError(f"{source}: cannot be read: {one_line(reason)}") from None
     if isinstance(rows, datasets.Dataset):
         return rows.select(range(len(rows))[:limit])
     return rows[:limit]
@@ -87,15 +78,6 @@ def read_rows(name: str, split: str, limit: int | None = None, config: str | Non
 def is_path(name: str) -> bool:
     """Whether this cannot be a name on the hub, which is "owner/name"."""
     return name.count("/") > 1 or name.startswith((".", "~", "/")) or name.endswith("/")
-
-
-def with_causes(error: BaseException) -> str:
-    """`datasets` wraps the errors of others, and its own words only say that something failed."""
-    messages = [one_line(error)]
-    while error.__cause__ is not None:
-        error = error.__cause__
-        messages.append(one_line(error))
-    return "; ".join(messages)
 
 
 def read_data_set(name: str, split: str, config: str | None) -> Rows:
@@ -119,10 +101,8 @@ def read_data_set(name: str, split: str, config: str | None) -> Rows:
 def read_files(files: Iterable[str]) -> list[Any]:
     rows: list[Any] = []
     for file in files:
-        try:
+        with in_one_line(file):
             rows += read_file(Path(file))
-        except Exception as error:
-            raise ValueError(f"{file}: {one_line(error)}") from None
     return rows
 
 
@@ -194,256 +174,111 @@ def each_row(rows: Rows, name: str) -> Iterator[Any]:
         yield row
 
 
-# What a row says
+# What a field says. Errors begin where the place ends, which `naming` puts before them.
 
 
-class Reading(NamedTuple):
-    """What a row says. The answers are texts if the prompt is a text, messages if it is messages."""
-
-    prompt: str | Messages
-    answers: list[Any]
-    options: dict[str, Any]  # for the chat template
-    columns: set[str]  # that were read
-
-
-class Field(NamedTuple):
-    value: Any  # None where the row has none
-    where: str  # file, row and column
-    column: str = ""
+@contextmanager
+def naming(place: str) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{place}{error}") from None
 
 
-def preference(row: Any, where: str) -> Reading:
-    """A row of any form. Raises InputError naming the row and the field, and Unusable."""
-    fields = fields_of(row, where)
-    prompt, answer = prompt_of(fields)
-    chosen, rejected = fields["chosen"], fields["rejected"]
-    if chosen.value is None:
-        chosen = chosen._replace(value=answer)
-    if chosen.value is None and rejected.value is None:
-        raise unknown_form(row, where)
-    asked, good = asked_and_answered(prompt, chosen)
-    asked_too, bad = asked_and_answered(prompt, rejected)
-    if asked != asked_too:
-        raise Unusable("the responses answer different prompts")
-    return in_context(asked, [good, bad], fields)
+def text_of(value: Any) -> str:
+    """A text that is not blank."""
+    if not isinstance(value, str):
+        kind = "missing or null" if value is None else f"of type {type(value).__name__}"
+        raise InputError(f" is {kind}: expected a text")
+    if re.search("[\ud800-\udfff]", value):
+        raise InputError(" holds half a surrogate pair, which no encoding has: expected Unicode text")
+    if not value.strip():
+        raise Unusable("a text is empty")
+    return value
 
 
-def question(row: Any, where: str) -> Reading:
-    """A row as a prompt to answer, without answers. Raises as `preference` does."""
-    fields = fields_of(row, where)
-    prompt, _ = prompt_of(fields)
-    if not prompt:
-        raise InputError(f"{where}: expected 'prompt' or 'instruction'")
-    return in_context(prompt, [], fields)
-
-
-def fields_of(row: Any, where: str) -> dict[str, Field]:
-    """All fields of COLUMNS; the value is None where the row has none."""
-    if not isinstance(row, dict):
-        raise InputError(f"{where} is of type {type(row).__name__}: expected fields and their values")
-    fields: dict[str, Field] = {}
-    for name, columns in COLUMNS.items():
-        filled = [column for column in columns if row.get(column) is not None]
-        column = filled[0] if filled else name
-        value = row.get(column)
-        if name in OPTIONAL and is_blank(value):
-            value = None
-        if name in ("instruction", "input") and fields["prompt"].value is not None:
-            value = None
-        fields[name] = Field(value, f"{where}: '{column}'", column)
-    if all(fields[name].value is None for name in ("prompt", "instruction", "input", "chosen", "rejected")):
-        raise unknown_form(row, where)
-    return fields
-
-
-def unknown_form(columns: Iterable[Any], where: str) -> InputError:
-    names = " ".join(", ".join(map(str, columns)).split())[:300] or "(none)"
-    return InputError(f"{where} has the columns {names}: expected those of one of these: {FORMS}")
-
-
-def prompt_of(fields: dict[str, Field]) -> tuple[str | Messages | None, Messages | None]:
-    """The prompt that a row names, if any, and the answer that ends it in `conversations` and `messages`."""
-    field = fields["prompt"]
-    if field.value is None:
-        parts = [fields["instruction"], fields["input"]]
-        texts = [text_of(part) for part in parts if part.value is not None]
-        return [{"role": "user", "content": "\n\n".join(texts)}] if texts else None, None
-    prompt = text_or_messages(field)
-    if isinstance(prompt, str) or field.column == "prompt" or prompt[-1]["role"] != "assistant":
-        return prompt, None
-    return prompt[:-1], prompt[-1:]
-
-
-def asked_and_answered(prompt: str | Messages | None, field: Field) -> tuple[str | Messages, Any]:
-    """What the row's prompt and its `chosen` or `rejected` together ask, and the answer."""
-    answer = text_or_messages(field)
-    if isinstance(prompt, str):
-        if isinstance(answer, str):
-            return prompt, answer
-        prompt = [{"role": "user", "content": prompt}]
-    if isinstance(answer, str):
-        answer = [{"role": "assistant", "content": answer}] if prompt else transcript(field)
-    dialogue = joined(prompt or [], answer)
-    if dialogue[-1]["role"] != "assistant":
-        raise Unusable("a dialogue ends without an answer")
-    if len(dialogue) < 2:
-        raise InputError(f"{field.where}: expected a dialogue that ends with the assistant's turn")
-    return dialogue[:-1], dialogue[-1]
-
-
-def joined(prompt: Messages, dialogue: Messages) -> Messages:
-    """The prompt and the dialogue that goes on after it, or the dialogue that repeats it. Raises Unusable."""
-    roles = [turn["role"] for turn in dialogue]
-    if not prompt:
-        if len(roles) > 2 and roles[-2:] == ["assistant", "assistant"]:
-            raise Unusable("two turns of the assistant follow each other")
-        return dialogue
-    users_turn = prompt[-1]["role"] in ("system", "assistant")
-    if roles[0] in ("assistant", "tool") or (roles[0] == "user" and users_turn):
-        return prompt + dialogue
-    asked = [squeezed(turn["content"]) for turn in dialogue if turn["role"] == "user"]
-    asked_before = squeezed("".join(turn["content"] for turn in prompt))
-    repeated = asked_before in "".join(asked) or (bool(asked) and asked[-1] in asked_before)
-    if not repeated:
-        raise Unusable("the prompt says something else than the dialogues beside it")
-    return dialogue
-
-
-def transcript(field: Field) -> Messages:
-    """HH-RLHF's plain dialogue as messages."""
-    before, *turns = re.split(r"\n\n(Human|Assistant):", "\n\n" + field.value.lstrip("\n"))
-    if before.strip() or not turns:
-        expected = "'prompt' or 'instruction' beside it, or a dialogue '\\n\\nHuman: …'"
-        raise InputError(f"{field.where}: expected {expected}")
-    if turns[-2] == "Human":
-        raise Unusable("a transcript ends without an answer")
-    messages = []
-    for speaker, content in zip(turns[::2], turns[1::2]):
-        role = "user" if speaker == "Human" else "assistant"
-        messages.append({"role": role, "content": text_of(Field(content, field.where)).strip()})
-    return messages
-
-
-def in_context(prompt: str | Messages, answers: list[Any], fields: dict[str, Field]) -> Reading:
-    """With the row's `system` and `history` before the prompt, and its options."""
-    columns = {field.column for field in fields.values() if field.value is not None}
-    before = turns_before(fields)
-    options = options_of(fields)
-    if isinstance(prompt, str):
-        if before or options:
-            found = "is a text, taken as it is, beside a system, history or tools"
-            expected = "write them into the text, or the prompt as messages"
-            raise InputError(f"{fields['prompt'].where} {found}: {expected}")
-        return Reading(prompt, answers, {}, columns)
-    if before and prompt[0]["role"] == "system":
-        if prompt[0] != before[0]:
-            raise Unusable("'system' or 'history' stands beside a dialogue with its own system turn")
-        prompt = prompt[1:]
-    return Reading(before + prompt, answers, options, columns)
-
-
-def turns_before(fields: dict[str, Field]) -> Messages:
-    """The row's system turn, and the exchanges of its history."""
-    turns = []
-    system, history = fields["system"], fields["history"]
-    if system.value is not None:
-        turns.append({"role": "system", "content": text_of(system)})
-    if history.value is None:
-        return turns
-    for exchange in listed(history.value):
-        if not isinstance(exchange, list) or len(exchange) != 2:
-            raise InputError(f"{history.where}: expected pairs of what the user and the assistant said")
-        for role, content in zip(("user", "assistant"), exchange):
-            turns.append({"role": role, "content": text_of(Field(content, history.where))})
-    return turns
-
-
-def options_of(fields: dict[str, Field]) -> dict[str, Any]:
-    """What else the chat template is given: the row's tools and `chat_template_kwargs`."""
-    field = fields["chat_template_kwargs"]
-    options = from_json(field.value or {})
-    if not isinstance(options, dict):
-        raise InputError(f"{field.where} is of type {type(options).__name__}: expected names and their values")
-    tools = from_json(fields["tools"].value)
-    if is_blank(tools):
-        return options
-    return {"tools": tools, **options}
-
-
-# What a field says
-
-
-def text_or_messages(field: Field) -> str | Messages:
+def text_or_messages(value: Any) -> str | Messages:
     """A text, or messages: a list of them or one alone, also as JSON, as a .csv holds them."""
-    values = from_json(field.value)
-    if isinstance(field.value, str) and not are_messages(values):
-        return text_of(field)
-    if not isinstance(values, list | dict):
-        return text_of(field)  # which is none, and says so
+    values = from_json(value)
+    if isinstance(values, dict):
+        values = [values]
+    if not isinstance(values, list):
+        return text_of(value)
+    are_messages = bool(values) and all(is_message(one) for one in values)
+    if isinstance(value, str) and not are_messages:
+        return text_of(value)  # an answer in JSON
     messages = []
-    for j, value in enumerate(listed(values)):
-        message = message_of(Field(value, f"{field.where}, message {j}"))
+    for j, one in enumerate(values):
+        with naming(f", message {j}"):
+            message = message_of(one)
         if message["content"] is not None:
             messages.append(message)
     if not messages:
-        raise InputError(f"{field.where} is empty: expected messages")
+        raise InputError(" is empty: expected messages")
     return messages
 
 
-def are_messages(values: Any) -> bool:
-    """Whether one or each of several has the fields of a message. Their values may still be wrong."""
-    for value in listed(values):
-        names = set(value) if isinstance(value, dict) else set()
-        if not any(names >= fields for fields in MESSAGE_FIELDS):
-            return False
-    return bool(values)
+def is_message(value: Any) -> bool:
+    """Whether it has the fields of a message. Their values may still be wrong."""
+    names = set(value) if isinstance(value, dict) else set()
+    return any(names >= fields for fields in MESSAGE_FIELDS)
 
 
-def listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def message_of(field: Field) -> Message:
+def message_of(value: Any) -> Message:
     """Role, content and other fields. The content is None of a system turn that has none."""
-    message = field.value if isinstance(field.value, dict) else {}
+    message = value if isinstance(value, dict) else {}
     role = message.get("role") or message.get("from")
     role = OTHER_ROLES.get(str(role), role)
     if role not in ROLES:
-        raise InputError(f"{field.where}: expected a role ({', '.join(ROLES)}) and a content")
+        raise InputError(f": expected a role ({', '.join(ROLES)}) and a content")
     content = message.get("content")
     if content is None:
         content = message.get("value")
     if isinstance(content, list):
-        content = "".join([text_of_part(part, field.where) for part in content])
-    others = {name: value for name, value in message.items() if not is_blank(value)}
+        content = "".join([text_of_part(part) for part in content])
+    others = {name: field for name, field in message.items() if not is_blank(field)}
     for name in ("role", "from", "content", "value"):
         others.pop(name, None)
     may_be_empty = role == "system" or "tool_calls" in others  # calls may be all that is said
     if content or not may_be_empty:
-        content = text_of(Field(content, f"{field.where}: 'content'"))
+        with naming(": 'content'"):
+            content = text_of(content)
     elif role != "system":
         content = ""
-    return {"role": role, "content": content, **others}
+    return {**turn(role, content), **others}
 
 
-def text_of_part(part: Any, where: str) -> str:
+def text_of_part(part: Any) -> str:
     text = part.get("text") if isinstance(part, dict) else part
     if not isinstance(text, str):
-        raise InputError(f"{where}: 'content' has a part that is no text: images and sounds are not read")
+        raise InputError(": 'content' has a part that is no text: images and sounds are not read")
     return text
 
 
-def text_of(field: Field) -> str:
-    """A text that is not blank."""
-    value, where, _ = field
-    if not isinstance(value, str):
-        kind = "missing or null" if value is None else f"of type {type(value).__name__}"
-        raise InputError(f"{where} is {kind}: expected a text")
-    if re.search("[\ud800-\udfff]", value):
-        raise InputError(f"{where} holds half a surrogate pair, which no encoding has: expected Unicode text")
-    if not value.strip():
-        raise Unusable("a text is empty")
-    return value
+def turn(role: str, content: Any) -> Message:
+    return {"role": role, "content": content}
+
+
+def system_turn(value: Any) -> Messages:
+    return [turn("system", text_of(value))]
+
+
+def exchanges(value: Any) -> Messages:
+    """Turns from pairs of what the user and the assistant said."""
+    turns = []
+    pairs = value if isinstance(value, list) else [value]
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise InputError(": expected pairs of what the user and the assistant said")
+        turns += [turn("user", text_of(pair[0])), turn("assistant", text_of(pair[1]))]
+    return turns
+
+
+def options_of(value: Any) -> dict[str, Any]:
+    options = from_json(value)
+    if not isinstance(options, dict):
+        raise InputError(f" is of type {type(options).__name__}: expected names and their values")
+    return options
 
 
 def from_json(value: Any) -> Any:
@@ -464,3 +299,177 @@ def is_blank(value: Any) -> bool:
 def squeezed(text: str) -> str:
     """Without white space, in which a template may differ from what it is given."""
     return "".join(text.split())
+
+
+# What a row says
+
+Reader = Callable[[Any], Any]
+FIELDS: dict[str, tuple[Reader, tuple[str, ...]]] = {  # its columns: where a row has several, the first counts
+    "prompt": (text_or_messages, ("prompt", "conversations", "messages")),
+    "instruction": (text_of, ("instruction", "question")),
+    "input": (text_of, ("input",)),
+    "chosen": (text_or_messages, ("chosen", "chosen_response", "chosen_conversations")),
+    "rejected": (text_or_messages, ("rejected", "rejected_response", "rejected_messages", "rejected_conversations")),
+    "system": (system_turn, ("system",)),
+    "history": (exchanges, ("history",)),
+    "tools": (from_json, ("tools",)),
+    "chat_template_kwargs": (options_of, ("chat_template_kwargs",)),
+}
+REQUIRED = ("prompt", "instruction", "chosen", "rejected")  # where they are there, blank is not absent
+KNOWN = set().union(*(columns for _, columns in FIELDS.values()))
+
+
+class Reading(NamedTuple):
+    """What a row says. The answers are texts if the prompt is a text, messages if it is messages."""
+
+    prompt: str | Messages
+    answers: list[Any]
+    options: dict[str, Any]  # for the chat template
+    unread: set[str]  # columns that say something else
+
+
+def preference(row: Any, where: str) -> Reading:
+    """A row of any form. Raises InputError naming the row and the field, and Unusable."""
+    columns = columns_of(row, where)
+    fields = fields_of(row, columns, where)
+    prompt, answer = prompt_of(fields, columns)
+    fields.setdefault("chosen", answer)
+    if fields["chosen"] is None and "rejected" not in fields:
+        raise unknown_form(row, where)
+    prompts, answers = [], []
+    for name in ("chosen", "rejected"):
+        with naming(f"{where}: '{columns.get(name, name)}'"):
+            asked, answer = asked_and_answered(prompt, fields.get(name))
+        prompts.append(asked)
+        answers.append(answer)
+    if prompts[0] != prompts[1]:
+        raise Unusable("the responses answer different prompts")
+    x, options = in_context(prompts[0], fields, f"{where}: '{columns.get('prompt')}'")
+    return Reading(x, answers, options, unread_columns(row, columns))
+
+
+def question(row: Any, where: str) -> Reading:
+    """A row as a prompt to answer, whose own answers are not read. Raises as `preference` does."""
+    columns = columns_of(row, where)
+    columns.pop("chosen", None)
+    columns.pop("rejected", None)
+    fields = fields_of(row, columns, where)
+    prompt, _ = prompt_of(fields, columns)
+    if not prompt:
+        raise InputError(f"{where}: expected 'prompt' or 'instruction'")
+    x, options = in_context(prompt, fields, f"{where}: '{columns.get('prompt')}'")
+    return Reading(x, [], options, unread_columns(row, columns))
+
+
+def columns_of(row: Any, where: str) -> dict[str, str]:
+    """The fields that a row has, and the column of each."""
+    if not isinstance(row, dict):
+        raise InputError(f"{where} is of type {type(row).__name__}: expected fields and their values")
+    columns = {}
+    for name, (_, names) in FIELDS.items():
+        filled = [column for column in names if row.get(column) is not None]
+        if filled and (name in REQUIRED or not is_blank(row[filled[0]])):
+            columns[name] = filled[0]
+    if "prompt" in columns:
+        columns.pop("instruction", None)
+        columns.pop("input", None)
+    if columns.keys().isdisjoint((*REQUIRED, "input")):
+        raise unknown_form(row, where)
+    return columns
+
+
+def unread_columns(row: Message, columns: dict[str, str]) -> set[str]:
+    filled = {column for column, value in row.items() if not is_blank(value)}
+    return filled - set(columns.values())
+
+
+def fields_of(row: Message, columns: dict[str, str], where: str) -> dict[str, Any]:
+    fields = {}
+    for name, column in columns.items():
+        reader, _ = FIELDS[name]
+        with naming(f"{where}: '{column}'"):
+            fields[name] = reader(row[column])
+    return fields
+
+
+def unknown_form(columns: Iterable[Any], where: str) -> InputError:
+    names = " ".join(", ".join(map(str, columns)).split())[:300] or "(none)"
+    return InputError(f"{where} has the columns {names}: expected those of one of these: {FORMS}")
+
+
+def prompt_of(fields: dict[str, Any], columns: dict[str, str]) -> tuple[str | Messages | None, Messages | None]:
+    """The prompt that a row names, if any, and the answer that ends it in `conversations` and `messages`."""
+    if "prompt" not in fields:
+        texts = [fields[name] for name in ("instruction", "input") if name in fields]
+        if not texts:
+            return None, None
+        return [turn("user", "\n\n".join(texts))], None
+    prompt = fields["prompt"]
+    if columns["prompt"] == "prompt" or isinstance(prompt, str) or prompt[-1]["role"] != "assistant":
+        return prompt, None
+    return prompt[:-1], prompt[-1:]
+
+
+def asked_and_answered(prompt: str | Messages | None, answer: Any) -> tuple[str | Messages, Any]:
+    """What the row's prompt and its `chosen` or `rejected` together ask, and the answer."""
+    if answer is None:
+        raise InputError(" is missing or null: expected a text")
+    if isinstance(prompt, str):
+        if isinstance(answer, str):
+            return prompt, answer
+        prompt = [turn("user", prompt)]
+    if isinstance(answer, str):
+        answer = [turn("assistant", answer)] if prompt else transcript(answer)
+    dialogue = joined(prompt or [], answer)
+    if dialogue[-1]["role"] != "assistant":
+        raise Unusable("a dialogue ends without an answer")
+    if len(dialogue) < 2:
+        raise InputError(": expected a dialogue that ends with the assistant's turn")
+    return dialogue[:-1], dialogue[-1]
+
+
+def transcript(text: str) -> Messages:
+    """HH-RLHF's plain dialogue as messages."""
+    before, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip("\n"))
+    if before.strip() or not parts:
+        raise InputError(": expected 'prompt' or 'instruction' beside it, or a dialogue '\\n\\nHuman: …'")
+    if parts[-2] == "Human":
+        raise Unusable("a transcript ends without an answer")
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [turn(roles[speaker], text_of(part).strip()) for speaker, part in zip(parts[::2], parts[1::2])]
+
+
+def joined(prompt: Messages, dialogue: Messages) -> Messages:
+    """The prompt and the dialogue that goes on after it, or the dialogue that repeats it. Raises Unusable."""
+    roles = [message["role"] for message in dialogue]
+    if not prompt:
+        if len(roles) > 2 and roles[-2:] == ["assistant", "assistant"]:
+            raise Unusable("two turns of the assistant follow each other")
+        return dialogue
+    users_turn = prompt[-1]["role"] in ("system", "assistant")
+    if roles[0] in ("assistant", "tool") or (roles[0] == "user" and users_turn):
+        return prompt + dialogue
+    asked = [squeezed(message["content"]) for message in dialogue if message["role"] == "user"]
+    asked_before = squeezed("".join(message["content"] for message in prompt))
+    repeated = asked_before in "".join(asked) or (bool(asked) and asked[-1] in asked_before)
+    if not repeated:
+        raise Unusable("the prompt says something else than the dialogues beside it")
+    return dialogue
+
+
+def in_context(prompt: str | Messages, fields: dict[str, Any], where: str) -> tuple[str | Messages, dict[str, Any]]:
+    """The prompt after the row's `system` and `history`, and the options for the chat template."""
+    before = fields.get("system", []) + fields.get("history", [])
+    options = fields.get("chat_template_kwargs", {})
+    if not is_blank(fields.get("tools")):
+        options = {"tools": fields["tools"], **options}
+    if isinstance(prompt, str):
+        if before or options:
+            found = "is a text, taken as it is, beside a system, history or tools"
+            raise InputError(f"{where} {found}: write them into the text, or the prompt as messages")
+        return prompt, {}
+    if before and prompt[0]["role"] == "system":
+        if prompt[0] != before[0]:
+            raise Unusable("'system' or 'history' stands beside a dialogue with its own system turn")
+        prompt = prompt[1:]
+    return before + prompt, options
