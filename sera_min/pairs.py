@@ -1,119 +1,94 @@
-"""Preference pairs as token ids in memory: what the loop and its phases hand to each other."""
+"""The few types that train.py, the concept files' callers and the machinery share. Tokens are ids everywhere.
 
-import random
-from array import array
-from collections import Counter
-from collections.abc import Sequence
+From sera_min 0.1.0, Apache-2.0; SeRA, arXiv:2410.09362.
+"""
+
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Ids = list[int]  # token ids
-Triple = tuple[int, int, int]
+Samples = list[list[tuple[Ids, bool]]]  # of each prompt its samples, each with whether it ended
 
 
 class Pair(NamedTuple):
-    """A preference (x, y_w, y_l) as token ids; a response that was not cut ends with its end of sequence."""
+    """A preference (x, y_w, y_l). A response that was not cut ends with its end of sequence."""
 
     prompt: Ids
     chosen: Ids
     rejected: Ids
 
 
-class Given(NamedTuple):
-    """A pair of the user's data, its prompt as people read it, and the number of its row there (the first is 0)."""
+def rows_of(pairs: list[Pair]) -> tuple[list[Ids], list[Ids]]:
+    """Prompts and responses of N pairs as 2N rows: chosen, rejected, chosen, rejected, …"""
+    prompts: list[Ids] = []
+    responses: list[Ids] = []
+    for pair in pairs:
+        prompts += [pair.prompt, pair.prompt]
+        responses += [pair.chosen, pair.rejected]
+    return prompts, responses
 
-    pair: Pair
-    text: str
-    row: int
+
+@dataclass
+class Rows:
+    """R responses, each beside its prompt, and their log-probs under every policy so far."""
+
+    prompts: list[Ids]
+    responses: list[Ids]
+    numbers: list[int]  # in D: of the pair that a row is of, or whose prompt it answers
+    logps: dict[int, Tensor] = field(default_factory=dict)  # i -> log π_θi(y|x), (R,), nats
+
+    @property
+    def lengths(self) -> Tensor:
+        """|y|, int64 (R,)"""
+        return torch.tensor([len(y) for y in self.responses], dtype=torch.int64)
 
 
-class TrainingSet(NamedTuple):
-    """What an iteration trains on: N pairs; log π_ref of their responses; their margins, and where they come from."""
+@dataclass
+class TrainingSet:
+    """The N pairs that an iteration trains on, and what is known of each."""
 
     pairs: list[Pair]
-    reference: Tensor  # (N, 2), nats
-    margins: Tensor  # (N,), nats; 0 at t = 1, where nothing is reviewed
-    sources: list[str]  # offline or bootstrap
-    numbers: list[int]  # in D: of the pair itself, or of the one whose prompt was sampled from
+    reference: Tensor  # (N, 2): log π_ref of chosen and rejected, nats
+    margins: Tensor  # (N,): m̄_t, nats; 0 in iteration 1, where nothing is reviewed
+    sources: list[str]  # "offline", a given pair, or "bootstrap"
+    numbers: list[int]  # in D: of the pair itself, or of the pair whose prompt was sampled for
 
-    @staticmethod
-    def given(offline: list[Pair], reference: Tensor, margins: Tensor, numbers: list[int]) -> "TrainingSet":
-        """Of D, its log π_ref (|D|, 2) and its margins (|D|,), the pairs with these numbers, in this order."""
-        pairs = [offline[i] for i in numbers]
-        return TrainingSet(pairs, reference[numbers], margins[numbers], ["offline"] * len(pairs), numbers)
-
-    @staticmethod
-    def bootstrapped(offline: list[Pair], samples: "Samples", triples: list[Triple], margins: Tensor) -> "TrainingSet":
-        """The pairs that (prompt, best, worst) name, numbers of prompts and of their samples, with their margins."""
-        y, index = samples.responses, torch.tensor(triples, dtype=torch.int64).view(-1, 3)  # y[i][j]: sample j of x_i
-        pairs = [Pair(offline[i].prompt, y[i][best], y[i][worst]) for i, best, worst in triples]
-        reference = samples.reference[index[:, :1], index[:, 1:]]  # (P, n) -> (K̃, 2)
-        return TrainingSet(pairs, reference, margins, ["bootstrap"] * len(pairs), index[:, 0].tolist())
-
-    def union(self, others: "TrainingSet") -> "TrainingSet":
+    def __add__(self, other: "TrainingSet") -> "TrainingSet":
         return TrainingSet(
-            self.pairs + others.pairs, torch.cat([self.reference, others.reference]),
-            torch.cat([self.margins, others.margins]), self.sources + others.sources, self.numbers + others.numbers,
-        )  # fmt: skip
+            self.pairs + other.pairs,
+            torch.cat([self.reference, other.reference]),
+            torch.cat([self.margins, other.margins]),
+            self.sources + other.sources,
+            self.numbers + other.numbers,
+        )
+
+
+class Preferences:
+    """Given pairs such as D, and their responses as rows: chosen, rejected, chosen, …"""
+
+    def __init__(self, pairs: list[Pair], file_rows: list[int], texts: list[str]) -> None:
+        self.pairs = pairs
+        self.file_rows = file_rows  # of each pair: the number of its row in the user's data
+        self.texts = texts  # of each pair: its prompt as people read it
+        prompts, responses = rows_of(pairs)
+        numbers = torch.arange(len(pairs)).repeat_interleave(2).tolist()  # 0, 0, 1, 1, …
+        self.rows = Rows(prompts, responses, numbers)
+
+    def subset(self, numbers: Tensor, margins: Tensor, reference: Tensor) -> TrainingSet:
+        """The pairs with these numbers, in this order. margins (|D|,) and reference (2|D|,): of all."""
+        pairs = [self.pairs[i] for i in numbers.tolist()]
+        return TrainingSet(
+            pairs, reference.view(-1, 2)[numbers], margins[numbers], ["offline"] * len(pairs), numbers.tolist()
+        )
 
 
 class Review(NamedTuple):
-    """What becomes of D and of the samples, steps 3 to 6."""
+    """What steps 3 to 6 make of D and of the samples."""
 
     training_set: TrainingSet
-    dropped: TrainingSet | None = None  # the given pairs that were not selected; None at t = 1
-    samples: "Samples | None" = None  # those that the bootstrapped pairs are made of; None where there are none
-
-
-class Samples(NamedTuple):
-    """n samples of each of P prompts, and what the review makes of them."""
-
-    responses: list[list[Ids]]
-    ended: Tensor  # (P, n) bool
-    usable: Tensor  # (P, n) bool: ended, and not below --token_floor
-    rewards: Tensor  # (P, n), nats, those that rank; NaN where a sample is not usable
-    reference: Tensor  # (P, n), nats: log π_ref(y|x)
-
-
-def rows_of(pairs: Sequence[Pair]) -> tuple[list[Ids], list[Ids]]:
-    """Prompts and responses of N pairs as 2N rows: chosen, rejected, chosen, rejected, …"""
-    prompts = [pair.prompt for pair in pairs for _ in range(2)]
-    return prompts, [y for pair in pairs for y in (pair.chosen, pair.rejected)]
-
-
-def tokens_of(pair: Pair) -> int:
-    return 2 * len(pair.prompt) + len(pair.chosen) + len(pair.rejected)
-
-
-def lengths_of(pairs: Sequence[Pair]) -> Tensor:
-    return torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs])  # (N, 2)
-
-
-def split_by_prompt(given: list[Given], share: float, seed: int) -> tuple[list[Given], list[Given]]:
-    """The pairs to train on and those held out: a random `share` of the prompts, none of which is in both."""
-    prompts = list(dict.fromkeys(tuple(pair.prompt) for pair, *_ in given))
-    held = set(random.Random(seed).sample(prompts, round(share * len(prompts))))
-    in_held = [tuple(pair.prompt) in held for pair, *_ in given]
-    return [one for one, out in zip(given, in_held) if not out], [one for one, out in zip(given, in_held) if out]
-
-
-def pack(rows: Sequence[Ids]) -> tuple[Tensor, Tensor]:
-    """R rows of token ids as one row of all, int32 (Σ lengths,), and their lengths (R,): small, and quick to read."""
-    tokens = array("i")
-    for row in rows:
-        tokens.extend(row)
-    # frombuffer takes no empty buffer
-    flat = torch.frombuffer(tokens, dtype=torch.int32).clone() if tokens else torch.zeros(0, dtype=torch.int32)
-    return flat, torch.tensor([len(row) for row in rows], dtype=torch.int64)
-
-
-def unpack(tokens: Tensor, lengths: Tensor) -> list[Ids]:
-    """The rows again. Equal ids are one object: 8 bytes a token, where a list of ids as it comes takes 40."""
-    number = list(range(int(tokens.max()) + 1)) if len(tokens) else []
-    return [[number[token] for token in row.tolist()] for row in tokens.split(lengths.tolist())]
-
-
-def format_counts(counts: Counter) -> str:
-    return ", ".join(f"{count} {what}" for what, count in counts.items()) or "none"
+    not_selected: TrainingSet | None = None  # the other given pairs, smallest margin first
+    samples: Samples | None = None
+    rewards: Tensor | None = None  # (R,): r̄_t of the samples that ended, in their order

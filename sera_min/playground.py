@@ -30,8 +30,7 @@ UNKIND = "ugly stupid boring nasty rude useless".split()
 VERBS = "is looks seems".split()
 
 SHARE_ON_TOPIC = SHARE_KIND = 0.625  # mean true reward: (2·0.625 − 1 + 2·0.625 − 1) / 2 = 0.25
-BETA = {"dpo": 1.0, "robust": 1.0, "ipo": 1.0, "slic": 1.0, "simpo": 2.0}  # of this world's small model
-LEARNING_RATE = 3e-4
+LEARNING_RATE = 3e-4  # of this world's small model
 DEFAULTS = {  # of flags, in this world; 32 new tokens are five sentences of five words, the end, and room to ramble
     "max_train_pairs": 2000, "max_length": 64, "max_prompt_length": 16, "max_new_tokens": 32,
     "learning_rate": LEARNING_RATE,
@@ -107,7 +106,7 @@ def prompts(part: str) -> list[str]:
     return [f"tell me about the {a} and the {b}" for a, b in in_both_orders]
 
 
-def preferences(n: int, part: str, *, label_noise: float, length_bias: float, seed: int) -> list[dict[str, str]]:
+def preferences(n: int, part: str, *, label_noise: float, seed: int, length_bias: float = 0.0) -> list[dict[str, str]]:
     """n rows of prompt, chosen, rejected. No two responses of a row have one true reward.
 
     length_bias: the share of pairs whose longer response is preferred, whatever it says. label_noise: the share then

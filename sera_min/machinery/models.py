@@ -158,9 +158,7 @@ def check_positions(policy: Any, longest: int, flags: str) -> None:
         raise InputError(f"{flags} is {longest}: {dependence}")
 
 
-def check_before_training(
-    policy: Any, pair: Pair, ends: list[int], checkpointing: bool = False
-) -> None:
+def check_before_training(policy: Any, pair: Pair, ends: list[int], checkpointing: bool = False) -> None:
     """log π(y|x) is the same as the logits say, scored, trained and sampled. Raises InputError.
 
     It differs for a model that has noise in training, looks at what comes after a token, reads
@@ -211,9 +209,7 @@ def sampling_difference(policy: Any, prompt: Ids, ends: list[int]) -> float:
     be any token: here an ordinary one, whose embedding is surely not 0.
     """
     logits: list[Tensor] = []  # of the last position of the four rows, (4, V), at every pass
-    hook = policy.register_forward_hook(
-        lambda module, args, output: logits.append(output.logits[:, -1].float().cpu())
-    )
+    hook = policy.register_forward_hook(lambda module, args, output: logits.append(output.logits[:, -1].float().cpu()))
     prompts = [(prompt * STEPS)[: STEPS + 3], (prompt * 2)[:2]]
     ordinary = max(set(range(max(prompt))) - set(prompt), default=0)  # not in the prompts
     options: Any = {"max_new_tokens": STEPS, "temperature": 1.0, "top_p": 1.0, "seed": 0}
@@ -231,7 +227,6 @@ def sampling_difference(policy: Any, prompt: Ids, ends: list[int]) -> float:
     written = logits[-max(map(len, responses)) :]  # the passes before those read the prompts
     drawn_from = torch.stack(written, 1).log_softmax(-1)  # (4, steps, V)
     differences = [
-        logps[range(len(y)), y].sum() - plain_logprob(policy, x, y).cpu()
-        for logps, (x, y) in zip(drawn_from, rows)
+        logps[range(len(y)), y].sum() - plain_logprob(policy, x, y).cpu() for logps, (x, y) in zip(drawn_from, rows)
     ]
     return largest(torch.stack(differences), responses)

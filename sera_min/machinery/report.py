@@ -79,9 +79,7 @@ class Curves:
             writer.close()
 
 
-def write_report(
-    out: Path, seconds: dict[int, float], prompts: dict[int, str], is_flipped: IsFlipped
-) -> None:
+def write_report(out: Path, seconds: dict[int, float], prompts: dict[int, str], is_flipped: IsFlipped) -> None:
     """Write report.md and the figures, and print all but the reviewed pairs.
 
     seconds: by iteration, what this process spent on it. prompts: of the given pairs, by the

@@ -1,235 +1,318 @@
-"""A run around the method: what its phases share, and what they write."""
+"""A run: what it reads, what it refuses before anything is computed, its steps, and what it writes."""
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from sera_min import data, folder, pairs, playground, report
-from sera_min.compute import draw_samples, score_rows
-from sera_min.config import Resolved, seed_of
-from sera_min.forms import InputError, Paused
-from sera_min.models import pad_id_of
-from sera_min.pairs import Ids, Pair, Review, Samples, TrainingSet
+from sera_min import playground
+from sera_min.machinery import config as configuration
+from sera_min.machinery import data, encoding, folder, report
+from sera_min.machinery.config import Config, Resolved
+from sera_min.machinery.device import check_memory, set_precision
+from sera_min.machinery.errors import InputError
+from sera_min.machinery.models import check_before_training, check_positions
+from sera_min.machinery.policies import Policies, check_finite
+from sera_min.pairs import Ids, Preferences, Review, Samples, TrainingSet
 
 
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """What a run reads."""
+@contextmanager
+def open_run(flags: Config, variant: str = "SeRA", world: Any = playground) -> Iterator["Run"]:
+    """The run that the flags ask for, in a folder that belongs to this process meanwhile.
 
-    offline: list[Pair]  # D
-    offline_rows: list[int] = field(default_factory=list)  # of D's pairs: the number of the row in the user's file
-    offline_texts: list[str] = field(default_factory=list)  # of D's prompts, as people read them
-    held_out: list[Pair] = field(default_factory=list)  # to evaluate on: none of their prompts is in D
-    eval_prompts: list[Ids] = field(default_factory=list)  # to be answered
-    eval_texts: list[str] = field(default_factory=list)  # as people read them
-    file_prompts: list[Ids] = field(default_factory=list)  # those of --prompt_file, and their texts
-    file_texts: list[str] = field(default_factory=list)
+    Everything is read and checked before anything is written. Raises InputError.
+    """
+    if flags.resume_from_checkpoint:
+        config = configuration.resumed(flags, variant)
+    else:
+        config = configuration.resolve(flags)
+        folder.check_free(Path(config.output_dir))
+    if config.in_playground and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # two would wait for each other at every small product
+    run = Run(config, world)
+    run.check()
+    with folder.locked(run.out):
+        folder.check_not_ended(run.out)
+        run.begin(variant)
+        yield run
 
 
-@dataclass(frozen=True)
-class Run(Data):
-    """What all phases of a run share: its data, and these."""
+class Run:
+    """What train.py needs beside the method."""
 
-    config: Resolved
-    out: Path
-    policies: folder.Policies
-    tokenizer: Any
-    eos_ids: list[int]  # the tokens that end a response
+    def __init__(self, config: Resolved, world: Any) -> None:
+        self.config, self.world = config, world
+        self.out = Path(config.output_dir)
+        self.state = self.out / "state"
+        self.policies = Policies(self.out, config)
+        self.made_here = config.in_playground and self.policies.newest() < 0
+        if self.made_here:
+            with self.policies.timed("SFT"):
+                policy, tokenizer = world.make_sft_policy(config.seed, config.device)
+            self.policies.hold(0, policy, tokenizer)
+        policy = self.policies.get(max(self.policies.newest(), 0))
+        check_memory(policy, config.device)
+        longest = max(config.max_length, config.max_prompt_length + config.max_new_tokens)
+        limits = "--max_length or --max_prompt_length + --max_new_tokens"
+        check_positions(policy, longest, limits)
 
-    def log_prob(self, i: int, prompts: list[Ids], responses: list[Ids], what: str) -> Tensor:
-        """log π_θi(y|x) of R rows and the log-prob of each one's least likely token, (R, 2): a phase."""
-        name, desc = f"logps-{what}-under-{i}", f"score {what} under {f'policy {i}' if i else 'the reference'}"
-        logps = folder.phase(
-            self.out, name, lambda: score_rows(self.policies.get(i), prompts, responses, self.config, desc)
-        )
-        assert len(logps) == len(responses), f"{name} was computed of {len(logps)} other rows: choose another name"
-        return logps
+        encoding.set_template(self.policies.tokenizer)
+        if (self.state / "data.json").exists():
+            self.data = folder.read_json(self.state / "data.json")
+            print(f"data: as read when the run began, {len(self.data['given'])} pairs to train on")
+        else:
+            self.data = data.read(config, world, self.policies.tokenizer, self.policies.eos_ids)
+        self.given = data.preferences(self.data["given"])
+        self.held_out = data.preferences(self.data["held_out"])
+        self.prompts = self.data["prompts"]  # to be answered at every evaluation
 
-    def sample(self, i: int, prompts: list[Ids]) -> list[list[tuple[Ids, bool]]]:
-        """N responses a prompt from π_θi, for the review of iteration i + 1: a phase, or what another engine wrote."""
-        n, t = self.config.samples_per_prompt, i + 1
-        given = self.out / "state" / f"samples-{t}.jsonl"
+    def check(self) -> None:
+        policy = self.policies.policy
+        if self.policies.newest() < 1:
+            eos_ids, first = self.policies.eos_ids, self.given.pairs[0]
+            check_before_training(policy, first, eos_ids, self.config.gradient_checkpointing)
+        set_precision(self.config.device)  # after the check, which is in float32
+        needed = 10 * sum(p.nbytes for p in policy.parameters())  # four policies, two checkpoints
+        free = shutil.disk_usage(folder.existing(self.out)).free
+        if free < needed and not (self.out / "config.json").exists():
+            raise InputError(
+                f"--output_dir {self.out}: {free / 1e9:.1f} GB free, and checkpoints take {needed / 1e9:.1f}"
+            )
 
-        def compute() -> tuple[Tensor, Tensor, Tensor]:
-            if given.exists():
-                return pack_samples(read_samples(given, prompts, self.sampling_request(i, prompts)))
-            if self.config.pause_before_sampling:
-                self.pause(t, self.sampling_request(i, prompts))
-            return pack_samples(self.draw(i, prompts, n, t, "samples"))
+    def begin(self, variant: str) -> None:
+        """What an interrupted write has left goes; flags, data and π_ref are written."""
+        for beside in self.state.glob(".*-*"):
+            if beside.is_dir():
+                shutil.rmtree(beside)
+            else:
+                beside.unlink()
+        config_json = configuration.config_json(self.config, variant)
+        folder.write(self.out / "config.json", config_json)
+        if not (self.state / "data.json").exists():
+            folder.write(self.state / "data.json", json.dumps(self.data))
+        if self.made_here:
+            self.policies.save(0, self.policies.policy)
+        self.restore_metrics()
+        self.curves = report.Curves(self.out)
+        self.seconds: dict[int, float] = {}  # of each iteration, in this process
+        self.began = time.monotonic()
 
-        *packed, ended = folder.phase(self.out, f"samples-{t}", compute)
-        if (cut_off := 1 - ended.float().mean().item()) > 0.5:
-            limit = f"--max_new_tokens {self.config.max_new_tokens}"
-            print(f"iteration {t}: {cut_off:.0%} of the samples reach {limit} without an end, and cannot be paired: "
-                  "a larger one uses more of them")  # fmt: skip
-        samples = list(zip(pairs.unpack(*packed), ended.tolist()))  # P·n
-        return [samples[first : first + n] for first in range(0, len(samples), n)]
+    # Steps that survive a kill
 
-    def sampling_request(self, i: int, prompts: list[Ids]) -> dict[str, Any]:
-        """What another engine has to know to sample as we would."""
-        names = ("samples_per_prompt", "max_new_tokens", "temperature", "top_p")
-        flags = {name: getattr(self.config, name) for name in names}
-        seed = seed_of(self.config.seed, i + 1, "samples")
-        size = self.policies.get(i).get_input_embeddings().num_embeddings
-        return {"policy": f"policy-{i}", **flags, "eos_token_ids": self.eos_ids, "vocabulary_size": size, "seed": seed,
-                "prompts": prompts}  # fmt: skip
+    def checkpoint(self, t: int) -> Path:
+        return self.state / f"checkpoint-{t}.pt"
 
-    def pause(self, t: int, request: dict[str, Any]) -> None:
-        file = self.out / "state" / f"prompts-{t}.json"
-        folder.write(file, json.dumps(request) + "\n")
-        raise Paused(
-            f"paused: iteration {t} needs {request['samples_per_prompt']} samples of each prompt in {file}, in "
-            f"{file.with_name(f'samples-{t}.jsonl')}: python experiments/sample_with_vllm.py {self.out}\n"
-            f"to go on: the same command with --resume_from_checkpoint {self.out}"
-        )
+    def steps(self, t: int, batches: list[list[int]], policy: Any, optimizer: Any) -> Iterator[tuple[int, list[int]]]:
+        """(step, batch), from the last checkpoint on, which policy and optimizer are set to.
 
-    def answer(self, i: int, prompts: list[Ids], phase: str) -> list[Ids]:
-        """One response a prompt from π_θi: a phase."""
-        name = f"{phase.replace(' ', '-')}-{i}"
-        return folder.phase(self.out, name, lambda: [y for [(y, _)] in self.draw(i, prompts, 1, i, phase)])
+        Every `save_steps` steps, and when a signal asks to stop, a checkpoint is written.
+        """
+        done = self.restore(t, policy, optimizer)
+        self.policies.forget()
+        desc = f"iteration {t}: train"
+        self.bar = tqdm(batches[done:], desc, initial=done, total=len(batches), unit="step")
+        began = time.monotonic()
+        with folder.signals_noted() as signals:
+            for step, batch in enumerate(self.bar, done + 1):
+                yield step, batch
+                due = step % self.config.save_steps == 0 and step < len(batches)
+                if due or signals:
+                    self.save_checkpoint(t, step, policy, optimizer)
+                if signals:
+                    raise KeyboardInterrupt
+        self.policies.seconds["training"] += time.monotonic() - began  # type: ignore[assignment]
 
-    @report.timed("sampling")
-    def draw(self, i: int, prompts: list[Ids], n: int, t: int, phase: str) -> list[list[tuple[Ids, bool]]]:
-        pad = pad_id_of(self.tokenizer)
-        return draw_samples(self.policies.get(i), prompts, n, self.config, ends=self.eos_ids, pad=pad,
-                            seed=seed_of(self.config.seed, t, phase), desc=f"iteration {t}: {phase}")  # fmt: skip
+    def save_checkpoint(self, t: int, step: int, policy: Any, optimizer: Any) -> None:
+        check_finite(policy, f"iteration {t}, step {step}")
+        state = {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
+        with folder.writing(self.checkpoint(t)) as beside:
+            torch.save(state, beside)
 
-    def text(self, ids: Ids, after: Ids | None = None) -> str:
-        return data.decode(self.tokenizer, ids, self.eos_ids, after)
+    def restore(self, t: int, policy: Any, optimizer: Any) -> int:
+        """Sets both to the last checkpoint, and returns the number of steps that it has seen."""
+        state = self.read_checkpoint(t)
+        if state["step"] > 0:
+            policy.load_state_dict(state["policy"])
+            optimizer.load_state_dict(state["optimizer"])
+        return state["step"]
 
-    def texts(self, some: list[Pair]) -> Iterator[dict[str, str]]:
-        """Pairs as TRL reads them to the same token ids: rendered by the template, and without the EOS that it adds."""
-        ends = [self.tokenizer.eos_token_id]
-        for x, *both in tqdm(some, "decode pairs", disable=len(some) < 10_000):
-            chosen, rejected = data.decode_responses(self.tokenizer, x, both, ends)
-            yield {"prompt": self.text(x), "chosen": chosen, "rejected": rejected}
+    def read_checkpoint(self, t: int) -> dict[str, Any]:
+        file = self.checkpoint(t)
+        if not file.exists():
+            return {"step": 0}
+        with folder.reading(file):
+            return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
+
+    # metrics.jsonl
+
+    def restore_metrics(self) -> None:
+        """metrics.jsonl anew: the lines of all steps before the point where the run goes on."""
+        newest = self.policies.newest()
+        done = self.read_checkpoint(newest + 1)["step"]
+        ours = self.state / "metrics.jsonl"
+        self.logged: set[tuple] = set()
+        lines = []
+        for line in complete_lines(ours):
+            t = line["iteration"]
+            if t <= newest or (t == newest + 1 and line.get("step", 0) <= done):
+                lines.append(line)
+                self.logged.add(place_of(line))
+        folder.write_jsonl(ours, lines)
+        folder.write_jsonl(self.out / "metrics.jsonl", lines)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl, unless it is there from before a resume."""
+        if place_of(line) in self.logged:
+            return
+        self.logged.add(place_of(line))
+        text = json.dumps(line) + "\n"
+        for file in (self.state / "metrics.jsonl", self.out / "metrics.jsonl"):
+            with open(file, "a", encoding="utf-8") as lines:
+                lines.write(text)
+        self.curves.add(line)
+        if line["phase"] == "train":
+            shown = "loss {loss:.3f}, accuracy {rewards/accuracies:.3f}, margin {rewards/margins:.3f}"
+            self.bar.set_postfix_str(shown.format_map(line))
+
+    def log_evaluation(self, t: int, metrics: dict[str, Any]) -> dict[str, Any]:
+        phase = "eval"
+        if t == self.config.iterations:
+            phase = "final"
+        line = {"phase": phase, "iteration": t} | metrics
+        self.log(line)
+        now = time.monotonic()
+        self.seconds[t], self.began = now - self.began, now
+        return line
+
+    # What people read
 
     def write_review(self, t: int, review: Review) -> None:
-        """iteration-<t>/pairs.jsonl, dropped.jsonl and samples.jsonl. Raises InputError where there is no pair."""
+        """iteration-<t>/pairs.jsonl, dropped.jsonl, samples.jsonl. InputError without a pair."""
         if not review.training_set.pairs:
-            raise InputError(f"iteration {t}: no pair is left to train on: --keep and --bootstrap take too few, or no "
-                             "sample could be paired (cut-off samples need a larger --max_new_tokens)")  # fmt: skip
+            raise InputError(
+                f"iteration {t}: no pair is left to train on: --keep and --bootstrap take too "
+                "few, or no sample could be paired (cut-off ones need a larger --max_new_tokens)"
+            )
         here = self.out / f"iteration-{t}"
         folder.write_jsonl(here / "pairs.jsonl", self.pair_lines(review.training_set))
-        if review.dropped is not None:
-            folder.write_jsonl(here / "dropped.jsonl", self.pair_lines(review.dropped))
-        if review.samples is not None:
-            folder.write_jsonl(here / "samples.jsonl", self.sample_lines(review.samples))
+        if review.not_selected is not None:
+            folder.write_jsonl(here / "dropped.jsonl", self.pair_lines(review.not_selected))
+        if review.samples is not None and review.rewards is not None:
+            rewards = review.rewards.tolist()
+            folder.write_jsonl(here / "samples.jsonl", self.sample_lines(review.samples, rewards))
 
-    def pair_lines(self, some: TrainingSet) -> Iterator[dict[str, Any]]:
-        """The lines of pairs.jsonl; `row` is that of the user's file, of a bootstrapped pair that of its prompt."""
-        for texts, margin, source, i in zip(self.texts(some.pairs), some.margins.tolist(), some.sources, some.numbers):
-            yield {**texts, "margin": margin, "source": source, "row": self.offline_rows[i]}
+    def pair_lines(self, chosen: TrainingSet) -> Iterator[dict[str, Any]]:
+        """Pairs as TRL reads them to the same token ids; `row` is that of the user's data."""
+        rows = zip(chosen.pairs, chosen.margins.tolist(), chosen.sources, chosen.numbers)
+        for pair, margin, source, i in in_view(rows, "decode pairs", len(chosen.pairs)):
+            texts = self.pair_texts(pair)
+            yield {**texts, "margin": margin, "source": source, "row": self.given.file_rows[i]}
 
-    def sample_lines(self, samples: Samples) -> Iterator[dict[str, Any]]:
-        """The lines of samples.jsonl, with the prompts of pairs.jsonl."""
-        columns = (samples.ended, samples.usable, samples.rewards)  # (P, n) each
-        rows = zip(self.offline, samples.responses, *(column.tolist() for column in columns))
-        several = len(self.offline) > 10_000
-        for (x, _, _), written, *of_prompt in tqdm(rows, "decode samples", len(self.offline), disable=not several):
-            prompt, texts = self.text(x), data.decode_responses(self.tokenizer, x, written, self.eos_ids)
-            for text, ended, usable, reward in zip(texts, *of_prompt):
-                yield {"prompt": prompt, "response": text, "finish_reason": "stop" if ended else "length",
-                       "usable": usable, "reward": reward if usable else None}  # fmt: skip
+    def pair_texts(self, pair: Any) -> dict[str, str]:
+        tokenizer = self.policies.tokenizer
+        ends = [tokenizer.eos_token_id]  # which TRL adds itself
+        responses = [pair.chosen, pair.rejected]
+        texts = encoding.decode_responses(tokenizer, pair.prompt, responses, ends)
+        prompt = encoding.decode(tokenizer, pair.prompt, ends)
+        return {"prompt": prompt, "chosen": texts[0], "rejected": texts[1]}
 
-    def count_pairs(self, t: int) -> dict[str, Any]:
-        """Of iteration t's pairs.jsonl: how many were given and bootstrapped; in the playground, how many are right."""
-        counts: dict[str, Any] = {}
+    def sample_lines(self, samples: Samples, rewards: list[float]) -> Iterator[dict[str, Any]]:
+        tokenizer, ends = self.policies.tokenizer, self.policies.eos_ids
+        reward_of_next = iter(rewards)
+        rows = zip(self.given.pairs, samples)
+        for pair, of_prompt in in_view(rows, "decode samples", len(samples)):
+            prompt = encoding.decode(tokenizer, pair.prompt, ends)
+            responses = [y for y, ended in of_prompt]
+            texts = encoding.decode_responses(tokenizer, pair.prompt, responses, ends)
+            for text, (y, ended) in zip(texts, of_prompt):
+                reward, reason = None, "length"
+                if ended:
+                    reward, reason = next(reward_of_next), "stop"
+                if reward is not None and math.isnan(reward):
+                    reward = None
+                yield {
+                    "prompt": prompt,
+                    "response": text,
+                    "finish_reason": reason,
+                    "usable": reward is not None,
+                    "reward": reward,
+                }
+
+    def judge(self, t: int, answers: list[Ids]) -> dict[str, Any]:
+        """Writes answers.jsonl beside the SFT policy's; in the playground also the true rewards."""
+        seed = configuration.seed_of(self.config.seed, 0, "reference answers")
+        before = self.policies.sample(0, self.prompts, 1, seed)
+        tokenizer, ends = self.policies.tokenizer, self.policies.eos_ids
+        rows = []
+        for prompt, x, y, [(y_before, ended)] in zip(self.data["texts"], self.prompts, answers, before):
+            texts = encoding.decode_responses(tokenizer, x, [y, y_before], ends)
+            reason = "length"
+            if y[-1] in ends:
+                reason = "stop"
+            names = ("prompt", "answer", "reference", "finish_reason")
+            rows.append(dict(zip(names, (prompt, *texts, reason))))
+        here = self.out / f"iteration-{t}"
+        folder.write_jsonl(here / "answers.jsonl", rows)
+        pairs: list[dict[str, Any]] = []
+        if t > 0:
+            pairs = folder.read_jsonl(here / "pairs.jsonl")
+        judged: dict[str, Any] = {}
         if self.config.in_playground:
-            counts["data/label_accuracy"] = playground.precision(list(self.texts(self.offline)))
-        rows = folder.read_jsonl(self.out / f"iteration-{t}" / "pairs.jsonl") if t else []
+            asked, answered, known = ([row[name] for row in rows] for name in names[:3])
+            judged = self.world.judge(asked, answered, known)
+            given = [self.pair_texts(pair) for pair in self.given.pairs]
+            judged["data/label_accuracy"] = self.world.precision(given)
+        return judged | self.count_pairs(pairs)
+
+    def count_pairs(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Given and bootstrapped ones; in the playground the share of each that is right."""
+        counts: dict[str, Any] = {}
         for name, source in {"select": "offline", "bootstrap": "bootstrap"}.items():
-            some = [row for row in rows if row["source"] == source]
-            if rows:
-                counts[f"{name}/pairs"] = len(some)
-            if rows and self.config.in_playground:
-                counts[f"{name}/precision"] = playground.precision(some) if some else None
+            of_source = [pair for pair in pairs if pair["source"] == source]
+            if not pairs:
+                continue
+            counts[f"{name}/pairs"] = len(of_source)
+            if self.config.in_playground:
+                counts[f"{name}/precision"] = None
+            if self.config.in_playground and of_source:
+                counts[f"{name}/precision"] = self.world.precision(of_source)
         return counts
 
-    def write_answers(self, t: int, before: list[Ids], answers: list[Ids]) -> tuple[list[str], list[str], list[str]]:
-        """iteration-<t>/answers.jsonl: every evaluation prompt, π_θt's answer, the SFT policy's. Returns the three."""
-        x = self.eval_prompts
-        texts = (self.eval_texts, self.answer_texts(x, answers), self.answer_texts(x, before))
-        ends = ["stop" if y[-1] in self.eos_ids else "length" for y in answers]
-        names = ("prompt", "answer", "reference", "finish_reason")  # the last is the answer's
-        rows = [dict(zip(names, row)) for row in zip(*texts, ends)]
-        folder.write_jsonl(self.out / f"iteration-{t}" / "answers.jsonl", rows)
-        return texts
-
-    def answer_texts(self, prompts: list[Ids], answers: list[Ids]) -> list[str]:
-        return [self.text(y, after=x) for x, y in zip(prompts, answers)]
-
     def finish(self) -> None:
-        """samples.json in AlpacaEval's format, where --prompt_file asks for it; the report; the policy in its place."""
-        last = self.config.iterations
-        if self.file_prompts:
-            answers = self.answer_texts(self.file_prompts, self.answer(last, self.file_prompts, "prompt file"))
-            rows = [{"instruction": x, "output": y, "generator": str(self.out)}
-                    for x, y in zip(self.file_texts, answers)]  # fmt: skip
-            folder.write(self.out / "samples.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-        flipped = playground.is_flipped if self.config.in_playground else None
-        report.write_report(self.out, last, dict(zip(self.offline_rows, self.offline_texts)), flipped)
-        folder.keep_policy(self.out, last)
+        """The report; the last policy becomes policy/; state/ goes, nothing is left to resume."""
+        self.curves.close()
+        is_flipped = None
+        if self.config.in_playground:
+            is_flipped = self.world.is_flipped
+        prompts = dict(zip(self.given.file_rows, self.given.texts))
+        report.write_report(self.out, self.seconds, prompts, is_flipped)
+        spent = [f"{s:.0f} {phase}" for phase, s in self.policies.seconds.most_common()]
+        print("Seconds:", ", ".join(spent))
+        (self.state / f"policy-{self.config.iterations}").rename(self.out / "policy")
+        shutil.rmtree(self.state)
+        print(f"The policy is in {self.out / 'policy'}, the rest of the run in {self.out}.")
 
 
-def batches_of(n: int, t: int, config: Resolved) -> list[list[int]]:
-    """The numbers of every step's pairs: epoch after epoch, each in an order of its own."""
-    generator = torch.Generator().manual_seed(seed_of(config.seed, t, "order"))
-    size = config.per_device_train_batch_size
-    steps = config.steps_per_iteration or config.epochs_per_iteration * math.ceil(n / size)
-    epochs = math.ceil(steps / math.ceil(n / size))
-    return [b.tolist() for _ in range(epochs) for b in torch.randperm(n, generator=generator).split(size)][:steps]
+def in_view(rows: Iterable, desc: str, count: int) -> Iterable:
+    """With a progress bar, where there are many."""
+    return tqdm(rows, desc, count, disable=count < 10_000)
 
 
-def read_samples(file: Path, prompts: list[Ids], asked: dict[str, Any]) -> list[list[tuple[Ids, bool]]]:
-    """Another engine's samples: a JSON object a line, of each prompt in order, with all ids as the engine had them:
-
-        {"prompt": [ids], "responses": [[ids], …], "finish_reasons": ["stop" or "length", …]}
-
-    A response that stopped has the end of sequence that it stopped at, another has none. Raises InputError.
-    """
-    rows, n = folder.read_jsonl(file), asked["samples_per_prompt"]
-    if len(rows) != len(prompts):
-        raise InputError(f"{file}: {len(rows)} lines, expected one for each of the {len(prompts)} prompts")
-    samples = []
-    for number, (row, x) in enumerate(zip(rows, prompts), 1):
-        where = f"{file}, line {number}"
-        if not isinstance(row, dict) or row.get("prompt") != x:
-            raise InputError(f"{where}: prompt is not the ids of this prompt in prompts-*.json")
-        responses, reasons = row.get("responses"), row.get("finish_reasons")
-        if not (isinstance(responses, list) and isinstance(reasons, list) and len(responses) == len(reasons) == n):
-            raise InputError(f"{where}: expected {n} responses and {n} finish_reasons")
-        for j, (y, reason) in enumerate(zip(responses, reasons)):
-            if wrong := wrong_sample(y, reason, asked):
-                raise InputError(f"{where}, sample {j}: {wrong}")
-        samples.append([(y, reason == "stop") for y, reason in zip(responses, reasons)])
-    return samples
+def complete_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file of ours; the last may be cut off by a kill."""
+    if not file.exists():
+        return
+    for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
+        yield json.loads(line)
 
 
-def wrong_sample(y: Any, reason: Any, asked: dict[str, Any]) -> str:
-    """What is wrong with a response of token ids and its finish_reason; "" where nothing is."""
-    size, limit, ends = asked["vocabulary_size"], asked["max_new_tokens"], asked["eos_token_ids"]
-    if reason not in ("stop", "length"):
-        return f'its finish_reason is {reason!r}: expected "stop" or "length"'
-    if not (isinstance(y, list) and y and all(type(token) is int and 0 <= token < size for token in y)):
-        return f"expected a list of token ids, 0 to {size - 1}"
-    if len(y) > limit:
-        return f"it has {len(y)} tokens, and --max_new_tokens is {limit}"
-    if any(token in ends for token in y[:-1]):
-        return f"it goes on after one of the eos_token_ids, {ends}"
-    if (reason == "stop") != (y[-1] in ends):
-        return f'its finish_reason is "{reason}", and its last token is {y[-1]}: what stopped ends with one of {ends}'
-    return ""
-
-
-def pack_samples(samples: list[list[tuple[Ids, bool]]]) -> tuple[Tensor, Tensor, Tensor]:
-    """The token ids of P·n samples, their lengths, and which of them ended."""
-    flat = [sample for of_prompt in samples for sample in of_prompt]
-    return *pairs.pack([y for y, _ in flat]), torch.tensor([ended for _, ended in flat])
+def place_of(line: dict[str, Any]) -> tuple:
+    return line["phase"], line["iteration"], line.get("step")

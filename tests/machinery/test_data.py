@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sera_min import playground
 from sera_min.machinery.data import split_by_prompt
-from sera_min.machinery.encode import Given, decode, encode, encode_prompts
+from sera_min.machinery.encoding import Given, decode, encode, encode_prompts
 from sera_min.machinery.errors import InputError
 from sera_min.machinery.rows import read_rows
 from sera_min.pairs import Pair

@@ -11,8 +11,8 @@ from conftest import CHATML, bpe_tokenizer, unigram_tokenizer
 from datasets import Dataset, DatasetDict
 from tokenizers import processors
 
-from sera_min.machinery import encode as encoding
-from sera_min.machinery.encode import decode, decode_responses, encode, encode_given
+from sera_min.machinery import encoding
+from sera_min.machinery.encoding import decode, decode_responses, encode, encode_given
 from sera_min.machinery.errors import InputError, Unusable
 from sera_min.machinery.rows import preference, question, read_rows
 

@@ -1,0 +1,269 @@
+"""The policies π_θ0 = π_ref, π_θ1, …: one in memory, the others in folders. And what they say.
+
+train.py asks five things of this object: get, save, newest, log_prob and sample. What has been
+computed is kept on disk under a key made of the policy's number and all the token ids, so a
+result cannot be taken for that of other rows.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sera_min import bootstrap
+from sera_min.logprobs import score
+from sera_min.machinery.config import Resolved
+from sera_min.machinery.device import autocast, retry_on_oom
+from sera_min.machinery.errors import InputError, Paused, in_one_line
+from sera_min.machinery.folder import read_json, read_jsonl, write, write_jsonl, writing
+from sera_min.machinery.models import eos_ids_of, load, pad_id_of
+from sera_min.pairs import Ids, Rows, Samples
+
+
+def key_of(*rows: Ids) -> str:
+    """A name for lists of token ids that no other lists have."""
+    hashed = hashlib.sha1()
+    for ids in rows:
+        hashed.update(array("q", [len(ids), *ids]))
+    return hashed.hexdigest()[:12]
+
+
+class Policies:
+    def __init__(self, out: Path, config: Resolved) -> None:
+        self.config = config
+        self.state = out / "state"
+        self.seconds: Counter = Counter()  # of this process
+        self.number = -1  # of the policy in memory
+        self.policy: Any = None
+        self.tokenizer: Any = None
+
+    def folder(self, i: int) -> Path | str:
+        if i == 0 and self.config.model_name_or_path:
+            return self.config.model_name_or_path
+        return self.state / f"policy-{i}"
+
+    def newest(self) -> int:
+        """The number of the newest policy on disk; −1 where not even π_θ0 is."""
+        newest = -1
+        if self.config.model_name_or_path:
+            newest = 0
+        for path in self.state.glob("policy-*"):
+            number = path.name.removeprefix("policy-")
+            if number.isdigit():
+                newest = max(newest, int(number))
+        return newest
+
+    def get(self, i: int) -> Any:
+        """π_θi, from its folder unless it is the one in memory."""
+        if self.number != i:
+            self.forget()
+            policy, tokenizer = load(self.folder(i), self.config.device)
+            self.hold(i, policy, tokenizer)
+        return self.policy
+
+    def hold(self, i: int, policy: Any, tokenizer: Any) -> None:
+        self.number, self.policy, self.tokenizer = i, policy, tokenizer
+        self.eos_ids = eos_ids_of(policy, tokenizer)  # the tokens that end a response
+        self.vocabulary_size = policy.get_input_embeddings().num_embeddings
+        if self.config.gradient_checkpointing:
+            policy.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def forget(self) -> None:
+        """The policy in memory is no longer one of these: it is being trained, or makes room."""
+        self.number, self.policy = -1, None
+
+    def save(self, i: int, policy: Any) -> None:
+        """Keep a policy as π_θi, and remove what nothing will ask for any more."""
+        check_finite(policy, f"policy-{i}")
+        with writing(self.state / f"policy-{i}") as beside:
+            policy.save_pretrained(beside)
+            self.tokenizer.save_pretrained(beside)
+        self.hold(i, policy, self.tokenizer)
+        for checkpoint in self.state.glob("checkpoint-*"):
+            checkpoint.unlink()
+        if i > 2:
+            shutil.rmtree(self.state / f"policy-{i - 2}", ignore_errors=True)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.seconds[phase] += time.monotonic() - began  # type: ignore[assignment]
+
+    def log_prob(self, i: int, rows: Rows) -> Tensor:
+        """log π_θi(y|x) of R rows, float32 (R,) on the CPU, nats. Computed once."""
+        if i not in rows.logps:
+            file = self.state / f"logps-{i}-{key_of(*rows.prompts, *rows.responses)}.json"
+            if not file.exists():
+                with self.timed("scoring"):
+                    write(file, json.dumps(self.score(i, rows).tolist()))
+            rows.logps[i] = torch.tensor(read_json(file), dtype=torch.float32)
+        return rows.logps[i]
+
+    def score(self, i: int, rows: Rows) -> Tensor:
+        desc = f"score {len(rows.prompts)} responses under policy {i}"
+        policy = self.get(i)
+
+        def attempt(max_tokens: int) -> Tensor:
+            with autocast(self.config.device), in_one_line("the model fails"):
+                logps, lengths = score(policy, rows.prompts, rows.responses, max_tokens=max_tokens, desc=desc)
+            return logps
+
+        longest = 0
+        for x, y in zip(rows.prompts, rows.responses):
+            longest = max(longest, len(x) + len(y))
+        logps, fitted = retry_on_oom(attempt, self.config.max_tokens, longest, f"{desc}: ")
+        check_log_probs(logps, desc)
+        return logps
+
+    def sample(self, i: int, prompts: list[Ids], n: int, seed: int) -> Samples:
+        """n responses to each prompt from π_θi, each with whether it ended. Drawn once.
+
+        Another engine may have drawn them: a file of its samples is read like one of ours.
+        """
+        key = key_of(*prompts, [n, seed])
+        file = self.state / f"samples-{i}-{key}.jsonl"
+        if not file.exists():
+            if n > 1 and self.config.pause_before_sampling:
+                self.pause(file, i, prompts, n, seed)
+            with self.timed("sampling"):
+                samples = self.draw(i, prompts, n, seed)
+            write_jsonl(file, sample_rows(prompts, samples))
+        samples = read_samples(file, prompts, self.request(i, prompts, n, seed))
+        if n > 1:
+            self.warn_of_cut_off(samples)
+        return samples
+
+    def draw(self, i: int, prompts: list[Ids], n: int, seed: int) -> Samples:
+        """Where memory runs out other samples are drawn, in smaller batches."""
+        config, policy = self.config, self.get(i)
+        desc = f"sample from policy {i}"
+
+        def attempt(max_tokens: int) -> Samples:
+            with autocast(config.device), in_one_line("the model fails"):
+                return bootstrap.sample_responses(
+                    policy,
+                    prompts,
+                    n,
+                    max_new_tokens=config.max_new_tokens,
+                    temperature=config.temperature,
+                    top_p=config.top_p,
+                    eos_token_id=self.eos_ids,
+                    pad_token_id=pad_id_of(self.tokenizer),
+                    seed=seed,
+                    max_tokens=max_tokens,
+                    desc=desc,
+                )
+
+        cache = bootstrap.CACHE_TOKENS[torch.device(config.device).type]
+        least = n * (config.max_prompt_length + config.max_new_tokens)
+        samples, fitted = retry_on_oom(attempt, cache, least, f"{desc}: ")
+        return samples
+
+    def warn_of_cut_off(self, samples: Samples) -> None:
+        ended = [end for of_prompt in samples for y, end in of_prompt]
+        if sum(ended) < 0.5 * len(ended):
+            share = 1 - sum(ended) / len(ended)
+            print(
+                f"{share:.0%} of the samples reach --max_new_tokens {self.config.max_new_tokens} "
+                "without an end, and cannot be paired: a larger one uses more of them"
+            )
+
+    # Samples of another engine
+
+    def request(self, i: int, prompts: list[Ids], n: int, seed: int) -> dict[str, Any]:
+        """All that another engine has to know to sample as we would."""
+        return {
+            "policy": str(self.folder(i)),
+            "samples_per_prompt": n,
+            "max_new_tokens": self.config.max_new_tokens,
+            "temperature": self.config.temperature,
+            "top_p": self.config.top_p,
+            "eos_token_ids": self.eos_ids,
+            "vocabulary_size": self.vocabulary_size,
+            "seed": seed,
+            "prompts": prompts,
+        }
+
+    def pause(self, file: Path, i: int, prompts: list[Ids], n: int, seed: int) -> None:
+        asked = file.with_name(file.name.replace("samples", "prompts").removesuffix("l"))
+        write(asked, json.dumps(self.request(i, prompts, n, seed)) + "\n")
+        out = self.config.output_dir
+        raise Paused(
+            f"paused: {n} samples of each prompt in {asked} are needed, in {file}: "
+            f"python experiments/sample_with_vllm.py {out}\n"
+            f"to go on: python train.py --resume_from_checkpoint {out}"
+        )
+
+
+def check_finite(policy: Any, name: str) -> None:
+    if not all(p.isfinite().all() for p in policy.parameters()):
+        raise FloatingPointError(f"{name}: its weights are not finite numbers")
+
+
+def check_log_probs(logps: Tensor, desc: str) -> None:
+    if not logps.isfinite().all():
+        row = int((~logps.isfinite()).nonzero()[0])
+        raise FloatingPointError(f"{desc}: log π(y|x) of response {row} is {logps[row]}")
+
+
+def sample_rows(prompts: list[Ids], samples: Samples) -> Iterator[dict[str, Any]]:
+    """The lines of a file of samples, as token ids: {"prompt", "responses", "finish_reasons"}."""
+    reason = {True: "stop", False: "length"}
+    for x, of_prompt in zip(prompts, samples):
+        yield {
+            "prompt": x,
+            "responses": [y for y, ended in of_prompt],
+            "finish_reasons": [reason[ended] for y, ended in of_prompt],
+        }
+
+
+def read_samples(file: Path, prompts: list[Ids], asked: dict[str, Any]) -> Samples:
+    """A file of samples, whoever wrote it: a line for each prompt, in order. Raises InputError."""
+    rows = read_jsonl(file)
+    if len(rows) != len(prompts):
+        raise InputError(f"{file}: {len(rows)} lines, expected one for each of {len(prompts)} prompts")
+    n = asked["samples_per_prompt"]
+    samples = []
+    for number, (row, x) in enumerate(zip(rows, prompts), 1):
+        where = f"{file}, line {number}"
+        if not isinstance(row, dict) or row.get("prompt") != x:
+            raise InputError(f"{where}: prompt is not the ids of this prompt in prompts-*.json")
+        responses, reasons = row.get("responses"), row.get("finish_reasons")
+        both_lists = isinstance(responses, list) and isinstance(reasons, list)
+        if not both_lists or not len(responses) == len(reasons) == n:
+            raise InputError(f"{where}: expected {n} responses and {n} finish_reasons")
+        for j, (y, reason) in enumerate(zip(responses, reasons)):
+            wrong = wrong_sample(y, reason, asked)
+            if wrong:
+                raise InputError(f"{where}, sample {j}: {wrong}")
+        samples.append([(y, reason == "stop") for y, reason in zip(responses, reasons)])
+    return samples
+
+
+def wrong_sample(y: Any, reason: Any, asked: dict[str, Any]) -> str:
+    """What is wrong with a response of token ids and its finish_reason; "" where nothing is."""
+    size, limit, ends = asked["vocabulary_size"], asked["max_new_tokens"], asked["eos_token_ids"]
+    if reason not in ("stop", "length"):
+        return f'its finish_reason is {reason!r}: expected "stop" or "length"'
+    if not isinstance(y, list) or not y:
+        return "expected a list of token ids"
+    for token in y:
+        if type(token) is not int or not 0 <= token < size:
+            return f"{token!r} is no token id: expected 0 to {size - 1}"
+    if len(y) > limit:
+        return f"it has {len(y)} tokens, and --max_new_tokens is {limit}"
+    if any(token in ends for token in y[:-1]):
+        return f"it goes on after one of the eos_token_ids, {ends}"
+    if (reason == "stop") != (y[-1] in ends):
+        return f'its finish_reason is "{reason}", and its last token is {y[-1]}'
+    return ""
