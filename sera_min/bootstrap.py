@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-TokenIds = list[int]
-Sample = tuple[TokenIds, bool]  # token ids, and whether they end with an end of sequence
+Ids = list[int]  # token ids
+Sample = tuple[Ids, bool]  # token ids, and whether they end with an end of sequence
 
 
 def sample_responses(
     model,
-    prompts: list[TokenIds],
+    prompts: list[Ids],
     n: int,
     *,
     max_new_tokens: int,
@@ -49,11 +49,12 @@ def sample_responses(
     batch size and machine give the same samples; random generators are left as they were.
     """
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    room = max_tokens or CACHE_TOKENS.get(model.device.type, 2**15)
     draw_next = DrawNext(temperature, top_p)
     samples: list[list[Sample]] = [[] for _ in prompts]
     bar = tqdm(total=len(prompts), desc=desc, unit="prompt", disable=desc is None)
     with our_settings(model, ends, pad_token_id), our_seed(model.device, seed), bar:
-        for batch in prompt_batches(prompts, n, max_new_tokens, max_tokens, model.device):
+        for batch in prompt_batches(prompts, n, max_new_tokens, room):
             x = [prompts[i] for i in batch]
             written = continue_all(model, x, n, max_new_tokens, ends, pad_token_id, draw_next)
             draw_next.check()
@@ -63,7 +64,7 @@ def sample_responses(
     return samples
 
 
-def ended_responses(samples: list[list[Sample]]) -> tuple[list[int], list[TokenIds], int]:
+def ended_responses(samples: list[list[Sample]]) -> tuple[list[int], list[Ids], int]:
     """Flattens what `sample_responses` returns, without the samples that were cut off.
 
     Returns, for the R responses that ended, the number of their prompt, list (R,), and their token
@@ -71,7 +72,7 @@ def ended_responses(samples: list[list[Sample]]) -> tuple[list[int], list[TokenI
     (an engine's "length" would count as true).
     """
     prompt_of: list[int] = []
-    responses: list[TokenIds] = []
+    responses: list[Ids] = []
     cut_off = 0
     for i, of_prompt in enumerate(samples):
         for j, (y, ended) in enumerate(of_prompt):
@@ -86,8 +87,8 @@ def ended_responses(samples: list[list[Sample]]) -> tuple[list[int], list[TokenI
 
 
 def best_worst_pairs(
-    prompt_of: list[int], responses: list[TokenIds], rewards: Tensor
-) -> tuple[Tensor, Tensor, Counter]:
+    prompt_of: list[int], responses: list[Ids], rewards: Tensor
+) -> tuple[Tensor, Tensor, Counter]:  # fmt: skip
     """argmax and argmin of the reward over each prompt's different responses, where these differ.
 
     prompt_of, responses, rewards: of R rows the number of the prompt, the token ids, and the reward
@@ -137,7 +138,7 @@ STRIDE = 32  # tokens after which samples that have ended leave the batch
 KEYS_AND_VALUES = {"DynamicLayer", "DynamicSlidingWindowLayer"}  # caches of nothing else
 
 
-def check_rows(prompt_of: list[int], responses: list[TokenIds], rewards: Tensor) -> None:
+def check_rows(prompt_of: list[int], responses: list[Ids], rewards: Tensor) -> None:
     if not isinstance(rewards, Tensor):
         raise TypeError(f"rewards must be a tensor, not a {type(rewards).__name__}")
     rows = len(responses)
@@ -153,15 +154,8 @@ def check_rows(prompt_of: list[int], responses: list[TokenIds], rewards: Tensor)
         raise ValueError(f"row {row}: the reward is {rewards[row].item()}")
 
 
-def prompt_batches(
-    prompts: list[TokenIds],
-    n: int,
-    max_new_tokens: int,
-    max_tokens: int | None,
-    device: torch.device,
-) -> list[list[int]]:
-    """Prompt numbers, longest first, in batches whose caches hold at most `max_tokens` tokens."""
-    room = max_tokens or CACHE_TOKENS.get(device.type, 2**15)
+def prompt_batches(prompts: list[Ids], n: int, max_new_tokens: int, room: int) -> list[list[int]]:
+    """Numbers of prompts, longest first, in batches whose caches hold at most `room` tokens."""
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     longest = max(map(len, prompts), default=0) + max_new_tokens
     size = max(1, room // (n * longest))
@@ -248,20 +242,14 @@ def draw_tokens(p: Tensor) -> Tensor:
 
 @torch.no_grad()
 def continue_all(
-    model,
-    prompts: list[TokenIds],
-    n: int,
-    max_new_tokens: int,
-    ends: list[int],
-    pad: int,
-    draw_next: DrawNext,
-) -> list[TokenIds]:
+    model, prompts: list[Ids], n: int, max_new_tokens: int, ends: list[int], pad: int, draw_next
+) -> list[Ids]:
     """n responses to each of b prompts, (b·n) lists, each up to its end of sequence."""
     ids, mask = pad_left(prompts, pad, model.device)  # (b, P) each
     cache = read_prompts(model, ids, mask, n)
     ids = ids.repeat_interleave(n, 0)  # (b·n, P)
     mask = mask.repeat_interleave(n, 0)  # (b·n, P)
-    written: list[TokenIds] = [[] for _ in ids]
+    written: list[Ids] = [[] for _ in ids]
     rows = list(range(len(ids)))  # those that have not ended, B of them
     with keys_like_values(cache):
         for start in range(0, max_new_tokens, STRIDE):
@@ -285,7 +273,7 @@ def continue_all(
     return written
 
 
-def pad_left(prompts: list[TokenIds], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def pad_left(prompts: list[Ids], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, int64 (b, P): all rows go on from the same column."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad)
@@ -308,7 +296,7 @@ def read_prompts(model, ids: Tensor, mask: Tensor, n: int) -> dict:
     return cache
 
 
-def up_to_end(tokens: TokenIds, ends: list[int]) -> TokenIds:
+def up_to_end(tokens: Ids, ends: list[int]) -> Ids:
     for j, token in enumerate(tokens):
         if token in ends:
             return tokens[: j + 1]

@@ -9,7 +9,9 @@ import torch
 from conftest import FAMILIES, tiny_model
 
 from sera_min import bootstrap, logprobs
-from sera_min.logprobs import implicit_reward, rope_limit, score, sequence_logprobs, sum_and_least, token_batches
+from sera_min.logprobs import (
+    implicit_reward, plain_logprob, rope_limit, score, sequence_logprobs, token_batches, token_logprobs,
+)  # fmt: skip
 
 
 def ragged(n=5, vocab=61, seed=0):
@@ -51,6 +53,53 @@ def test_logprobs_and_gradients_are_the_float64_loop_s(family):
         assert error < allowed, f"{name}: {error} > {allowed}"
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_plain_form_is_the_float64_loop_s_sum(family):
+    """plain_logprob, with which logprobs.py begins, is an oracle: float64 where the model is (gemma2's softmax is not)."""
+    exact = tiny_model(family).double()
+    for x, y in zip(*ragged()):
+        torch.testing.assert_close(plain_logprob(exact, x, y), brute_force(exact, [x], [y])[0], rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize("settings", [{}, {"tie_word_embeddings": True}, {"frozen": "body"}, {"frozen": "head"}])
+@pytest.mark.parametrize("by", ["grad", "backward"])
+def test_gradients_are_the_plain_form_s_by_autograd_grad_too(monkeypatch, settings, by):
+    """Tied embeddings get both gradients; a head above a frozen body gets its own; chunks of two rows."""
+    monkeypatch.setattr(logprobs, "HEAD_LOGITS", {"cpu": 2 * 61})
+    settings, frozen = dict(settings), settings.get("frozen")
+    settings.pop("frozen", None)
+    prompts, responses = ragged()
+    weights = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0])
+    gradients = []
+    for model, logps_of in [
+        (tiny_model(**settings), lambda m: sequence_logprobs(m, prompts, responses)[0]),
+        (tiny_model(**settings).double(), lambda m: torch.stack([plain_logprob(m, x, y) for x, y in zip(prompts, responses)])),
+    ]:
+        assert (model.lm_head.weight is model.model.embed_tokens.weight) == ("tie_word_embeddings" in settings)
+        if frozen:
+            (model.model if frozen == "body" else model.lm_head).requires_grad_(False)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        loss = (logps_of(model) * weights).sum()
+        if by == "grad":
+            gradients.append(torch.autograd.grad(loss, parameters))
+            assert all(p.grad is None for p in parameters)
+        else:
+            loss.backward()
+            gradients.append([p.grad for p in parameters])
+    assert len(gradients[0]) == {None: 20 + (not settings), "body": 1, "head": 20}[frozen]
+    for ours, plain in zip(*gradients, strict=True):
+        assert (ours - plain).norm() < 1e-5 * plain.norm()
+
+
+def test_gradients_of_several_passes_add_up_and_a_graph_may_be_kept():
+    model, (prompts, responses) = tiny_model(), ragged()
+    loss = sequence_logprobs(model, prompts, responses)[0].sum()
+    loss.backward(retain_graph=True)
+    once = model.lm_head.weight.grad.clone()
+    loss.backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, 2 * once)
+
+
 @pytest.mark.parametrize("family", ["gemma2", "cohere", "granite"])
 def test_the_naive_head_is_wrong_where_the_model_has_its_own(family):
     """What we must not do: hidden states times the head's weights."""
@@ -85,8 +134,10 @@ def test_chunks_change_nothing_and_full_logits_never_exist(monkeypatch):
 def test_the_model_is_left_as_it_was():
     model, (prompts, responses) = tiny_model(), ragged()
     before = model(input_ids=torch.tensor([prompts[0]])).logits
-    with pytest.raises(IndexError):
-        sequence_logprobs(model, prompts, [[10**6]] * 5)
+    hook = model.lm_head.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # while the body's forward is replaced
+        sequence_logprobs(model, prompts, responses)
+    hook.remove()
     sequence_logprobs(model, prompts, responses)
     assert "forward" not in vars(model.base_model)
     assert torch.equal(before, model(input_ids=torch.tensor([prompts[0]])).logits)
@@ -148,17 +199,12 @@ def test_implicit_reward_is_a_difference_and_per_token_on_request():
     assert implicit_reward(policy, reference, torch.tensor([4, 2])).tolist() == [0.5, -0.5]
 
 
-def test_sum_and_least_token_of_any_number_of_rows():
+def test_each_token_has_its_log_probability():
     model, (prompts, responses) = tiny_model(), ragged(9)
-    got, counts = score(model, prompts, responses, max_tokens=20, of=sum_and_least)
     with torch.no_grad():
-        for (total, least), x, y in zip(got, prompts, responses):
+        for got, x, y in zip(token_logprobs(model, prompts, responses), prompts, responses):
             logps = tiny_model().double()(input_ids=torch.tensor([x + y])).logits[0, len(x) - 1 : -1].log_softmax(-1)
-            each = logps.gather(1, torch.tensor(y)[:, None])
-            assert total.item() == pytest.approx(each.sum().item(), abs=1e-4)
-            assert least.item() == pytest.approx(each.min().item(), abs=1e-4)
-    assert counts.tolist() == [len(y) for y in responses]
-    assert score(model, [], [], max_tokens=20, of=sum_and_least)[0].shape == (0, 2)
+            torch.testing.assert_close(got.double(), logps[range(len(y)), y], rtol=1e-5, atol=1e-4)
 
 
 def test_what_is_no_list_of_token_ids_is_refused():
@@ -167,6 +213,24 @@ def test_what_is_no_list_of_token_ids_is_refused():
         sequence_logprobs(model, [[3], [4]], [[5], torch.tensor([6])])
     with pytest.raises(ValueError, match="shorter"):
         sequence_logprobs(model, [[3], [4]], [[5]])
+
+
+@pytest.mark.parametrize("wrong", [61, 10**6, -1, -100])
+@pytest.mark.parametrize("name", ["prompt", "response"])
+def test_ids_that_the_model_does_not_have_are_named(name, wrong):
+    """−100 would be no error in cross_entropy: it would be counted, and contribute nothing."""
+    ids = {"prompt": [3, 4], "response": [5, 6], name: [7, wrong]}
+    with pytest.raises(ValueError, match=f"row 1: the {name} has ids .*{wrong}.*, not 0 to 60"):
+        sequence_logprobs(tiny_model(), [[3], ids["prompt"]], [[4], ids["response"]])
+
+
+def test_log_probs_of_two_shapes_are_no_reward():
+    column, row = torch.zeros(3, 1), torch.zeros(3)
+    assert (column - row).shape == (3, 3)  # what would happen
+    with pytest.raises(ValueError, match=r"\(3, 1\) and \(3,\)"):
+        implicit_reward(column, row)
+    with pytest.raises(ValueError, match=r"\(3,\) and \(3, 1\)"):
+        implicit_reward(row, row, column)
 
 
 def test_token_batches_are_filled_to_the_brim():
