@@ -24,6 +24,7 @@ Plain training, the baseline, is `--keep 1 --bootstrap 0`. Variants are in exper
 """
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,7 @@ from sera_min.machinery.device import autocast, halve_if_out_of_memory
 from sera_min.machinery.errors import format_counts
 from sera_min.machinery.policies import Policies
 from sera_min.machinery.run import Run, open_run
-from sera_min.pairs import Pair, Preferences, Review, Rows, Samples, TrainingSet, rows_of
+from sera_min.pairs import Pair, Preferences, Review, Rows, Samples, TrainingSet, padded_tokens, rows_of
 from sera_min.select import ensemble_margin, select_top
 
 # ---------------------------------------------------------------------------- reward and loss
@@ -117,19 +118,13 @@ def bootstrap(
     wanted = round(config.bootstrap * len(prompts))
     top = variant.select_top(margins, min(wanted, len(margins)))  # (K̃,)
 
-    counts = {"cut-off samples": cut_off, **dropped}
+    counts = Counter({"cut-off samples": cut_off, **dropped})
     print(f"iteration {t}: {len(top)} of {wanted} bootstrapped pairs;", end=" ")
     print(f"dropped: {format_counts(counts)}")
 
-    pairs = []
-    for w, l in zip(best[top].tolist(), worst[top].tolist()):
-        pairs.append(Pair(rows.prompts[w], responses[w], responses[l]))
     reference = policies.log_prob(0, rows)  # (R,)
-    chosen_and_rejected = torch.stack([reference[best[top]], reference[worst[top]]], dim=1)
-    numbers = [prompt_of[w] for w in best[top].tolist()]
-    sources = ["bootstrap"] * len(pairs)
-    made = TrainingSet(pairs, chosen_and_rejected, margins[top], sources, numbers)
-    return made, samples, r
+    bootstrapped = rows.paired(best[top], worst[top], margins[top], reference)
+    return bootstrapped, samples, r
 
 
 def review(t: int, given: Preferences, policies: Policies, config: Resolved, variant: "Variant") -> Review:
@@ -162,8 +157,8 @@ def pair_losses(policy: Any, pairs: list[Pair], reference: Tensor, config: Resol
     prompts, responses = rows_of(pairs)  # 2m rows: chosen, rejected, …
     with autocast(config.device):
         logps, lengths = sequence_logprobs(policy, prompts, responses)  # (2m,)
-    logps, lengths = logps.view(-1, 2), lengths.view(-1, 2)  # (m, 2)
-    r = reward(logps, reference.to(logps.device), lengths, config)
+    logps = logps.view(-1, 2)  # (m, 2)
+    r = reward(logps, reference.to(logps.device), lengths.view(-1, 2), config)
     return loss_of(r[:, 0] - r[:, 1], config), logps
 
 
@@ -178,13 +173,15 @@ def train_step(
 ) -> dict[str, float]:
     """One optimizer step on the mean loss of b pairs, in micro-batches of `max_tokens` tokens."""
     b = len(pairs)
-    losses, logps = torch.empty(b), torch.empty(b, 2)
-    tokens = [2 * max(len(x) + len(w), len(x) + len(l)) for x, w, l in pairs]  # padded
-    for batch in token_batches(tokens, config.max_tokens):
-        micro_batch = [pairs[i] for i in batch]
-        loss, logp = variant.pair_losses(policy, micro_batch, reference[batch], config)
+    losses = torch.empty(b)
+    logps = torch.empty(b, 2)
+    tokens = [padded_tokens(pair) for pair in pairs]
+    for part in token_batches(tokens, config.max_tokens):
+        micro_batch = [pairs[i] for i in part]
+        loss, logp = variant.pair_losses(policy, micro_batch, reference[part], config)
         (loss.sum() / b).backward()
-        losses[batch], logps[batch] = loss.detach().cpu(), logp.detach().cpu()
+        losses[part] = loss.detach().cpu()
+        logps[part] = logp.detach().cpu()
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -257,12 +254,14 @@ def summary(losses: Tensor, r: Tensor, config: Resolved) -> dict[str, float]:
 
 def evaluate(t: int, run: Run, config: Resolved) -> dict[str, Any]:
     """π_θt on the evaluation pairs, and its answers to their prompts."""
-    policies, metrics = run.policies, {}
+    policies = run.policies
+    metrics = {}
     if run.held_out.pairs:
         rows = run.held_out.rows
-        logps, reference = policies.log_prob(t, rows), policies.log_prob(0, rows)
-        r = reward(logps, reference, rows.lengths, config).view(-1, 2)
-        for name, value in summary(loss_of(r[:, 0] - r[:, 1], config), r, config).items():
+        logps = policies.log_prob(t, rows)
+        r = reward(logps, policies.log_prob(0, rows), rows.lengths, config).view(-1, 2)
+        losses = loss_of(r[:, 0] - r[:, 1], config)
+        for name, value in summary(losses, r, config).items():
             metrics[f"eval_{name}"] = value
 
     seed = seed_of(config.seed, t, "answers")
@@ -289,6 +288,7 @@ class Variant:
     training_set: Callable[..., Review] = training_set
     batches_of: Callable[..., list[list[int]]] = batches_of
     world: Any = playground  # where prompts, pairs and π_ref come from if the user gives none
+    report: bool = True  # whether report.md, figures and TensorBoard's curves are written
 
 
 SERA = Variant()
@@ -296,7 +296,7 @@ SERA = Variant()
 
 def main(flags: Config, variant: Variant = SERA) -> dict[str, Any]:
     """Run it all. Returns the last evaluation, which is the last line of metrics.jsonl."""
-    with open_run(flags, variant.name, variant.world) as run:
+    with open_run(flags, variant.name, variant.world, variant.report) as run:
         config, policies = run.config, run.policies
         loss = loss_of(torch.zeros(1), config).item()
         print(f"check: at margin 0 the loss is {loss:.4f}")

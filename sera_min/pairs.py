@@ -21,6 +21,11 @@ class Pair(NamedTuple):
     rejected: Ids
 
 
+def padded_tokens(pair: Pair) -> int:
+    """Of the pair's two rows, as long as the longer one."""
+    return 2 * (len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)))
+
+
 def rows_of(pairs: list[Pair]) -> tuple[list[Ids], list[Ids]]:
     """Prompts and responses of N pairs as 2N rows: chosen, rejected, chosen, rejected, …"""
     prompts: list[Ids] = []
@@ -29,21 +34,6 @@ def rows_of(pairs: list[Pair]) -> tuple[list[Ids], list[Ids]]:
         prompts += [pair.prompt, pair.prompt]
         responses += [pair.chosen, pair.rejected]
     return prompts, responses
-
-
-@dataclass
-class Rows:
-    """R responses, each beside its prompt, and their log-probs under every policy so far."""
-
-    prompts: list[Ids]
-    responses: list[Ids]
-    numbers: list[int]  # in D: of the pair that a row is of, or whose prompt it answers
-    logps: dict[int, Tensor] = field(default_factory=dict)  # i -> log π_θi(y|x), (R,), nats
-
-    @property
-    def lengths(self) -> Tensor:
-        """|y|, int64 (R,)"""
-        return torch.tensor([len(y) for y in self.responses], dtype=torch.int64)
 
 
 @dataclass
@@ -66,6 +56,30 @@ class TrainingSet:
         )
 
 
+@dataclass
+class Rows:
+    """R responses, each beside its prompt, and their log-probs under every policy so far."""
+
+    prompts: list[Ids]
+    responses: list[Ids]
+    numbers: list[int]  # in D: of the pair that a row is of, or whose prompt it answers
+    logps: dict[int, Tensor] = field(default_factory=dict)  # i -> log π_θi(y|x), (R,), nats
+
+    @property
+    def lengths(self) -> Tensor:
+        """|y|, int64 (R,)"""
+        return torch.tensor([len(y) for y in self.responses], dtype=torch.int64)
+
+    def paired(self, best: Tensor, worst: Tensor, margins: Tensor, reference: Tensor) -> TrainingSet:
+        """Bootstrapped pairs. best, worst, margins: (P,), rows and nats; reference: (R,), of all rows."""
+        pairs = []
+        for w, l in zip(best.tolist(), worst.tolist()):
+            pairs.append(Pair(self.prompts[w], self.responses[w], self.responses[l]))
+        both = torch.stack([reference[best], reference[worst]], dim=1)  # (P, 2)
+        numbers = [self.numbers[w] for w in best.tolist()]
+        return TrainingSet(pairs, both, margins, ["bootstrap"] * len(pairs), numbers)
+
+
 class Preferences:
     """Given pairs such as D, and their responses as rows: chosen, rejected, chosen, …"""
 
@@ -78,7 +92,7 @@ class Preferences:
         self.rows = Rows(prompts, responses, numbers)
 
     def subset(self, numbers: Tensor, margins: Tensor, reference: Tensor) -> TrainingSet:
-        """The pairs with these numbers, in this order. margins (|D|,) and reference (2|D|,): of all."""
+        """The pairs with these numbers, in this order. margins: (|D|,); reference: (2|D|,)."""
         pairs = [self.pairs[i] for i in numbers.tolist()]
         return TrainingSet(
             pairs, reference.view(-1, 2)[numbers], margins[numbers], ["offline"] * len(pairs), numbers.tolist()

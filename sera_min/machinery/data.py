@@ -13,7 +13,6 @@ from sera_min.machinery.errors import InputError, format_counts
 from sera_min.machinery.rows import read_rows
 from sera_min.pairs import Ids, Pair, Preferences
 
-
 Data = dict[str, Any]  # "given" and "held_out": lists of Given; "prompts" to be answered, and their "texts"
 
 
@@ -46,7 +45,7 @@ def of_playground(config: Resolved, world: Any, tokenizer: Any, limits: dict[str
     made = world.preferences(config.max_train_pairs, "train", label_noise=noise, seed=config.seed)
     clean = world.preferences(512, part, label_noise=0, seed=config.seed)
     given, counts = encoding.encode_given(made, tokenizer, name="playground", **limits)
-    held_out, same = encoding.encode_given(clean, tokenizer, name=f"playground {part}", **limits)
+    held_out, _ = encoding.encode_given(clean, tokenizer, name=f"playground {part}", **limits)
     print(f"data: {format_counts(counts)}; {len(held_out)} held out")
     texts = world.prompts(part) * 2
     prompts = tokenizer(texts).input_ids

@@ -10,6 +10,7 @@ import torch
 from tqdm import tqdm
 
 from sera_min.machinery.errors import InputError
+from sera_min.pairs import padded_tokens
 
 
 def autocast(device: str) -> torch.autocast:
@@ -88,7 +89,7 @@ def halve_if_out_of_memory(step: Callable) -> Callable:
             return step(policy, optimizer, pairs, reference, smaller, variant)
 
         tokens = fitting.get(optimizer, config.max_tokens)
-        longest = max(2 * len(x) + len(w) + len(l) for x, w, l in pairs)
+        longest = max(padded_tokens(pair) for pair in pairs)
         metrics, fitting[optimizer] = retry_on_oom(attempt, tokens, longest)
         return metrics
 

@@ -28,6 +28,8 @@ from sera_min.machinery.folder import read_json, read_jsonl, write, write_jsonl,
 from sera_min.machinery.models import eos_ids_of, load, pad_id_of
 from sera_min.pairs import Ids, Rows, Samples
 
+REASON = {True: "stop", False: "length"}  # finish_reason, by whether a sample ended
+
 
 def key_of(*rows: Ids) -> str:
     """A name for lists of token ids that no other lists have."""
@@ -115,13 +117,13 @@ class Policies:
 
         def attempt(max_tokens: int) -> Tensor:
             with autocast(self.config.device), in_one_line("the model fails"):
-                logps, lengths = score(policy, rows.prompts, rows.responses, max_tokens=max_tokens, desc=desc)
+                logps, _ = score(policy, rows.prompts, rows.responses, max_tokens=max_tokens, desc=desc)
             return logps
 
         longest = 0
         for x, y in zip(rows.prompts, rows.responses):
             longest = max(longest, len(x) + len(y))
-        logps, fitted = retry_on_oom(attempt, self.config.max_tokens, longest, f"{desc}: ")
+        logps, _ = retry_on_oom(attempt, self.config.max_tokens, longest, f"{desc}: ")
         check_log_probs(logps, desc)
         return logps
 
@@ -166,17 +168,15 @@ class Policies:
 
         cache = bootstrap.CACHE_TOKENS[torch.device(config.device).type]
         least = n * (config.max_prompt_length + config.max_new_tokens)
-        samples, fitted = retry_on_oom(attempt, cache, least, f"{desc}: ")
+        samples, _ = retry_on_oom(attempt, cache, least, f"{desc}: ")
         return samples
 
     def warn_of_cut_off(self, samples: Samples) -> None:
-        ended = [end for of_prompt in samples for y, end in of_prompt]
-        if sum(ended) < 0.5 * len(ended):
-            share = 1 - sum(ended) / len(ended)
-            print(
-                f"{share:.0%} of the samples reach --max_new_tokens {self.config.max_new_tokens} "
-                "without an end, and cannot be paired: a larger one uses more of them"
-            )
+        prompt_of, _, cut_off = bootstrap.ended_responses(samples)
+        share = cut_off / (cut_off + len(prompt_of))
+        if share > 0.5:
+            limit = f"--max_new_tokens {self.config.max_new_tokens}"
+            print(f"{share:.0%} of the samples reach {limit} without an end, and cannot be paired: a larger one helps")
 
     # Samples of another engine
 
@@ -218,12 +218,11 @@ def check_log_probs(logps: Tensor, desc: str) -> None:
 
 def sample_rows(prompts: list[Ids], samples: Samples) -> Iterator[dict[str, Any]]:
     """The lines of a file of samples, as token ids: {"prompt", "responses", "finish_reasons"}."""
-    reason = {True: "stop", False: "length"}
     for x, of_prompt in zip(prompts, samples):
         yield {
             "prompt": x,
             "responses": [y for y, ended in of_prompt],
-            "finish_reasons": [reason[ended] for y, ended in of_prompt],
+            "finish_reasons": [REASON[ended] for y, ended in of_prompt],
         }
 
 
@@ -239,8 +238,7 @@ def read_samples(file: Path, prompts: list[Ids], asked: dict[str, Any]) -> Sampl
         if not isinstance(row, dict) or row.get("prompt") != x:
             raise InputError(f"{where}: prompt is not the ids of this prompt in prompts-*.json")
         responses, reasons = row.get("responses"), row.get("finish_reasons")
-        both_lists = isinstance(responses, list) and isinstance(reasons, list)
-        if not both_lists or not len(responses) == len(reasons) == n:
+        if not isinstance(responses, list) or not isinstance(reasons, list) or not len(responses) == len(reasons) == n:
             raise InputError(f"{where}: expected {n} responses and {n} finish_reasons")
         for j, (y, reason) in enumerate(zip(responses, reasons)):
             wrong = wrong_sample(y, reason, asked)

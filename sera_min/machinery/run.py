@@ -16,16 +16,18 @@ from tqdm import tqdm
 from sera_min import playground
 from sera_min.machinery import config as configuration
 from sera_min.machinery import data, encoding, folder, report
-from sera_min.machinery.config import Config, Resolved
+from sera_min.machinery.config import Config, Resolved, seed_of
 from sera_min.machinery.device import check_memory, set_precision
 from sera_min.machinery.errors import InputError
 from sera_min.machinery.models import check_before_training, check_positions
-from sera_min.machinery.policies import Policies, check_finite
-from sera_min.pairs import Ids, Preferences, Review, Samples, TrainingSet
+from sera_min.machinery.policies import REASON, Policies, check_finite
+from sera_min.pairs import Ids, Review, Samples, TrainingSet
 
 
 @contextmanager
-def open_run(flags: Config, variant: str = "SeRA", world: Any = playground) -> Iterator["Run"]:
+def open_run(
+    flags: Config, variant: str = "SeRA", world: Any = playground, wants_report: bool = True
+) -> Iterator["Run"]:
     """The run that the flags ask for, in a folder that belongs to this process meanwhile.
 
     Everything is read and checked before anything is written. Raises InputError.
@@ -38,6 +40,7 @@ def open_run(flags: Config, variant: str = "SeRA", world: Any = playground) -> I
     if config.in_playground and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # two would wait for each other at every small product
     run = Run(config, world)
+    run.wants_report = wants_report
     run.check()
     with folder.locked(run.out):
         folder.check_not_ended(run.out)
@@ -49,7 +52,7 @@ class Run:
     """What train.py needs beside the method."""
 
     def __init__(self, config: Resolved, world: Any) -> None:
-        self.config, self.world = config, world
+        self.config, self.world, self.wants_report = config, world, True
         self.out = Path(config.output_dir)
         self.state = self.out / "state"
         self.policies = Policies(self.out, config)
@@ -177,7 +180,8 @@ class Run:
         for file in (self.state / "metrics.jsonl", self.out / "metrics.jsonl"):
             with open(file, "a", encoding="utf-8") as lines:
                 lines.write(text)
-        self.curves.add(line)
+        if self.wants_report:
+            self.curves.add(line)
         if line["phase"] == "train":
             shown = "loss {loss:.3f}, accuracy {rewards/accuracies:.3f}, margin {rewards/margins:.3f}"
             self.bar.set_postfix_str(shown.format_map(line))
@@ -225,60 +229,60 @@ class Run:
         return {"prompt": prompt, "chosen": texts[0], "rejected": texts[1]}
 
     def sample_lines(self, samples: Samples, rewards: list[float]) -> Iterator[dict[str, Any]]:
+        """The lines of samples.jsonl. A sample is usable if it ended and has a reward."""
         tokenizer, ends = self.policies.tokenizer, self.policies.eos_ids
-        reward_of_next = iter(rewards)
+        rewards_left = iter(rewards)
         rows = zip(self.given.pairs, samples)
         for pair, of_prompt in in_view(rows, "decode samples", len(samples)):
             prompt = encoding.decode(tokenizer, pair.prompt, ends)
-            responses = [y for y, ended in of_prompt]
-            texts = encoding.decode_responses(tokenizer, pair.prompt, responses, ends)
-            for text, (y, ended) in zip(texts, of_prompt):
-                reward, reason = None, "length"
+            for y, ended in of_prompt:
+                line: dict[str, Any] = {"prompt": prompt}
+                line["response"] = self.answer_text(pair.prompt, y)
+                reward = math.nan
                 if ended:
-                    reward, reason = next(reward_of_next), "stop"
-                if reward is not None and math.isnan(reward):
-                    reward = None
-                yield {
-                    "prompt": prompt,
-                    "response": text,
-                    "finish_reason": reason,
-                    "usable": reward is not None,
-                    "reward": reward,
-                }
+                    reward = next(rewards_left)
+                line |= {"finish_reason": REASON[ended], "usable": True, "reward": reward}
+                if math.isnan(reward):
+                    line |= {"usable": False, "reward": None}
+                yield line
+
+    def answer_text(self, prompt: Ids, response: Ids) -> str:
+        return encoding.decode(self.policies.tokenizer, response, self.policies.eos_ids, after=prompt)
 
     def judge(self, t: int, answers: list[Ids]) -> dict[str, Any]:
-        """Writes answers.jsonl beside the SFT policy's; in the playground also the true rewards."""
-        seed = configuration.seed_of(self.config.seed, 0, "reference answers")
-        before = self.policies.sample(0, self.prompts, 1, seed)
-        tokenizer, ends = self.policies.tokenizer, self.policies.eos_ids
-        rows = []
-        for prompt, x, y, [(y_before, ended)] in zip(self.data["texts"], self.prompts, answers, before):
-            texts = encoding.decode_responses(tokenizer, x, [y, y_before], ends)
-            reason = "length"
-            if y[-1] in ends:
-                reason = "stop"
-            names = ("prompt", "answer", "reference", "finish_reason")
-            rows.append(dict(zip(names, (prompt, *texts, reason))))
+        """Writes answers.jsonl, counts iteration t's pairs; in the playground the true rewards of both."""
+        rows = self.answer_lines(answers)
         here = self.out / f"iteration-{t}"
         folder.write_jsonl(here / "answers.jsonl", rows)
-        pairs: list[dict[str, Any]] = []
-        if t > 0:
-            pairs = folder.read_jsonl(here / "pairs.jsonl")
         judged: dict[str, Any] = {}
         if self.config.in_playground:
-            asked, answered, known = ([row[name] for row in rows] for name in names[:3])
-            judged = self.world.judge(asked, answered, known)
+            answered = [row["answer"] for row in rows]
+            known = [row["reference"] for row in rows]
+            judged = self.world.judge(self.data["texts"], answered, known)
             given = [self.pair_texts(pair) for pair in self.given.pairs]
             judged["data/label_accuracy"] = self.world.precision(given)
-        return judged | self.count_pairs(pairs)
+        if t > 0:
+            judged |= self.count_pairs(folder.read_jsonl(here / "pairs.jsonl"))
+        return judged
+
+    def answer_lines(self, answers: list[Ids]) -> list[dict[str, Any]]:
+        """Of every evaluation prompt the answer, and the SFT policy's."""
+        seed = seed_of(self.config.seed, 0, "reference answers")
+        references = self.policies.sample(0, self.prompts, 1, seed)
+        lines = []
+        for text, x, y, of_prompt in zip(self.data["texts"], self.prompts, answers, references):
+            y_reference, _ = of_prompt[0]
+            line = {"prompt": text, "answer": self.answer_text(x, y)}
+            line["reference"] = self.answer_text(x, y_reference)
+            line["finish_reason"] = REASON[y[-1] in self.policies.eos_ids]
+            lines.append(line)
+        return lines
 
     def count_pairs(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
         """Given and bootstrapped ones; in the playground the share of each that is right."""
         counts: dict[str, Any] = {}
         for name, source in {"select": "offline", "bootstrap": "bootstrap"}.items():
             of_source = [pair for pair in pairs if pair["source"] == source]
-            if not pairs:
-                continue
             counts[f"{name}/pairs"] = len(of_source)
             if self.config.in_playground:
                 counts[f"{name}/precision"] = None
@@ -286,14 +290,18 @@ class Run:
                 counts[f"{name}/precision"] = self.world.precision(of_source)
         return counts
 
-    def finish(self) -> None:
-        """The report; the last policy becomes policy/; state/ goes, nothing is left to resume."""
-        self.curves.close()
+    def write_report(self) -> None:
         is_flipped = None
         if self.config.in_playground:
             is_flipped = self.world.is_flipped
         prompts = dict(zip(self.given.file_rows, self.given.texts))
         report.write_report(self.out, self.seconds, prompts, is_flipped)
+
+    def finish(self) -> None:
+        """The report; the last policy becomes policy/; state/ goes, nothing is left to resume."""
+        self.curves.close()
+        if self.wants_report:
+            self.write_report()
         spent = [f"{s:.0f} {phase}" for phase, s in self.policies.seconds.most_common()]
         print("Seconds:", ", ".join(spent))
         (self.state / f"policy-{self.config.iterations}").rename(self.out / "policy")
