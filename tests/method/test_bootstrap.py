@@ -1,15 +1,16 @@
-"""Sampling from the model's own distribution, with our settings alone; pairing; another engine's samples."""
+"""Sampling from the model's own distribution, with our settings alone; what ended; pairing."""
 
-import json
 from contextlib import nullcontext
 
 import pytest
 import torch
 from conftest import FAMILIES, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import TopPLogitsWarper
 
 from sera_min import bootstrap
-from sera_min.bootstrap import best_worst_pairs, read_responses, sample_responses
+from sera_min.bootstrap import best_worst_pairs, ended_responses, sample_responses
 
 
 def sample(model, prompts, n=2, **changed):
@@ -42,7 +43,9 @@ def test_at_no_temperature_samples_are_the_model_s_own_greedy_answers(family, mo
     got = sample(model, prompts, n=3, max_new_tokens=22, temperature=1e-6, eos_token_id=ends)
     lengths = set()
     for x, row in zip(prompts, got):
-        want = model.generate(input_ids=torch.tensor([x]), do_sample=False, max_new_tokens=22, eos_token_id=ends, pad_token_id=0)
+        want = model.generate(
+            input_ids=torch.tensor([x]), do_sample=False, max_new_tokens=22, eos_token_id=ends, pad_token_id=0
+        )
         want = want[0, len(x) :].tolist()
         assert row == [(want, want[-1] in ends)] * 3
         lengths.add(len(want))
@@ -111,7 +114,9 @@ def test_a_draw_is_as_likely_as_it_says_and_only_of_numbers():
 def test_the_check_of_the_draws_is_made_once_a_batch(monkeypatch):
     """At every token a GPU would have to wait for it."""
     asked = []
-    monkeypatch.setattr(torch, "stack", lambda parts, *a, real=torch.stack: (asked.append(len(parts)), real(parts, *a))[1])
+    monkeypatch.setattr(
+        torch, "stack", lambda parts, *a, real=torch.stack: (asked.append(len(parts)), real(parts, *a))[1]
+    )
     sample(tiny_model(), [[5, 6], [7], [8, 9]], max_new_tokens=6, max_tokens=16, eos_token_id=99)  # a batch each
     assert asked == [6, 6, 6]
 
@@ -163,7 +168,9 @@ def test_the_seed_decides_and_nothing_else_does():
 def test_a_batch_is_within_max_tokens_or_one_prompt(monkeypatch, max_tokens, sizes):
     """Two samples of a prompt of two tokens, and up to six more: 16 tokens of cache a prompt."""
     batches, continue_all = [], bootstrap.continue_all
-    monkeypatch.setattr(bootstrap, "continue_all", lambda model, x, *rest: (batches.append(len(x)), continue_all(model, x, *rest))[1])
+    monkeypatch.setattr(
+        bootstrap, "continue_all", lambda model, x, *rest: (batches.append(len(x)), continue_all(model, x, *rest))[1]
+    )
     sample(tiny_model(), [[5, 6]] * 5, max_tokens=max_tokens)
     assert batches == sizes
 
@@ -181,67 +188,112 @@ def test_a_device_of_another_kind_has_room_too(monkeypatch):
     assert [len(row) for row in sample(tiny_model(), [[5, 6], [7]])] == [2, 2]
 
 
+def test_what_ended_is_flattened_and_what_was_cut_off_is_counted():
+    samples = [[([3, 1], True), ([4, 5], False)], [([6, 7], False)], [], [([8, 1], True), ([1], True)]]
+    assert ended_responses(samples) == ([0, 3, 3], [[3, 1], [8, 1], [1]], 2)
+    assert ended_responses([]) == ([], [], 0)
+
+
+@pytest.mark.parametrize("ended", ["length", "stop", None, 1])
+def test_whether_a_sample_ended_is_a_bool(ended):
+    """An engine's "length" is true as `if` sees it: cut-off samples would be paired in silence."""
+    with pytest.raises(TypeError, match=f"prompt 1, sample 1: ended is {ended!r}"):
+        ended_responses([[], [([3, 1], True), ([4], ended)]])
+
+
+def pairs_of(prompt_of, responses, rewards):
+    best, worst, dropped = best_worst_pairs(prompt_of, responses, torch.tensor(rewards))
+    assert best.dtype == worst.dtype == torch.int64 and best.shape == worst.shape == (len(best),)
+    return best.tolist(), worst.tolist(), dropped
+
+
 def test_pairs_are_best_against_worst_and_every_drop_is_counted():
-    rewards = [[1.0, 5.0, -2.0, 9.0], [1.0, 1.0, 0.0, 0.0], [3.0, 4.0], [2.0, 2.0], [float("nan"), 1.0, 2.0]]
-    ended = [[True, True, True, False], [True] * 4, [True, False], [True, True], [False, True, True]]
-    responses = [[[3, 1], [4, 1], [5, 1], [6]], [[3, 1], [3, 1], [4, 1], [4, 1]], [[3, 1], [4]], [[3, 1], [4, 1]], [[9], [3, 1], [4, 1]]]
-    pairs, margins, dropped = best_worst_pairs(rewards, ended, responses)
-    assert pairs == [(0, 1, 2), (1, 0, 2), (4, 2, 1)]  # prompt 0: the cut-off 9.0 is not the best
-    assert margins.tolist() == [7.0, 1.0, 1.0]
-    assert dropped == {"cut-off samples": 3, "identical samples": 2, "prompts without a pair": 2}
+    prompt_of = [0, 0, 0, 1, 1, 1, 1, 2, 3, 3, 5, 5]
+    responses = [[3, 1], [4, 1], [5, 1], [3, 1], [3, 1], [4, 1], [4, 1], [3, 1], [3, 1], [4, 1], [3, 1], [4, 1]]
+    rewards = [1.0, 5.0, -2.0, 1.0, 1.0, 0.0, 0.0, 3.0, 2.0, 2.0, 1.0, 2.0]
+    best, worst, dropped = pairs_of(prompt_of, responses, rewards)
+    assert (best, worst) == ([1, 3, 11], [2, 5, 10])
+    assert dropped == {"identical samples": 2, "prompts without a pair": 2}  # a single one; a tie
 
 
-def test_samples_that_are_not_usable_are_never_paired():
-    """Nor may they hide an identical one, or need a reward; and a cut-off one is counted as that alone."""
-    rewards = [[9.0, 1.0, 2.0, -9.0], [float("nan"), 1.0, 3.0], [5.0, 1.0], [7.0, 8.0]]
-    ended = [[True] * 4, [True] * 3, [True, True], [False, True]]
-    responses = [[[3, 1], [4, 1], [5, 1], [6, 1]], [[3, 1], [3, 1], [4, 1]], [[3, 1], [4, 1]], [[3], [4, 1]]]
-    usable = [[False, True, True, False], [False, True, True], [False, True], [False, False]]
-    pairs, margins, dropped = best_worst_pairs(rewards, ended, responses, usable)
-    assert pairs == [(0, 2, 1), (1, 2, 1)] and margins.tolist() == [1.0, 2.0]
-    assert dropped == {"samples below --token_floor": 5, "cut-off samples": 1, "prompts without a pair": 2}
-    every = [[True] * len(row) for row in ended]
-    rewards[1][0] = 1.0
-    for some in (None, every):  # without a bar, none is barred
-        assert best_worst_pairs(rewards, ended, responses, some)[0] == [(0, 0, 3), (1, 2, 0), (2, 0, 1)]
+def test_of_equal_rewards_the_first_row_is_taken():
+    assert pairs_of([0] * 4, [[3], [4], [5], [6]], [1.0, 2.0, 2.0, 1.0])[:2] == ([1], [0])
 
 
-def test_a_finished_sample_must_have_a_number():
-    with pytest.raises(ValueError, match="prompt 0, sample 1: the reward is nan"):
-        best_worst_pairs([[1.0, float("nan")]], [[True, True]], [[[3], [4]]])
-    pairs, margins, dropped = best_worst_pairs([], [], [])
-    assert pairs == [] and margins.shape == (0,) and not dropped
+def test_a_prompt_s_rows_need_not_stand_together():
+    assert pairs_of([7, 2, 7, 2], [[3], [3], [4], [4]], [0.0, 1.0, 2.0, -1.0])[:2] == ([2, 1], [0, 3])
 
 
-def encode(text):
-    return [ord(c) for c in text]
+def test_a_row_without_a_reward_is_never_paired():
+    """Nor does it hide an identical one."""
+    nan = float("nan")
+    prompt_of = [0, 0, 0, 0, 1, 1, 1, 2, 2]
+    responses = [[3, 1], [4, 1], [5, 1], [6, 1], [3, 1], [3, 1], [4, 1], [3, 1], [4, 1]]
+    best, worst, dropped = pairs_of(prompt_of, responses, [nan, 1.0, 2.0, nan, nan, 1.0, 3.0, 1.0, nan])
+    assert (best, worst) == ([2, 6], [1, 5])
+    assert dropped == {"samples without a reward": 4, "prompts without a pair": 1}
+    naive = torch.tensor([nan, 1.0, 2.0]).argmax()
+    assert naive == 0  # what would happen: the row without a reward is the best of all
 
 
-def test_another_engine_s_samples(tmp_path):
-    rows = [
-        {"prompt": "p", "response": "ab", "finish_reason": "stop"}, {"prompt": "q", "response": "c"},
-        {"prompt": "p", "response": "d", "finish_reason": "length"}, {"prompt": "p", "response": "", "finish_reason": None},
-    ]  # fmt: skip
-    file = tmp_path / "samples.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
-    prompts, samples = read_responses(file, encode, 1)
-    assert prompts == ["p", "q"]
-    assert samples == [[([97, 98, 1], True), ([100], False), ([1], True)], [([99, 1], True)]]
-    responses, ended = ([[s[k] for s in row] for row in samples] for k in (0, 1))
-    pairs, _, _ = best_worst_pairs([[0.0, 9.0, 1.0], [0.0]], ended, responses)
-    assert pairs == [(0, 2, 0)]
+def test_no_rows_give_no_pairs():
+    assert pairs_of([], [], []) == ([], [], {})
+    best, worst, _ = best_worst_pairs([], [], torch.empty(0))
+    assert torch.empty(0)[best].shape == torch.empty(0)[worst].shape == (0,)
 
 
-def test_another_engine_s_samples_are_utf_8_whatever_the_machine_s_encoding(tmp_path, monkeypatch):
-    monkeypatch.setattr(bootstrap, "open", lambda file, encoding=None: open(file, encoding=encoding or "ascii"), raising=False)  # noqa: SIM115
-    file = tmp_path / "samples.jsonl"
-    file.write_text('{"prompt": "naïve", "response": "é"}', encoding="utf-8")
-    assert read_responses(file, encode, 1) == (["naïve"], [[([233, 1], True)]])
+def test_a_reward_is_a_number():
+    for infinite in (float("inf"), -float("inf")):
+        with pytest.raises(ValueError, match=f"row 1: the reward is {infinite}"):
+            best_worst_pairs([0, 0, 0], [[3], [4], [5]], torch.tensor([1.0, infinite, 2.0]))
 
 
-@pytest.mark.parametrize("line, what", [("{", "not JSON"), ("[]", "'prompt'"), ('{"prompt": "p"}', "'response'"), ('{"prompt": 3, "response": "a"}', "'prompt'")])
-def test_another_engine_s_mistakes_are_named(tmp_path, line, what):
-    file = tmp_path / "samples.jsonl"
-    file.write_text('{"prompt": "p", "response": "a"}\n' + line)
-    with pytest.raises(ValueError, match=f"line 2: .*{what}"):
-        read_responses(file, encode, 1)
+def test_rows_of_different_lengths_or_types_are_refused():
+    three = torch.tensor([1.0, 2.0, 3.0])
+    with pytest.raises(TypeError, match="rewards must be a tensor, not a list"):
+        best_worst_pairs([0, 0], [[3], [4]], [1.0, 2.0])
+    with pytest.raises(ValueError, match=r"rewards must be \(2,\), one a response, not \(3,\)"):
+        best_worst_pairs([0, 0], [[3], [4]], three)
+    with pytest.raises(ValueError, match=r"rewards must be \(3,\), one a response, not \(3, 1\)"):
+        best_worst_pairs([0, 0, 0], [[3], [4], [5]], three[:, None])
+    with pytest.raises(ValueError, match="prompt_of has 2 entries, but there are 3 responses"):
+        best_worst_pairs([0, 0], [[3], [4], [5]], three)
+    same = torch.tensor([3, 1])
+    assert len({tuple(same), tuple(same.clone())}) == 2  # what would happen: the two are taken for different ones
+    with pytest.raises(TypeError, match="row 0: the response is a Tensor, expected a list of token ids"):
+        best_worst_pairs([0, 0], [same, same], three[:2])
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.sampled_from([0.0, 1.0, 2.0, float("nan")]))))
+def test_pairs_against_a_search_of_all_two_rows(rows):
+    """The widest margin of two rows of a prompt, if it is above 0; earlier rows where there are several such."""
+    prompt_of, responses, rewards = [i for i, _, _ in rows], [[3 + y, 1] for _, y, _ in rows], [r for _, _, r in rows]
+    best, worst, dropped = best_worst_pairs(prompt_of, responses, torch.tensor(rewards))
+    expected, identical, seen = {}, 0, set()
+    usable = []
+    for k, row in enumerate(rows):
+        if row[2] == row[2]:
+            identical += row[:2] in seen
+            usable += [k] if row[:2] not in seen else []
+            seen.add(row[:2])
+    for i in dict.fromkeys(prompt_of):
+        found = [(rewards[w] - rewards[l], -w, -l) for w in usable for l in usable if prompt_of[w] == prompt_of[l] == i]
+        margin, w, l = max(found, default=(0.0, 0, 0))
+        if margin > 0:
+            expected[i] = (-w, -l)
+    assert list(zip(best.tolist(), worst.tolist())) == list(expected.values())
+    assert dropped["identical samples"] == identical
+    assert dropped["samples without a reward"] == sum(r != r for r in rewards)
+    assert dropped["prompts without a pair"] == len({*prompt_of}) - len(expected)
+
+
+def test_from_prompts_to_pairs():
+    """The three functions hand on to each other what they return."""
+    model = tiny_model()
+    samples = sample(model, [[5, 6], [7]], n=32, temperature=5.0, eos_token_id=[1, 7, 9])
+    prompt_of, responses, cut_off = ended_responses(samples)
+    assert cut_off + len(responses) == 64 and 0 < cut_off < 64
+    rewards = torch.tensor([float(len(y)) for y in responses])
+    best, worst, _ = best_worst_pairs(prompt_of, responses, rewards)
+    assert len(best) == 2 and (rewards[best] > rewards[worst]).all()
+    assert [prompt_of[i] for i in best.tolist()] == [prompt_of[i] for i in worst.tolist()] == [0, 1]

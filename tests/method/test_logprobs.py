@@ -10,7 +10,13 @@ from conftest import FAMILIES, tiny_model
 
 from sera_min import bootstrap, logprobs
 from sera_min.logprobs import (
-    implicit_reward, plain_logprob, rope_limit, score, sequence_logprobs, token_batches, token_logprobs,
+    implicit_reward,
+    plain_logprob,
+    rope_limit,
+    score,
+    sequence_logprobs,
+    token_batches,
+    token_logprobs,
 )  # fmt: skip
 
 
@@ -49,7 +55,10 @@ def test_logprobs_and_gradients_are_the_float64_loop_s(family):
             assert p.grad is None or not p.grad.any(), name
             continue
         # opt's k_proj.bias shifts every attention score of a row alike: its gradient is 0, but for float32's rounding
-        error, allowed = (p.grad.double() - q.grad).norm(), 1e-5 * q.grad.norm() + torch.finfo(torch.float32).eps * whole
+        error, allowed = (
+            (p.grad.double() - q.grad).norm(),
+            1e-5 * q.grad.norm() + torch.finfo(torch.float32).eps * whole,
+        )
         assert error < allowed, f"{name}: {error} > {allowed}"
 
 
@@ -73,7 +82,10 @@ def test_gradients_are_the_plain_form_s_by_autograd_grad_too(monkeypatch, settin
     gradients = []
     for model, logps_of in [
         (tiny_model(**settings), lambda m: sequence_logprobs(m, prompts, responses)[0]),
-        (tiny_model(**settings).double(), lambda m: torch.stack([plain_logprob(m, x, y) for x, y in zip(prompts, responses)])),
+        (
+            tiny_model(**settings).double(),
+            lambda m: torch.stack([plain_logprob(m, x, y) for x, y in zip(prompts, responses)]),
+        ),
     ]:
         assert (model.lm_head.weight is model.model.embed_tokens.weight) == ("tie_word_embeddings" in settings)
         if frozen:
@@ -98,6 +110,44 @@ def test_gradients_of_several_passes_add_up_and_a_graph_may_be_kept():
     once = model.lm_head.weight.grad.clone()
     loss.backward()
     torch.testing.assert_close(model.lm_head.weight.grad, 2 * once)
+
+
+class Logps(torch.nn.Module):
+    """What a user wraps for distributed training: DDP knows only `forward`."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, prompts, responses):
+        return sequence_logprobs(self.model, prompts, responses)[0]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_plain_ddp_sees_every_gradient_once(monkeypatch, tmp_path, reentrant):
+    """One process of DDP, its bookkeeping as ever; the number of chunks changes between steps, as lengths do.
+
+    A reentrant checkpoint fails here: each chunk's backward pass reports the head's gradient as ready once more.
+    """
+    monkeypatch.setattr(logprobs, "HEAD_LOGITS", {"cpu": 2 * 61})
+    if reentrant:
+        real = logprobs.checkpoint
+        monkeypatch.setattr(logprobs, "checkpoint", lambda *args, **_: real(*args, use_reentrant=True))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        model, exact = tiny_model(), tiny_model().double()
+        wrapped = torch.nn.parallel.DistributedDataParallel(Logps(model))
+        with pytest.raises(RuntimeError, match="ready") if reentrant else nullcontext():
+            for step, n in enumerate((3, 7, 1)):
+                prompts, responses = ragged(n, seed=step)
+                for one in (model, exact):
+                    one.zero_grad()
+                wrapped(prompts, responses).sum().backward()
+                sum(plain_logprob(exact, x, y) for x, y in zip(prompts, responses)).backward()
+                for p, q in zip(model.parameters(), exact.parameters()):
+                    assert (p.grad - q.grad).norm() < 1e-5 * q.grad.norm()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("family", ["gemma2", "cohere", "granite"])
@@ -255,7 +305,9 @@ def test_the_head_runs_in_the_type_of_its_own_weights():
     torch.testing.assert_close(sequence_logprobs(model, [[5]], [y])[0][0].detach(), want, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom"])  # a body of bloom's returns a tuple where it is not asked for more
+@pytest.mark.parametrize(
+    "family", ["llama", "bloom"]
+)  # a body of bloom's returns a tuple where it is not asked for more
 def test_a_config_that_asks_for_tuples_changes_nothing(family, monkeypatch):
     monkeypatch.setitem(FAMILIES, "bloom", {})
     prompts, responses = ragged()
@@ -280,7 +332,9 @@ def test_the_rope_limit_is_found_where_each_version_of_transformers_writes_it():
         return rope_limit(config)
 
     long, own = {"rope_type": "longrope"}, {"rope_type": "longrope", "original_max_position_embeddings": 32}
-    assert limit(rope_parameters=long) == limit(rope_scaling=long) == limit(rope_parameters=None, rope_scaling=long) == 64
+    assert (
+        limit(rope_parameters=long) == limit(rope_scaling=long) == limit(rope_parameters=None, rope_scaling=long) == 64
+    )
     assert limit(rope_parameters=own) == limit(rope_scaling=own) == limit(rope_parameters={"full_attention": own}) == 32
 
 
@@ -292,6 +346,13 @@ def test_a_part_that_is_frozen_in_eval_mode_stays_so(what):
     if what == "score":
         score(model, [[5]], [[6, 7]], max_tokens=64)
     else:
-        options = {"max_new_tokens": 2, "temperature": 1.0, "top_p": 1.0, "eos_token_id": 1, "pad_token_id": 0, "seed": 0}
+        options = {
+            "max_new_tokens": 2,
+            "temperature": 1.0,
+            "top_p": 1.0,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+            "seed": 0,
+        }
         bootstrap.sample_responses(model, [[5, 6]], 2, **options)
     assert [part.training for part in model.modules()] == before and True in before and False in before

@@ -1,11 +1,12 @@
 """Selection against a brute-force sort, and what it refuses."""
 
+import numpy
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sera_min.select import ensemble_margin, length_free, select_top
+from sera_min.select import ensemble_margin, select_top
 
 
 @given(st.lists(st.integers(-3, 3), max_size=12), st.data())
@@ -20,10 +21,24 @@ def test_permuting_the_pairs_permutes_the_choice():
     assert {*order[select_top(margins[order], 20)].tolist()} == {*select_top(margins, 20).tolist()}
 
 
-@pytest.mark.parametrize("k", [-1, 4, 0.7])
+@pytest.mark.parametrize("k", [-1, 4])
 def test_k_out_of_range(k):
     with pytest.raises(ValueError, match="0 to 3"):
         select_top(torch.zeros(3), k)
+
+
+@pytest.mark.parametrize("k", [0.7, 2.0, "2", None])
+def test_k_is_a_count_and_no_share(k):
+    with pytest.raises(TypeError, match="integer"):
+        select_top(torch.zeros(3), k)
+
+
+def test_k_may_be_any_kind_of_integer():
+    assert (
+        select_top(torch.zeros(3), numpy.int64(2)).tolist()
+        == select_top(torch.zeros(3), torch.tensor(2)).tolist()
+        == [0, 1]
+    )
 
 
 def test_nan_and_shape():
@@ -43,27 +58,13 @@ def test_ensemble():
     assert ensemble_margin(newest, previous, 1.0).tolist() == previous.tolist()
 
 
-def test_length_free_is_the_least_squares_line_within_prompts():
-    """Against float64 lstsq with a dummy variable a prompt, absent samples left out."""
-    torch.manual_seed(0)
-    lengths = torch.randint(1, 30, (20, 4))
-    rewards = 0.7 * lengths + 3 * torch.randn(20, 1) + torch.randn(20, 4)
-    absent = torch.rand(20, 4) < 0.2
-    rewards[absent] = float("nan")
-    got = length_free(rewards, lengths)
-    design = torch.cat([lengths.reshape(-1, 1), torch.eye(20).repeat_interleave(4, 0)], 1).double()  # (80, 1 + 20)
-    there = ~absent.flatten()
-    slope = torch.linalg.lstsq(design[there], rewards.flatten()[there].double()[:, None], driver="gelsd").solution[0, 0]
-    assert slope == pytest.approx(0.7, abs=0.1)
-    torch.testing.assert_close(got.double(), (rewards - slope * lengths).double(), rtol=1e-4, atol=1e-4, equal_nan=True)
-    assert length_free(torch.tensor([[1.0, 2.0]]), torch.tensor([[5, 5]])).tolist() == [[1.0, 2.0]]  # no slope to be had
+def test_margins_of_two_shapes_are_no_ensemble():
+    column, row = torch.zeros(3, 1), torch.zeros(3)
+    assert (column + row).shape == (3, 3)  # what would happen
+    with pytest.raises(ValueError, match=r"\(3, 1\) and \(3,\)"):
+        ensemble_margin(column, row)
 
 
 def test_ties_of_many_pairs_are_broken_by_index():
     """A sort that is not stable shows only in a long list."""
     assert select_top(torch.zeros(5000), 3000).tolist() == list(range(3000))
-
-
-def test_lengths_that_hardly_differ_have_their_slope_all_the_same():
-    got = length_free(torch.tensor([[1.0, 3.0]]), torch.tensor([[5, 6]]))  # 2 nats a token
-    assert got.tolist() == [[pytest.approx(-9.0), pytest.approx(-9.0)]]
