@@ -200,8 +200,10 @@ def resumed(flags: Config, variant: str) -> Resolved:
         raise InputError(f"--resume_from_checkpoint {out}: no run has begun there")
     folder.check_not_ended(out)
     begun = folder.read_json(out / "config.json")
-    if begun.pop("variant", "SeRA") != variant:
-        raise InputError(f"{out} was begun as another variant, see its config.json")
+    other = begun.pop("variant", "SeRA")
+    if other != variant:
+        program = {"SeRA": "train.py"}.get(other, f"experiments/variants.py {other}")
+        raise InputError(f"{out} is a run of {other}, to go on: python {program} --resume_from_checkpoint {out}")
     unknown = sorted(begun.keys() - {f.name for f in fields(Resolved)})
     if unknown:
         raise InputError(f"{out} was begun by another version: it has the flags {unknown}")
