@@ -125,33 +125,50 @@ def least_likely(rows: Rows, policies: Policies, config: Resolved) -> Tensor:
     return least
 
 
-def with_floor(t: int, given: Preferences, policies: Policies, config: Resolved, variant: Variant) -> Review:
-    """`train.training_set`, where a sample that the floor rejects has no reward, and so is never paired.
+def floored_reward(given: Preferences, policies: Policies, config: Resolved) -> Callable[..., Tensor]:
+    """`train.mean_reward`, NaN for a sample with a token below the floor: such a sample is never paired.
 
     The floor is the TOKEN_FLOOR quantile of `least_likely` over D's responses. Source: ours. What the reference
     would hardly write, no given pair has taught the reward, so a large reward there means little.
     """
-    if t == 1 or config.bootstrap == 0:
-        return train.training_set(t, given, policies, config, variant)
     ascending = least_likely(given.rows, policies, config).sort().values
     floor = ascending[int(TOKEN_FLOOR * len(ascending))]
 
-    def floored_reward(t: int, rows: Rows, policies: Policies, config: Resolved) -> Tensor:
-        r = variant.mean_reward(t, rows, policies, config)
+    def mean_reward(t: int, rows: Rows, policies: Policies, config: Resolved) -> Tensor:
+        r = train.mean_reward(t, rows, policies, config)
         if rows is given.rows:
             return r
         likely = least_likely(rows, policies, config) >= floor
         return r.where(likely, math.nan)
 
-    return train.training_set(t, given, policies, config, replace(variant, mean_reward=floored_reward))
+    return mean_reward
+
+
+def with_floor(t: int, given: Preferences, policies: Policies, config: Resolved, variant: Variant) -> Review:
+    if t > 1 and config.bootstrap > 0:
+        variant = replace(variant, mean_reward=floored_reward(given, policies, config))
+    return train.training_set(t, given, policies, config, variant)
 
 
 def token_floor() -> Variant:
     return Variant("token_floor", training_set=with_floor)
 
 
+def with_both(t: int, given: Preferences, policies: Policies, config: Resolved, variant: Variant) -> Review:
+    """The floor comes first: the line in the length is drawn through the rewards that are left."""
+    if t == 1:
+        return train.training_set(t, given, policies, config, variant)
+    floored = floored_reward(given, policies, config)
+
+    def mean_reward(t: int, rows: Rows, policies: Policies, config: Resolved) -> Tensor:
+        r = floored(t, rows, policies, config)
+        return without_length(r, rows.lengths, rows.numbers)
+
+    return train.training_set(t, given, policies, config, replace(variant, mean_reward=mean_reward))
+
+
 def both_remedies() -> Variant:
-    return Variant("both_remedies", training_set=with_floor, mean_reward=length_free_reward)
+    return Variant("both_remedies", training_set=with_both)
 
 
 # ----------------------------------------------------------------------------- other pairs are taken
