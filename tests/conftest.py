@@ -1,14 +1,19 @@
-"""Tiny models of every family, and tokenizers trained here: no network, nothing from a hub."""
+"""What tests share: tiny models of every family, tokenizers trained here, rows of words, and a look at what is drawn.
 
+No network, nothing from a hub.
+"""
+
+import json
 import os
 import string
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 torch.set_num_threads(1)
 
@@ -126,6 +131,49 @@ def trained(tokenizer, trainer, template, adds_bos, adds_eos, texts=TEXTS):
     )  # fmt: skip
     fast.chat_template = template
     return fast
+
+
+WORDS = "b c d e f g h k m p q s".split()
+
+
+def some_rows(count, rng):
+    """Random words; every third prompt is there twice."""
+    words = lambda low, high: " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))  # noqa: E731
+    prompts = [words(1, 4) for _ in range(count)]
+    prompts[2::3] = prompts[1 : count - 1 : 3]
+    return [{"prompt": x, "chosen": words(1, 6), "rejected": words(1, 6)} for x in prompts]
+
+
+def read(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+class Drawn:
+    """What a run draws, by watching torch; and the weights of every policy that it saves."""
+
+    def __init__(self, monkeypatch):
+        self.permutations, self.numbers, self.policies = [], [], []
+        for module in ("matplotlib.figure", "torch.utils.tensorboard"):
+            monkeypatch.setitem(sys.modules, module, None)  # not what is tested here, and slow
+        randperm, rand, save = torch.randperm, torch.rand, PreTrainedModel.save_pretrained
+
+        def watched_randperm(*args, **kwargs):
+            self.permutations.append(randperm(*args, **kwargs))
+            return self.permutations[-1]
+
+        def watched_rand(*size, **kwargs):
+            numbers = rand(*size, **kwargs)
+            if numbers.ndim == 1:  # sampling draws (rows, 1)
+                self.numbers.append(numbers)
+            return numbers
+
+        def watched_save(model, *args, **kwargs):
+            self.policies.append({name: value.clone() for name, value in model.state_dict().items()})
+            save(model, *args, **kwargs)
+
+        monkeypatch.setattr(torch, "randperm", watched_randperm)
+        monkeypatch.setattr(torch, "rand", watched_rand)
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", watched_save)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""SeRA once more, as slowly and plainly as possible: the oracle of tests/test_oracle.py.
+"""SeRA once more, as slowly and plainly as possible: the oracle of test_oracle.py.
 
 It imports nothing of the project. One sequence at a time through `model(input_ids).logits`, in float64; no padding,
 no batches, no caches; every log-probability is computed anew wherever it is needed. Only what is drawn comes from
