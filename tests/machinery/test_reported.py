@@ -2,14 +2,16 @@
 
 import copy
 import random
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
-from test_oracle import Drawn, read
+from conftest import read
 
 import train
 from sera_min import playground
-from sera_min.config import resolve
-from train import Config
+from sera_min.machinery.config import Config, resolve
 
 T = 3
 
@@ -21,11 +23,18 @@ def sft():
 
 @pytest.fixture
 def world(sft, monkeypatch):
-    """The playground with an SFT policy of a few seconds, and fewer prompts to evaluate on."""
-    Drawn(monkeypatch)
-    monkeypatch.setattr(playground, "make_sft_policy", lambda *_: (copy.deepcopy(sft[0]), sft[1]))
-    every = playground.prompts
-    monkeypatch.setattr(playground, "prompts", lambda part: every(part)[: 60 if part == "test" else None])
+    """The playground with an SFT policy of a few seconds, and fewer prompts to evaluate on; no figures."""
+    for module in ("matplotlib.figure", "torch.utils.tensorboard"):
+        monkeypatch.setitem(sys.modules, module, None)
+    functions = {
+        "make_sft_policy": lambda *_: (copy.deepcopy(sft[0]), sft[1]),
+        "prompts": lambda part: playground.prompts(part)[: 60 if part == "test" else None],
+    }
+    return SimpleNamespace(**{**vars(playground), **functions})
+
+
+def run_in(world, flags):
+    return train.main(flags, replace(train.SERA, world=world))
 
 
 def config_of(out, **changed):
@@ -56,7 +65,7 @@ def share_right(pairs):
 
 def test_what_the_playground_reports(world, tmp_path):
     out = tmp_path / "run"
-    final = train.main(config_of(out))
+    final = run_in(world, config_of(out))
     metrics = read(out / "metrics.jsonl")
     evaluations = [m for m in metrics if m["phase"] != "train"]
     assert [m["iteration"] for m in evaluations] == [0, 1, 2, T] and evaluations[-1] == final
@@ -65,7 +74,7 @@ def test_what_the_playground_reports(world, tmp_path):
     ties = 0
     for t, shown in enumerate(evaluations):
         answers = read(out / f"iteration-{t}" / "answers.jsonl")
-        assert [line["prompt"] for line in answers] == playground.prompts("test") * 2
+        assert [line["prompt"] for line in answers] == world.prompts("test") * 2
         assert [line["reference"] for line in answers] == reference  # drawn once, from the SFT policy
         rewards = [true_reward(line["prompt"], line["answer"]) for line in answers]
         before = [true_reward(line["prompt"], line["reference"]) for line in answers]
@@ -88,7 +97,7 @@ def test_what_the_playground_reports(world, tmp_path):
 
 def test_the_table_is_what_the_metrics_say(world, tmp_path):
     out = tmp_path / "run"
-    train.main(config_of(out, iterations=2))
+    run_in(world, config_of(out, iterations=2))
     lines = [line.strip("| ").split("|") for line in (out / "report.md").read_text().splitlines() if line.startswith("|")]
     table = [dict(zip([cell.strip() for cell in lines[0]], [cell.strip() for cell in line])) for line in lines[2:]]
     evaluations = [m for m in read(out / "metrics.jsonl") if m["phase"] != "train"]
@@ -104,13 +113,13 @@ def test_the_table_is_what_the_metrics_say(world, tmp_path):
 
 def test_evaluation_pairs_have_no_wrong_label(world, tmp_path):
     """Trained on labels that are all flipped, the policy is wrong about pairs that are rightly labelled."""
-    final = train.main(config_of(tmp_path / "run", label_noise=1.0, iterations=1, epochs_per_iteration=3))
+    final = run_in(world, config_of(tmp_path / "run", label_noise=1.0, iterations=1, epochs_per_iteration=3))
     assert final["data/label_accuracy"] == 0.0
     assert final["eval_rewards/accuracies"] < 0.4 and final["eval_rewards/margins"] < 0
 
 
 def test_evaluation_prompts_are_none_that_are_trained_on(world, tmp_path):
-    train.main(config_of(tmp_path / "run", iterations=1))
+    run_in(world, config_of(tmp_path / "run", iterations=1))
     trained = {line["prompt"] for line in read(tmp_path / "run" / "iteration-1" / "pairs.jsonl")}
     assert not trained & {line["prompt"] for line in read(tmp_path / "run" / "iteration-1" / "answers.jsonl")}
 
@@ -134,9 +143,9 @@ def test_what_a_run_without_flags_is():
     config = resolve(Config(device="cpu"))
     expected = {
         "iterations": 3, "keep": 0.7, "bootstrap": 0.3, "samples_per_prompt": 4, "ensemble_gamma": 0.5, "temperature": 1.0,
-        "top_p": 1.0, "loss_type": "dpo", "beta": 1.0, "label_smoothing": 0.0, "learning_rate": 3e-4, "select": "margin",
-        "epochs_per_iteration": 1, "per_device_train_batch_size": 32, "length_free": False, "token_floor": 0.0, "seed": 0,
-        "label_noise": 0.3, "length_bias": 0.0, "max_train_pairs": 2000, "max_length": 64, "max_prompt_length": 16,
+        "top_p": 1.0, "loss_type": "dpo", "beta": 1.0, "label_smoothing": 0.0, "learning_rate": 3e-4,
+        "epochs_per_iteration": 1, "per_device_train_batch_size": 32, "seed": 0,
+        "label_noise": 0.3, "max_train_pairs": 2000, "max_length": 64, "max_prompt_length": 16,
         "max_new_tokens": 32, "eval_split": "test",
     }  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected
@@ -144,22 +153,25 @@ def test_what_a_run_without_flags_is():
     assert (user.beta, user.learning_rate, user.max_length, user.max_prompt_length, user.max_new_tokens) == (0.1, 1e-6, 1024, 512, 512)
 
 
-def test_the_playground_is_that_of_the_flags(world, tmp_path, monkeypatch):
-    """D is of the seed, of training prompts, with the noise and the bias asked for; evaluation pairs are of others."""
-    asked, seeds, made, policy = [], [], playground.preferences, playground.make_sft_policy
+def test_the_playground_is_that_of_the_flags(world, tmp_path):
+    """D is of the seed, of training prompts, with the noise asked for; evaluation pairs are of others."""
+    asked, seeds = [], []
 
     def preferences(n, part, **flags):
         asked.append((part, flags))
-        return made(n, part, **flags)
+        return playground.preferences(n, part, **flags)
 
-    monkeypatch.setattr(playground, "preferences", preferences)
-    monkeypatch.setattr(playground, "make_sft_policy", lambda seed, device: (seeds.append(seed), policy(seed, device))[1])
+    def make_sft_policy(seed, device):
+        seeds.append(seed)
+        return world.make_sft_policy(seed, device)
+
+    watched = SimpleNamespace(**{**vars(world), "preferences": preferences, "make_sft_policy": make_sft_policy})
     texts = []
     for seed in (3, 4):
-        flags = {"iterations": 1, "label_noise": 0.0, "length_bias": 1.0, "eval_split": "validation", "max_train_pairs": 64}
-        train.main(config_of(tmp_path / str(seed), seed=seed, **flags))
+        flags = {"iterations": 1, "label_noise": 0.0, "eval_split": "validation", "max_train_pairs": 64}
+        run_in(watched, config_of(tmp_path / str(seed), seed=seed, **flags))
         pairs = read(tmp_path / str(seed) / "iteration-1" / "pairs.jsonl")
-        assert all(len(p["chosen"].split()) >= len(p["rejected"].split()) for p in pairs)
+        assert share_right(pairs) == 1
         answers = read(tmp_path / str(seed) / "iteration-1" / "answers.jsonl")
         assert [line["prompt"] for line in answers] == playground.prompts("validation") * 2
         texts.append(str([(p["prompt"], p["chosen"]) for p in pairs]))

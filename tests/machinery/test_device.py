@@ -5,12 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import tiny_model, word_tokenizer
 
-from sera_min import bootstrap, compute
-from sera_min.compute import amp, check_memory, draw_samples, has_bfloat16, set_precision
-from sera_min.config import Config, resolve
-from sera_min.forms import InputError
+from sera_min import bootstrap
+from sera_min.machinery import policies
+from sera_min.machinery.config import Config, resolve
+from sera_min.machinery.device import autocast, check_memory, has_bfloat16, set_precision
+from sera_min.machinery.errors import InputError
 
 
 @pytest.fixture(params=[True, False], ids=["with bfloat16", "without"])
@@ -25,8 +26,9 @@ def bfloat16(request, monkeypatch) -> bool:
 
 def test_products_are_bfloat16_where_that_gpu_has_it(bfloat16, monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda kind, dtype, enabled: (kind, dtype, enabled))
-    assert amp("cuda:1") == ("cuda", torch.bfloat16, bfloat16) and amp("cuda") == ("cuda", torch.bfloat16, not bfloat16)
-    assert amp("cpu") == ("cpu", torch.bfloat16, False) and not has_bfloat16("cpu")
+    assert autocast("cuda:1") == ("cuda", torch.bfloat16, bfloat16)
+    assert autocast("cuda") == ("cuda", torch.bfloat16, not bfloat16)
+    assert autocast("cpu") == ("cpu", torch.bfloat16, False) and not has_bfloat16("cpu")
 
 
 def test_a_gpu_without_bfloat16_is_said_at_the_start(bfloat16, monkeypatch, capsys):
@@ -69,11 +71,12 @@ def test_a_device_is_a_gpu_that_is_there_or_the_cpu(monkeypatch):
         resolve(Config(device="cuda"))
 
 
-def test_a_second_gpu_samples_as_much_at_a_time_as_the_first(monkeypatch):
+def test_a_second_gpu_samples_as_much_at_a_time_as_the_first(tmp_path, monkeypatch):
     """No samples are drawn: what counts is the room that they are asked for."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(compute, "amp", lambda device: nullcontext())
+    monkeypatch.setattr(policies, "autocast", lambda device: nullcontext())
     monkeypatch.setattr(bootstrap, "sample_responses", lambda *_, max_tokens, **__: max_tokens)
     for device in ("cuda", "cuda:1"):
-        config = resolve(Config(device=device))
-        assert draw_samples(None, [[5]], 2, config, ends=[1], pad=0, seed=0, desc=None) == bootstrap.CACHE_TOKENS["cuda"]
+        held = policies.Policies(tmp_path, resolve(Config(device=device)))
+        held.hold(0, tiny_model(), word_tokenizer([]))
+        assert held.draw(0, [[5]], 2, seed=0) == bootstrap.CACHE_TOKENS["cuda"]
