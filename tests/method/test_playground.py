@@ -59,4 +59,5 @@ def test_the_readme_s_world_is_this_one():
     """Its table's precision at iteration 1 is the share of right labels in the default data, which nothing rounds."""
     rows = world.preferences(2000, "train", label_noise=0.3, length_bias=0.0, seed=0)
     share = world.precision(rows)
-    assert f"|         1 | 2000 |     {share:.3f} |" in (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    assert f"|1|2000|{share:.3f}|" in readme.replace(" ", "")
