@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python experiments/bookkeeping.py [--rows 61000]
 
 A prompt and an answer are some 400 tokens, of words drawn at random; the tokenizer is a byte-level BPE trained on them.
-Log-probs are random numbers and the 4 samples a prompt are answers of other pairs, so that all of `train.review` runs
-but the model's passes. Printed: seconds by step, those of the clock and those of the processor, and the most memory.
+In the place of the policies stands `Drawn`: log-probs are random numbers, and the 4 samples a prompt are answers of
+other pairs. So all of `train.review` runs but the model's passes. Printed: seconds by step, those of the clock and
+those of the processor, and the most memory.
 """
 
 import argparse
@@ -15,18 +16,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from sera_min import data, files, folder, run
-from sera_min.config import Config, resolve
-from sera_min.pairs import format_counts, split_by_prompt, tokens_of
-from train import batches_of, review
+from sera_min.machinery import data
+from sera_min.machinery.config import Config
+from sera_min.machinery.encoding import encode_given
+from sera_min.machinery.errors import format_counts
+from sera_min.machinery.rows import read_rows
+from sera_min.machinery.run import open_run
+from sera_min.pairs import Ids, Preferences, Rows
+from train import SERA, batches_of, review
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -84,36 +90,61 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return fast
 
 
-def iterate(file: Path, out: Path, tokenizer: Any) -> None:
+def save_model(place: Path, tokenizer: Any) -> None:
+    """A model that is never asked, as a run wants to have one."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        max_position_embeddings=1024, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+
+
+class Drawn:
+    """What `review` asks of the policies, without a model."""
+
+    def __init__(self, given: Preferences) -> None:
+        self.generator, rng = torch.Generator().manual_seed(0), random.Random(0)
+        answers = given.rows.responses
+        self.samples = []
+        for _ in given.pairs:
+            drawn = [torch.tensor(rng.choice(answers)).tolist() for _ in range(4)]  # new lists, as a model's are
+            self.samples.append([(y, rng.random() < 0.95) for y in drawn])
+
+    def log_prob(self, i: int, rows: Rows) -> torch.Tensor:
+        if i not in rows.logps:
+            rows.logps[i] = torch.randn(len(rows.responses), generator=self.generator)
+        return rows.logps[i]
+
+    def sample(self, i: int, prompts: list[Ids], n: int, seed: int) -> list:
+        return self.samples
+
+
+def iterate(file: Path, place: Path, tokenizer: Any) -> None:
     """What an iteration does beside the model's passes, step by step."""
-    config = resolve(Config(model_name_or_path="model", dataset_name=str(file), device="cpu"))
-    ends = [tokenizer.eos_token_id]
-    limits = {"eos_ids": ends, "max_length": 1024, "max_prompt_length": 512}
-    rows = timed("read the rows", lambda: files.read_rows(str(file), "train"))
-    given, counts = timed("tokenise", lambda rows=rows: data.encode_given(rows, tokenizer, name="rows", **limits))
-    timed("fingerprint", lambda rows=rows: files.fingerprint([("rows", rows)]))
+    save_model(place / "model", tokenizer)
+    limits = {"eos_ids": [tokenizer.eos_token_id], "max_length": 1024, "max_prompt_length": 512}
+    rows = timed("read the rows", lambda: read_rows(str(file), "train"))
+    given, counts = timed("tokenise", partial(encode_given, rows, tokenizer, name="rows", **limits))
     del rows
-    tokens = sum(tokens_of(one.pair) for one in given) / 2 / len(given)
+    tokens = sum(2 * len(x) + len(w) + len(l) for (x, w, l), _, _ in given) / 2 / len(given)
     print(f"{format_counts(counts)}; prompt and answer: {tokens:.0f} tokens")
-    given, _ = timed("split", lambda: split_by_prompt(given, 0.05, 0))
-    offline = [one.pair for one in given]
-    it = run.Run(config, out, None, tokenizer, ends, offline=offline, offline_rows=[one.row for one in given])
-    generator, rng = torch.Generator().manual_seed(0), random.Random(0)
-
-    def log_prob(i: int, prompts: list, responses: list, what: str) -> torch.Tensor:
-        compute = lambda: torch.randn(len(prompts), 2, generator=generator)  # noqa: E731
-        return folder.phase(out, f"logps-{what}-under-{i}", compute)
-
-    answers = [y for pair in offline for y in pair[1:]]
-    order = [rng.randrange(len(answers)) for _ in range(4 * len(offline))]
-    drawn = [(torch.tensor(answers[i]).tolist(), rng.random() < 0.95) for i in order]  # new lists, as a model's are
-    waiting = [[drawn[4 * k : 4 * k + 4] for k in range(len(offline))]]
-    del drawn
-    object.__setattr__(it, "draw", lambda *_: waiting.pop())
-    reviewed = timed("review", lambda: review(2, offline, log_prob, it.sample, config))
-    timed("write pairs.jsonl, dropped.jsonl and samples.jsonl", lambda: it.write_review(2, reviewed))
-    timed("count the pairs", lambda: it.count_pairs(2))
-    timed("order the batches", lambda: batches_of(len(reviewed.training_set.pairs), 2, config))
+    given, _ = timed("split", partial(data.split_by_prompt, given, 0.05, 0))
+    preferences = data.preferences(given)
+    del given
+    flags = Config(
+        model_name_or_path=str(place / "model"), dataset_name=str(file), max_train_pairs=20,
+        output_dir=str(place / "run"), device="cpu",
+    )  # fmt: skip
+    with open_run(flags, wants_report=False) as run:  # of 20 rows, and then of all
+        run.given = preferences
+        policies = Drawn(preferences)
+        reviewed = timed("review", lambda: review(2, run.given, policies, run.config, SERA))
+        timed("write pairs.jsonl, dropped.jsonl and samples.jsonl", lambda: run.write_review(2, reviewed))
+        written = (place / "run" / "iteration-2" / "pairs.jsonl").read_text().splitlines()
+        timed("count the pairs", lambda: run.count_pairs([json.loads(line) for line in written]))
+        timed("order the batches", lambda: batches_of(len(reviewed.training_set.pairs), 2, run.config))
 
 
 def main() -> None:
@@ -123,7 +154,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         file = Path(place) / "rows.jsonl"
         tokenizer = make_tokenizer(write_rows(file, n))
-        iterate(file, Path(place) / "out", tokenizer)
+        iterate(file, Path(place), tokenizer)
     print_line("all", *SECONDS)
 
 

@@ -1,10 +1,10 @@
-"""What SeRA does in the playground, when, and where it fails: the studies whose results the READMEs show.
+"""What SeRA does in the playground, when, and where it fails: the studies that docs/results.md is about.
 
     python experiments/claims.py                       every study, one process a core; stopped, it goes on where it was
     python experiments/claims.py --studies main noise  some of them
     python experiments/claims.py --quick               one seed, small: does it all still run?
     python experiments/claims.py --check 12            12 of its runs again, drawn at random: do they end alike?
-    python experiments/claims.py --write               run nothing: tables, figures and READMEs anew from claims.json
+    python experiments/claims.py --write               run nothing: tables, figures and sentences anew from claims.json
 
     main    SFT, plain DPO, random K, selection only, SeRA, SeRA with our two remedies; the other answers to wrong
             labels: cDPO and robust DPO, told the share of flipped labels; and selection of the smallest margins. Each
@@ -20,12 +20,12 @@
 
 β is chosen on validation prompts with seeds of their own, results are on test prompts with other seeds. The studies
 from `noise` on have every method at its best of `main`, tuned at 30 % flipped labels, whatever they change. Every run
-is `train.main`, and every iteration of every run takes as many optimizer steps. What runs share, the SFT policy and
-iteration 1, is computed once: a run goes on from a copy of it (a "base"). Intervals are of the mean paired difference
-over the seeds, by Student's t. Needs matplotlib. Writes experiments/results/claims.json (every run, each iteration of
-it, and the machines they ran on), claims.md (the tables), PNG figures, and the blocks of README.md and
-experiments/README.md, see `filled`. What is in claims.json is not run again: delete it to have everything anew, as
-after a change of the code that `--check` finds to matter.
+is `train.main` with a Variant, and every iteration of every run takes as many optimizer steps. What runs share, the SFT
+policy and iteration 1, is computed once: a run goes on from a copy of it (a "base"). Intervals are of the mean paired
+difference over the seeds, by Student's t. Needs matplotlib. Writes experiments/results/claims.json (every run, each
+iteration of it, and the machines they ran on), claims.md (the tables), PNG figures, and the sentences of
+claims-in-words.md, see `filled`. What is in claims.json is not run again: delete it to have everything anew, as after a
+change of the code that `--check` finds to matter.
 """
 
 import argparse
@@ -48,25 +48,27 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from unittest import mock
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 Runs = dict[str, dict]  # what was run, see `name_of` -> what was measured
 RESULTS = ROOT / "experiments" / "results"
-READMES = ROOT / "README.md", ROOT / "experiments" / "README.md"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT / "experiments"), str(ROOT)]
 
 import torch
 import transformers
+import variants
 from tqdm import tqdm
 
 import train
-from sera_min import bootstrap, folder, logprobs, playground, report
-from sera_min.config import resolve
+from sera_min import playground
+from sera_min.machinery import config as configuration
+from sera_min.machinery import folder, models
+from sera_min.machinery.config import Config, seed_of
 
 SEEDS = [*range(10)]  # of `main` and `more`; the other studies take the first five
 TUNING_SEEDS = {"dpo": [10, 11, 12, 13, 14], "ipo": [10, 11], "slic": [10, 11], "simpo": [10, 11]}
@@ -105,7 +107,7 @@ REMEDIES: dict[str, dict] = {
     "SeRA + both": METHODS["SeRA + both remedies"],
 }  # fmt: skip
 LONG, NOISE, BIASED = 6, (0.0, 0.2, 0.4), {"length_bias": 0.5, "label_noise": 0.15}
-NEAR = {"beta": playground.BETA["dpo"], "learning_rate": playground.LEARNING_RATE}  # as `python train.py` has them
+NEAR = {"beta": 1.0, "learning_rate": playground.LEARNING_RATE}  # as `python train.py` has them
 STUDIES = {
     "main": ["main"], "more": ["more"], "over": ["over"], "near": ["near"],
     "noise": [f"noise {noise}" for noise in NOISE], "length": ["length"], "asked": ["asked"], "losses": list(LOSSES),
@@ -118,74 +120,141 @@ TOLERANCE = 0.01  # of --check on another processor, see `check`
 KINDS = "trained", "scored", "sampled"  # of tokens
 
 
-def every_pair(rewards, ended, responses, usable):
+# A run
+
+
+def every_pair(prompt_of: list[int], responses: list[list[int]], rewards: torch.Tensor) -> tuple:
     """In the place of `best_worst_pairs`: all pairs of a prompt's different samples, of which the K̃ widest are kept."""
-    pairs, margins = [], []
-    for i, (values, texts) in enumerate(zip(rewards, responses)):
-        different = {tuple(text): j for j, text in enumerate(texts) if ended[i][j] and usable[i][j]}.values()
-        for a in different:
-            for b in different:
-                if values[a] > values[b]:
-                    pairs.append((i, a, b))
-                    margins.append(values[a] - values[b])
-    return pairs, torch.tensor(margins), Counter()
+    different: dict[tuple, int] = {}  # prompt and response -> the row, of samples that have a reward
+    for row, (prompt, response) in enumerate(zip(prompt_of, responses)):
+        if not rewards[row].isnan():
+            different[prompt, tuple(response)] = row
+    rows_of: dict[int, list[int]] = {}
+    for (prompt, _), row in different.items():
+        rows_of.setdefault(prompt, []).append(row)
+    pairs = [(a, b) for rows in rows_of.values() for a in rows for b in rows if rewards[a] > rewards[b]]
+    best, worst = torch.tensor(pairs, dtype=torch.int64).view(-1, 2).unbind(1)
+    return best, worst, Counter()
 
 
-def smallest(margins: torch.Tensor, k: int, plain=train.select_top) -> torch.Tensor:
-    """In the place of `select_top`: the k smallest, as arXiv:2508.04149 keeps them."""
-    return plain(-margins, k)
+class Meter:
+    """Counts the tokens that the review and the training of iteration t read and write. Evaluation is not counted."""
+
+    def __init__(self, tokens: Counter | None = None) -> None:
+        self.t = 0  # the iteration that is reviewed or trained now
+        self.tokens = Counter(tokens)  # (t, kind) -> how many
+
+    def add(self, kind: str, *rows: list[list[int]]) -> None:
+        self.tokens[self.t, kind] += sum(len(ids) for some in rows for ids in some)
 
 
-def middle(margins: torch.Tensor, k: int, plain=train.select_top) -> torch.Tensor:
-    """In the place of `select_top`: the k in the middle."""
-    first = (len(margins) - k) // 2
-    return plain(margins, len(margins))[first : first + k]
+METER = Meter()  # of the run that this process makes now
 
 
-PATCHES = {
-    "smallest": lambda: (train, "select_top", smallest),
-    "middle": lambda: (train, "select_top", middle),
-    "every pair": lambda: (train, "best_worst_pairs", every_pair),
-}
+class Counted:
+    """The policies of a run; what they score and draw, and do not only read, is counted."""
+
+    def __init__(self, policies) -> None:
+        self.policies = policies
+
+    def __getattr__(self, name: str):
+        return getattr(self.policies, name)
+
+    def log_prob(self, i: int, rows) -> torch.Tensor:
+        before = self.policies.seconds["scoring"]
+        logps = self.policies.log_prob(i, rows)
+        if self.policies.seconds["scoring"] > before:
+            METER.add("scored", rows.prompts, rows.responses)
+        return logps
+
+    def sample(self, i: int, *asked) -> list:
+        before = self.policies.seconds["sampling"]
+        samples = self.policies.sample(i, *asked)
+        if self.policies.seconds["sampling"] > before:
+            METER.add("sampled", [y for of_prompt in samples for y, _ in of_prompt])
+        return samples
+
+
+def counted(variant: train.Variant, reference_too: bool = False) -> train.Variant:
+    """The same variant; METER counts its tokens, with or without the reference's one pass over D."""
+
+    def training_set(t: int, given, policies, *others):
+        METER.t = t
+        if not reference_too:
+            policies.log_prob(0, given.rows)
+        return variant.training_set(t, given, Counted(policies), *others)
+
+    def pair_losses(policy, pairs, *others):
+        METER.add("trained", *zip(*((x, x, w, l) for x, w, l in pairs)))
+        return variant.pair_losses(policy, pairs, *others)
+
+    return replace(variant, training_set=training_set, pair_losses=pair_losses)
+
+
+def equal_steps(steps: int, n: int, t: int, config) -> list[list[int]]:
+    """In the place of `batches_of`: epoch after epoch, cut at `steps` steps, however many pairs there are."""
+    generator = torch.Generator().manual_seed(seed_of(config.seed, t, "order"))
+    size = config.per_device_train_batch_size
+    batches: list[list[int]] = []
+    while len(batches) < steps:
+        order = torch.randperm(n, generator=generator)
+        batches += [batch.tolist() for batch in order.split(size)]
+    return batches[:steps]
+
+
+def world_of(work: Path, length_bias: float = 0.0) -> SimpleNamespace:
+    """The playground with SFT policies that are there, and with labels that favour length."""
+
+    def make_sft_policy(seed: int, device: str):
+        return models.load(work / f"sft-{seed}", device)
+
+    def preferences(n: int, part: str, **others) -> list[dict[str, str]]:
+        bias = length_bias if part == "train" else 0.0
+        return playground.preferences(n, part, length_bias=bias, **others)
+
+    return SimpleNamespace(**vars(playground) | {"make_sft_policy": make_sft_policy, "preferences": preferences})
+
+
+NOT_FLAGS = "select", "token_floor", "length_free", "patch", "steps_per_iteration", "length_bias", "neighbour"
+BY_PATCH = {"smallest": "smallest_margins", "middle": "middle_margins"}
+
+
+def flags_of(spec: dict) -> dict:
+    """Of a run's name, which keeps the flags that train.py once had, those that it has."""
+    flags = {name: value for name, value in spec.items() if name not in NOT_FLAGS}
+    return flags | {"loss_type": "dpo"} if flags.get("loss_type") == "robust" else flags
+
+
+def variant_of(spec: dict, work: Path) -> train.Variant:
+    """And the variant that the others stand for."""
+    floor, free, patch = (spec.get(name) for name in ("token_floor", "length_free", "patch"))
+    assert floor in (None, variants.TOKEN_FLOOR), spec
+    chosen = [
+        ("robust", spec.get("loss_type") == "robust"), ("random_pairs", spec.get("select") == "random"),
+        ("both_remedies", floor and free), ("token_floor", floor and not free), ("length_free", free and not floor),
+        (BY_PATCH.get(patch), patch in BY_PATCH),
+    ]  # fmt: skip
+    names = [name for name, is_meant in chosen if is_meant]
+    assert len(names) <= 1, spec
+    variant = variants.make_variant(names[0]) if names else train.SERA
+    if patch == "every pair":
+        variant = train.Variant(patch, best_worst_pairs=every_pair)
+    if "steps_per_iteration" in spec:
+        variant = replace(variant, batches_of=partial(equal_steps, spec["steps_per_iteration"]))
+    return replace(variant, world=world_of(work, spec.get("length_bias", 0.0)), report=False)
 
 
 class Done(Exception):
     """Iteration 1 is saved: the rest is each run's own."""
 
 
-@contextlib.contextmanager
-def counting(tokens: Counter):
-    """Meanwhile the tokens that the review and training of iteration t read and write are added to tokens[t, kind]."""
-    now: list[int] = []  # t, while it is reviewed or trained; evaluation is not counted
+def until_done(variant: train.Variant) -> train.Variant:
+    def training_set(t: int, *others):
+        if t == 2:
+            raise Done
+        return variant.training_set(t, *others)
 
-    def within(function, place: int):
-        def inner(*args, **kwargs):
-            now.append(args[place])
-            try:
-                return function(*args, **kwargs)
-            finally:
-                now.pop()
-
-        return inner
-
-    def forward(model, prompts, responses, plain=logprobs.token_logprobs):
-        for t in now:
-            tokens[t, "trained" if torch.is_grad_enabled() else "scored"] += sum(map(len, [*prompts, *responses]))
-        return plain(model, prompts, responses)
-
-    def write(*args, plain=bootstrap.continue_all):
-        written = plain(*args)
-        for t in now:
-            tokens[t, "sampled"] += sum(map(len, written))
-        return written
-
-    with contextlib.ExitStack() as stack:
-        for where, name, new in [
-            (train, "review", within(train.review, 0)), (train, "train", within(train.train, 1)),
-            (logprobs, "token_logprobs", forward), (bootstrap, "continue_all", write),
-        ]:  # fmt: skip
-            stack.enter_context(mock.patch.object(where, name, new))
-        yield
+    return replace(variant, training_set=training_set)
 
 
 def quiet(function, *args):
@@ -199,49 +268,45 @@ def quiet(function, *args):
 def sft(path: Path, seed: int) -> None:
     """The SFT policy of a seed, once."""
     if not path.exists():
-        folder.save_model(path, *quiet(playground.make_sft_policy, seed, "cpu"))
+        policy, tokenizer = quiet(playground.make_sft_policy, seed, "cpu")
+        policy.save_pretrained(path)
+        tokenizer.save_pretrained(path)
 
 
-def runs_of_one_base(work: Path, runs: dict[str, dict]) -> dict[str, dict]:
-    """All runs that share SFT policy and iteration 1: name of the run -> what was measured, iteration by iteration."""
-    return quiet(_runs_of_one_base, work, runs)
+def runs_of_one_base(work: Path, runs: dict[str, dict], changes: dict | None = None) -> dict[str, dict]:
+    """All runs that share SFT policy and iteration 1: name of the run -> what was measured, iteration by iteration.
+
+    changes: functions that take the place of the variants' own.
+    """
+    return quiet(_runs_of_one_base, work, runs, changes or {})
 
 
-def _runs_of_one_base(work: Path, runs: dict[str, dict]) -> dict[str, dict]:
+def _runs_of_one_base(work: Path, runs: dict[str, dict], changes: dict) -> dict[str, dict]:
     shared = {name: value for name, value in next(iter(runs.values())).items() if name in SHARED}
-    first: Counter = Counter()
-
-    def put(policies, i, *args, plain=folder.Policies.put):
-        plain(policies, i, *args)
-        if i == 1:
-            raise Done
-
-    with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
-        base, saved = Path(place) / "base", work / f"sft-{shared['seed']}"
-        stack.enter_context(mock.patch.multiple(report, draw_figures=lambda *_: [], events=lambda *_: None))
-        stack.enter_context(mock.patch.object(playground, "make_sft_policy", lambda seed, on: folder.load(saved, on)))
-        with mock.patch.object(folder.Policies, "put", put), counting(first), contextlib.suppress(Done):
-            train.main(train.Config(**shared, output_dir=str(base)))
-        data = folder.read_json(base / "config.json")["data"]
-        results = {}
-        for name, changed in runs.items():
-            changed = dict(changed)
-            patch = PATCHES[changed.pop("patch")]() if "patch" in changed else None
-            out, tokens = Path(place) / "run", Counter(first)
+    results = {}
+    with tempfile.TemporaryDirectory() as place:
+        base, out = Path(place) / "base", Path(place) / "run"
+        METER.tokens = Counter()
+        variant = until_done(counted(replace(variant_of(shared, work), **changes), bool(changes)))
+        with contextlib.suppress(Done):
+            train.main(Config(**flags_of(shared), output_dir=str(base)), variant)
+        first = METER.tokens
+        for name, spec in runs.items():
             shutil.copytree(base, out)
-            config = train.Config(**changed, output_dir=str(out), resume_from_checkpoint=str(out))
-            (out / "config.json").write_text(json.dumps({**asdict(resolve(config)), "data": data}))
-            with mock.patch.object(*patch) if patch else contextlib.nullcontext(), counting(tokens):
-                train.main(config)
+            variant = counted(replace(variant_of(spec, work), **changes), bool(changes))
+            config = configuration.resolve(Config(**flags_of(spec), output_dir=str(out)))
+            (out / "config.json").write_text(configuration.config_json(config, variant.name))
+            METER.tokens = Counter(first)
+            train.main(Config(resume_from_checkpoint=str(out)), variant)
             rows = measured(out, config)
             for t, row in enumerate(rows[1:], 1):
-                row |= {f"tokens/{kind}": tokens[t, kind] for kind in KINDS}
+                row |= {f"tokens/{kind}": METER.tokens[t, kind] for kind in KINDS}
             results[name] = {"iterations": rows}
             shutil.rmtree(out)
     return results
 
 
-def measured(out: Path, config: train.Config) -> list[dict]:
+def measured(out: Path, config: Config) -> list[dict]:
     """Of every iteration its evaluation, and what its pairs say that only the world knows."""
     rows = [row for row in folder.read_jsonl(out / "metrics.jsonl") if row["phase"] != "train"]
     for row in rows:
@@ -758,7 +823,7 @@ def all_tables(runs: Runs) -> str:
 
 
 def sentences(runs: Runs) -> dict[str, str]:
-    """What the READMEs say in words. Every number is made of the runs, and so is whether a difference is one."""
+    """What claims-in-words.md says. Every number is made of the runs, and so is whether a difference is one."""
 
     def values(study: str, row: str, key: str, t: int = 3) -> list:
         return column(runs, specs(runs, study)[row], key, t)
@@ -829,8 +894,9 @@ def sentences(runs: Runs) -> dict[str, str]:
             f"{mean('near', 'SeRA + both', right, 5)}."),
         "length": lambda: (
             f"In all pairs the chosen response is longer by {mean('length', 'plain training', 'offline/length', 3, 2)} "
-            f"words, in those that SeRA keeps by {mean('length', 'SeRA', 'offline/length', 3, 2)}. `--length_free` "
-            f"makes that {mean('length', 'SeRA + length-free', 'offline/length', 3, 2)}, and their precision "
+            f"words, in those that SeRA keeps by {mean('length', 'SeRA', 'offline/length', 3, 2)}. "
+            f"The variant `length_free` makes that {mean('length', 'SeRA + length-free', 'offline/length', 3, 2)}, "
+            f"and their precision "
             f"{mean('length', 'SeRA + length-free', 'select/precision')} in the place of "
             f"{mean('length', 'SeRA', 'select/precision')}."),
     })  # fmt: skip
@@ -840,7 +906,7 @@ BLOCK = re.compile(r"<!-- claims: (.+?) -->(.*?)<!-- end -->", re.DOTALL)
 
 
 def filled(text: str, shown: dict[str, str]) -> str:
-    """A README with what is shown in its blocks: between `<!-- claims: NAME -->` and `<!-- end -->`.
+    """A file with what is shown in its blocks: between `<!-- claims: NAME -->` and `<!-- end -->`.
 
     NAME: a key of TITLES for a table, `sentence:KEY` for a sentence, which may stand within a line. Raises KeyError
     where a block has another.
@@ -968,15 +1034,14 @@ def main(arguments: list[str] | None = None) -> None:
     print(written)
     if options.quick:
         return
-    shown = blocks(runs)
-    for readme in filter(Path.exists, READMES):
-        try:
-            readme.write_text(filled(readme.read_text(), shown))
-        except KeyError as error:
-            said = f"{readme}: of claims.json there is nothing to put into its block {error}"
-            if {*options.studies} == {*STUDIES}:
-                sys.exit(said)
-            print(f"{said}: it is left as it is, as not every study was asked for")
+    words = results / "claims-in-words.md"
+    try:
+        words.write_text(filled(words.read_text(), blocks(runs)))
+    except KeyError as error:
+        message = f"{words}: of claims.json there is nothing to put into its block {error}"
+        if {*options.studies} == {*STUDIES}:
+            sys.exit(message)
+        print(f"{message}: it is left as it is, as not every study was asked for")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,7 @@ with the smallest margins.
 
 Of a model of one's own also what wrong labels do to it, where 30 % are flipped, after two iterations of equal steps:
 the accuracy of plain DPO, robust DPO, selection only and SeRA on the pairs that are not flipped, and the share of right
-labels among the pairs that the last two keep. Writes results/distrust.json, and the tables into README.md beside this
-file.
+labels among the pairs that the last two keep. Writes results/distrust.json, and the tables into results/distrust.md.
 """
 
 import argparse
@@ -33,28 +32,28 @@ import re
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import torch
-from claims import RESULTS, machine, markdown, quiet, sft
+from claims import RESULTS, equal_steps, flags_of, machine, markdown, quiet, sft, variant_of
 from tqdm import tqdm
 
 import train
-from sera_min import folder, playground, report
-from sera_min.pairs import Pair, rows_of
+from sera_min import playground
+from sera_min.machinery.config import Config
+from sera_min.machinery.policies import Policies
+from sera_min.machinery.run import open_run
+from sera_min.pairs import Preferences
 from sera_min.select import ensemble_margin, select_top
 
 NOISE, SEEDS, SHARES = (0.1, 0.2, 0.3, 0.4), range(10), (0.01, 0.05, 0.2)
-README = Path(__file__).parent / "README.md"
 MODEL = {  # the flags of a run on a model of one's own
     "max_length": 128, "max_new_tokens": 32, "learning_rate": 1e-5, "max_tokens": 2048,
     "per_device_train_batch_size": 8, "device": "cpu",
@@ -69,46 +68,37 @@ WAYS = (  # of judging, in the order of the table
 )  # fmt: skip
 
 
-def margins_of(run: train.Run, t: int, pairs: list[Pair], what: str) -> torch.Tensor:
+def margins_of(policies: Policies, t: int, preferences: Preferences) -> torch.Tensor:
     """m_t of N pairs, in nats: (N,)"""
-    logps, reference = (run.log_prob(i, *rows_of(pairs), what)[:, 0] for i in (t, 0))
-    r = (logps - reference).view(-1, 2)
-    return r[:, 0] - r[:, 1]
+    r = policies.log_prob(t, preferences.rows) - policies.log_prob(0, preferences.rows)
+    return r[0::2] - r[1::2]
 
 
-@contextmanager
-def watched(margins: list[torch.Tensor]) -> Iterator[None]:
-    """While this is open, runs leave there the margins of D and then of the evaluation pairs, after each iteration."""
-
-    def evaluate(run: train.Run, t: int, plain=train.evaluate) -> dict:
-        if t > 0:
-            of_both = ((run.offline, "pairs"), (run.held_out, "evaluation pairs"))
-            margins.append(torch.cat([margins_of(run, t, *some) for some in of_both]))
-        few = {name: getattr(run, name)[:2] for name in ("eval_prompts", "eval_texts")}  # answers are not looked at
-        return plain(replace(run, **few), t)
-
-    with (
-        mock.patch.object(train, "evaluate", evaluate),
-        mock.patch.multiple(report, draw_figures=lambda *_: [], events=lambda *_: None),
-    ):
-        yield
-
-
-def run_of(seed: int, noise: float, work: Path, preferences=playground.preferences, **flags) -> list[torch.Tensor]:
-    """Three iterations of train.py in the playground: the margins of each."""
-    margins: list[torch.Tensor] = []
-    with (
-        tempfile.TemporaryDirectory() as place, watched(margins),
-        mock.patch.multiple(playground, preferences=preferences,
-                            make_sft_policy=lambda seed, on: folder.load(work / f"sft-{seed}", on)),
-    ):  # fmt: skip
-        train.main(train.Config(device="cpu", seed=seed, label_noise=noise, output_dir=f"{place}/run", **flags))
+def margins_by_iteration(config: Config, variant: train.Variant) -> list[torch.Tensor]:
+    """A run without evaluations: the margins of D and then of the evaluation pairs, after each iteration."""
+    margins = []
+    with open_run(config, variant.name, variant.world, wants_report=False) as run:
+        for t in range(1, run.config.iterations + 1):
+            reviewed = variant.training_set(t, run.given, run.policies, run.config, variant)
+            train.train(t, reviewed.training_set, run, run.config, variant)
+            of_both = [margins_of(run.policies, t, pairs) for pairs in (run.given, run.held_out)]
+            margins.append(torch.cat(of_both))
     return margins
 
 
-def one_half(half: int, noise: float, n: int, part: str, *, seed: int, plain=playground.preferences, **_) -> list[dict]:
+def run_of(seed: int, noise: float, work: Path, preferences: Callable | None = None, **flags) -> list[torch.Tensor]:
+    """Three iterations of train.py in the playground: the margins of each."""
+    variant = variant_of(flags, work)
+    if preferences:
+        variant.world.preferences = preferences
+    with tempfile.TemporaryDirectory() as place:
+        config = Config(device="cpu", seed=seed, label_noise=noise, output_dir=f"{place}/run", **flags_of(flags))
+        return margins_by_iteration(config, variant)
+
+
+def one_half(half: int, noise: float, n: int, part: str, *, seed: int, **_) -> list[dict]:
     """In the place of `preferences`: one half of D to train on, and the other to evaluate on."""
-    rows = plain(2000, "train", seed=seed, label_noise=noise, length_bias=0)
+    rows = playground.preferences(2000, "train", seed=seed, label_noise=noise)
     return rows[half if part == "train" else 1 - half :: 2]
 
 
@@ -127,7 +117,7 @@ def measure(work: Path, seed: int, noise: float) -> dict[str, dict[str, float]]:
 
 
 def _measure(work: Path, seed: int, noise: float) -> dict[str, dict[str, float]]:
-    rows = playground.preferences(2000, "train", seed=seed, label_noise=noise, length_bias=0)
+    rows = playground.preferences(2000, "train", seed=seed, label_noise=noise)
     flipped, n = torch.tensor([playground.is_flipped(row) for row in rows]), len(rows)
     sera, plain, robust = (
         [margins[:n] for margins in run_of(seed, noise, work, **flags)]
@@ -188,16 +178,15 @@ def measure_model(model: str, data: str, seed: int, noise: float, run: str) -> d
     if half is not None:
         offline, test = offline[half::2], offline[1 - half :: 2]
     steps = math.ceil(len(offline) / MODEL["per_device_train_batch_size"])
-    margins: list[torch.Tensor] = []
-    with tempfile.TemporaryDirectory() as place, watched(margins):
+    variant = replace(variant_of(flags, Path()), batches_of=partial(equal_steps, steps))
+    with tempfile.TemporaryDirectory() as place:
         for name, rows in {"train": offline, "test": test}.items():
             Path(place, f"{name}.json").write_text(json.dumps(rows))
-        config = train.Config(
-            **MODEL, **flags, seed=seed, model_name_or_path=model, steps_per_iteration=steps,
-            dataset_name=f"{place}/train.json", eval_dataset_name=f"{place}/test.json", eval_split="train",
-            output_dir=f"{place}/run",
+        config = Config(
+            **MODEL, **flags_of(flags), seed=seed, model_name_or_path=model, dataset_name=f"{place}/train.json",
+            eval_dataset_name=f"{place}/test.json", eval_split="train", output_dir=f"{place}/run",
         )  # fmt: skip
-        quiet(train.main, config)
+        margins = quiet(margins_by_iteration, config, variant)
     assert all(len(some) == len(offline) + len(test) for some in margins), "a pair was dropped"
     return {"margins": [[round(m, 4) for m in some.tolist()] for some in margins],
             "accuracy": [(some[len(offline) :] > 0).float().mean().item() for some in margins]}  # fmt: skip
@@ -251,8 +240,8 @@ def kept_table(of_model: dict[str, dict], flipped: dict[str, list[bool]], noise:
 def right_among_kept(margins: list[torch.Tensor], flipped: torch.Tensor) -> list[float]:
     """margins: m_1 and m_2 of D. The review for iteration 2 sees m_1, that for iteration 3 the ensemble of both."""
     first, second = margins
-    k = round(train.Config.keep * len(flipped))
-    seen = first, ensemble_margin(second, first, train.Config.ensemble_gamma)
+    k = round(Config.keep * len(flipped))
+    seen = first, ensemble_margin(second, first, Config.ensemble_gamma)
     return [(~flipped[select_top(m, k)]).float().mean().item() for m in seen]
 
 
@@ -261,7 +250,7 @@ def one_a_seed(values) -> str:
 
 
 def tables(saved: dict) -> dict[str, str]:
-    """By the names of README.md's blocks, of what has been run."""
+    """By the names of distrust.md's blocks, of what has been run."""
     shown = {"distrust": table(saved["runs"])}
     done = saved.get("model", {})
     whole = {noise for noise in (0.2, 0.3) if all(f"{noise} {seed} {run}" in done for seed in MODEL_SEEDS
@@ -320,7 +309,8 @@ def main() -> None:
             jobs = {f"{noise} {seed}": (measure, work, seed, noise) for seed, noise in lacking}
             all_of(jobs, pool, saved["runs"], save, "worlds")
     shown = tables(saved)
-    README.write_text(filled(README.read_text(), shown))
+    page = RESULTS / "distrust.md"
+    page.write_text(filled(page.read_text(), shown))
     print("\n\n".join(shown.values()))
 
 

@@ -3,18 +3,19 @@
     python experiments/neighbours.py          45 minutes on two idle cores; stopped, it goes on
     python experiments/neighbours.py --quick  one seed, small: does it all still run? It writes nothing
 
-Every method is one function. It returns the functions that replace train.py's: pairs(run, t) makes the training set of
-iteration t (for `all_pairs` and `review`); some replace `pair_losses` or `backward` too. All else is SeRA's loop in the
-playground, whose true reward is known, with the reference π_θ0 unless the docstring says another, and claims.py's
-comparison: equal optimizer steps (not epochs), one grid of β, tuned on validation prompts at 30 % flipped labels. Paper
-and code were read where a docstring says "and its code"; elsewhere it says what was read. No number here says how good
-a method is on its own task. Outside of such a loop are Linear Alignment (arXiv:2401.11458: only decoding changes) and
-ABR (offline reinforcement learning of control). Writes results/neighbours.json, .png and experiments/README.md.
+Every method is one function. It returns the functions of a train.Variant that are its own: `training_set` makes the
+pairs of iteration t; some have `pair_losses` of their own too. All else is SeRA's loop in the playground, whose true
+reward is known, with the reference π_θ0 unless the docstring says another, and claims.py's comparison: equal optimizer
+steps (not epochs), one grid of β, tuned on validation prompts at 30 % flipped labels. Paper and code were read where a
+docstring says "and its code"; elsewhere it says what was read. No number here says how good a method is on its own
+task. Outside of such a loop are Linear Alignment (arXiv:2401.11458: only decoding changes) and ABR (offline
+reinforcement learning of control). Writes results/neighbours.json, .md and .png.
 """
 
 import argparse
 import copy
 import functools
+import json
 import math
 import random
 import sys
@@ -22,24 +23,24 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from unittest import mock
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import claims
 import torch
 import torch.nn.functional as F
-from distrust import README, filled
+from distrust import filled
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import train
-from sera_min import folder, logprobs, playground
-from sera_min.bootstrap import best_worst_pairs, sample_responses
-from sera_min.config import seed_of
-from sera_min.pairs import Ids, Pair, Review, Samples, TrainingSet, rows_of
-from sera_min.run import Run
-from train import all_pairs
+from sera_min import logprobs, playground
+from sera_min.bootstrap import best_worst_pairs, ended_responses, sample_responses
+from sera_min.logprobs import implicit_reward
+from sera_min.machinery import folder, models
+from sera_min.machinery.config import Resolved, seed_of
+from sera_min.machinery.policies import Policies
+from sera_min.pairs import Ids, Pair, Preferences, Review, Rows, Samples, TrainingSet, rows_of
 
 TOKENIZER = playground.make_tokenizer()
 Changes = dict[str, Callable]
@@ -54,27 +55,35 @@ def true_reward(x: Ids, y: Ids) -> float:
     return playground.true_reward(text(x), text(y))
 
 
-def to_train_on(run: Run, t: int, pairs: list[Pair], against: int = 0) -> Review:
+def all_of(given: Preferences, policies: Policies) -> Review:
+    """All of D, against π_θ0."""
+    return to_train_on(policies, given.pairs, source="offline")
+
+
+def to_train_on(policies: Policies, pairs: list[Pair], against: int = 0, source: str = "own") -> Review:
     """These N pairs, and as π_ref the policy of iteration `against`."""
-    reference = run.log_prob(against, *rows_of(pairs), f"pairs-{t}")[:, 0].view(-1, 2)
-    return Review(TrainingSet(pairs, reference, torch.zeros(len(pairs)), ["own"] * len(pairs), [0] * len(pairs)))
+    reference = policies.log_prob(against, Rows(*rows_of(pairs), [0] * 2 * len(pairs))).view(-1, 2)
+    return Review(TrainingSet(pairs, reference, torch.zeros(len(pairs)), [source] * len(pairs), [0] * len(pairs)))
 
 
-def ranked(run: Run, t: int, against: int, count: int | None = None) -> Samples:
-    """n samples of each of the first `count` prompts from π_θ(t−1); rewards: log π_θ(t−1) − log π_θ`against`."""
-
-    def reward(x: list[Ids], y: list[Ids], what: str) -> tuple[Tensor, Tensor, Tensor]:
-        newest, reference = (run.log_prob(i, x, y, what) for i in (t - 1, against))
-        return newest[:, 0] - reference[:, 0], reference[:, 0], reference[:, 1]
-
-    return train.rank_samples(t, [x for x, _, _ in run.offline[:count]], run.sample, reward, -math.inf, run.config)
+def drawn(t: int, prompts: list[Ids], policies: Policies, config: Resolved) -> Samples:
+    """Samples of π_θ(t−1): those that SeRA draws for iteration t."""
+    return policies.sample(t - 1, prompts, config.samples_per_prompt, seed_of(config.seed, t, "samples"))
 
 
-def best_and_worst(run: Run, samples: Samples, rewards: Tensor) -> tuple[list[Pair], Tensor]:
-    """The pairs that these rewards (P, n) make of the samples, with their margins."""
-    y = samples.responses
-    triples, margins, _ = best_worst_pairs(rewards.tolist(), samples.ended.tolist(), y, samples.usable.tolist())
-    return [Pair(run.offline[i].prompt, y[i][best], y[i][worst]) for i, best, worst in triples], margins
+def ranked(t: int, prompts: list[Ids], policies: Policies, config: Resolved, against: int = 0) -> tuple[Rows, Tensor]:
+    """The samples of π_θ(t−1) that ended, R rows; rewards (R,): log π_θ(t−1) − log π_θ`against`."""
+    prompt_of, responses, _ = ended_responses(drawn(t, prompts, policies, config))
+    rows = Rows([prompts[i] for i in prompt_of], responses, prompt_of)
+    return rows, policies.log_prob(t - 1, rows) - policies.log_prob(against, rows)
+
+
+def best_and_worst(rows: Rows, rewards: Tensor) -> tuple[list[Pair], Tensor]:
+    """The pairs that these rewards (R,) make of the samples, with their margins."""
+    best, worst, _ = best_worst_pairs(rows.numbers, rows.responses, rewards)
+    x, y = rows.prompts, rows.responses
+    pairs = [Pair(x[w], y[w], y[l]) for w, l in zip(best.tolist(), worst.tolist())]
+    return pairs, rewards[best] - rewards[worst]
 
 
 def rad(judged: bool) -> Changes:
@@ -86,21 +95,21 @@ def rad(judged: bool) -> Changes:
     """
     starts = [TOKENIZER(x).input_ids for x in ("and " * 4, "the " * 4, "about " * 4, "me " * 4, "tell me about the")]
 
-    def pairs(run: Run, t: int) -> Review:
-        x, y = rows_of(run.offline)
+    def training_set(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
+        rows = given.rows
         if judged:
-            scores = torch.tensor([true_reward(*row) for row in zip(x, y)])  # (2|D|,)
+            scores = torch.tensor([true_reward(x, y) for x, y in zip(rows.prompts, rows.responses)])  # (2|D|,)
         elif t > 1:
-            scores = run.log_prob(t - 1, x, y, "pairs")[:, 0] - run.log_prob(0, x, y, "pairs")[:, 0]
+            scores = policies.log_prob(t - 1, rows) - policies.log_prob(0, rows)
         else:
-            return all_pairs(run)
+            return all_of(given, policies)
         fifths = torch.bucketize(scores, scores.quantile(torch.arange(1, 5) / 5), right=True).view(-1, 2).tolist()
         made = []
-        for (x, w, l), (g_w, g_l) in zip(run.offline, fifths):
+        for (x, w, l), (g_w, g_l) in zip(given.pairs, fifths):
             made += [Pair(starts[g_w] + x[4:], w, l), Pair(starts[g_l] + x[4:], l, w)] if g_w != g_l else []
-        return to_train_on(run, t, made)
+        return to_train_on(policies, made)
 
-    return {"pairs": pairs}
+    return {"training_set": training_set}
 
 
 def spo(gamma: float = 0.1, degrees: int = 4) -> Changes:
@@ -112,24 +121,24 @@ def spo(gamma: float = 0.1, degrees: int = 4) -> Changes:
     rng, frequent, W = random.Random(), set[int](), torch.zeros(degrees, 64, requires_grad=True)
     optimizer = torch.optim.Adam([W], 1e-3)
 
-    def pairs(run: Run, t: int) -> Review:
-        rng.seed(f"{run.config.seed} {t}")
-        counts = Counter(token for pair in run.offline for token in pair.chosen + pair.rejected)
+    def training_set(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
+        rng.seed(f"{config.seed} {t}")
+        counts = Counter(token for pair in given.pairs for token in pair.chosen + pair.rejected)
         frequent.update(token for token, _ in counts.most_common(6))
-        return all_pairs(run)
+        return all_of(given, policies)
 
-    def backward(policy, pairs: list[Pair], reference, b: int, *others, plain=train.backward) -> list[Tensor]:
+    def pair_losses(policy, pairs: list[Pair], *others) -> tuple[Tensor, Tensor]:
+        optimizer.step()  # of the batch before, whose gradient train.py has computed since
+        optimizer.zero_grad()
+        losses, logps = train.pair_losses(policy, pairs, *others)
         k = [rng.randrange(degrees) for _ in pairs]
         y = [without_key_words(pair.chosen, frequent, n / (degrees - 1), rng) for pair, n in zip(pairs, k)]
         rows = pad_sequence([torch.tensor(pair.prompt + less) for pair, less in zip(pairs, y)], batch_first=True)
         hidden = logprobs.body_of(policy)(input_ids=rows).last_hidden_state  # (m, T, 64)
         h = [of[len(x) : len(x) + len(less)].mean(0) for of, (x, _, _), less in zip(hidden, pairs, y)]
-        (gamma * F.cross_entropy(torch.stack(h) @ W.T, torch.tensor(k), reduction="sum") / b).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return plain(policy, pairs, reference, b, *others)
+        return losses + gamma * F.cross_entropy(torch.stack(h) @ W.T, torch.tensor(k), reduction="none"), logps
 
-    return {"pairs": pairs, "backward": backward}
+    return {"training_set": training_set, "pair_losses": pair_losses}
 
 
 def without_key_words(y: Ids, frequent: set[int], share: float, rng: random.Random) -> Ids:
@@ -148,22 +157,23 @@ def bmc(delta: float = 2.0) -> Changes:
     """
     reference: list = []
 
-    def pairs(run: Run, t: int) -> Review:
-        reference[:] = [folder.load(run.policies.folder(0), "cpu")[0].eval()]
-        edited = [Pair(x, ids(mend(text(x), text(w), text(l))), l) for x, w, l in run.offline]
-        return to_train_on(run, t, [Pair(x, w, l) for x, w, l in edited if true_reward(x, w) > true_reward(x, l)])
+    def training_set(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
+        reference[:] = [models.load(policies.folder(0), "cpu")[0].eval()]
+        edited = [Pair(x, ids(mend(text(x), text(w), text(l))), l) for x, w, l in given.pairs]
+        return to_train_on(policies, [Pair(x, w, l) for x, w, l in edited if true_reward(x, w) > true_reward(x, l)])
 
-    def backward(policy, pairs: list[Pair], _, b: int, config, max_tokens: int) -> list[Tensor]:
+    def pair_losses(policy, pairs: list[Pair], _, config: Resolved) -> tuple[Tensor, Tensor]:
+        claims.METER.add("scored", *rows_of(pairs))
         logps = logprobs.token_logprobs(policy, *rows_of(pairs))
         with torch.no_grad():
             before = logprobs.token_logprobs(reference[0], *rows_of(pairs))
         both = [ys for _, w, l in pairs for ys in ((w, l), (l, w))]  # a response, and what it is compared with
         r = [(confidence(p, y, other, delta) * (p - p_ref)).sum() for p, p_ref, (y, other) in zip(logps, before, both)]
         by_pair = torch.stack(r).view(-1, 2)
-        (train.pair_losses(by_pair, config).sum() / b).backward()
-        return [by_pair.detach(), torch.stack([p.detach().sum() for p in logps]).view(-1, 2)]
+        losses = train.loss_of(by_pair[:, 0] - by_pair[:, 1], config)
+        return losses, torch.stack([p.sum() for p in logps]).view(-1, 2)
 
-    return {"pairs": pairs, "backward": backward}
+    return {"training_set": training_set, "pair_losses": pair_losses}
 
 
 def mend(x: str, better: str, worse: str) -> str:
@@ -187,17 +197,16 @@ def active_labels(budget: int = 100) -> Changes:
     left out. What is worth a query is a small margin, not a core set of embeddings.
     """
 
-    def pairs(run: Run, t: int) -> Review:
+    def training_set(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
         if t == 1:
-            return all_pairs(run)
-        samples = ranked(run, t, against=0)
-        made, margins = best_and_worst(run, samples, samples.rewards)
+            return all_of(given, policies)
+        made, margins = best_and_worst(*ranked(t, [x for x, _, _ in given.pairs], policies, config))
         for p in margins.argsort()[:budget].tolist():
             x, w, l = made[p]
             made[p] = Pair(x, l, w) if true_reward(x, l) > true_reward(x, w) else made[p]
-        return to_train_on(run, t, made)
+        return to_train_on(policies, made)
 
-    return {"pairs": pairs}
+    return {"training_set": training_set}
 
 
 def aihf(w: float = 0.1) -> Changes:
@@ -207,13 +216,18 @@ def aihf(w: float = 0.1) -> Changes:
     Assumed: this direct form, w = 0.1. A demonstration is the best of 16 of this world's responses: nearly perfect.
     """
 
-    def backward(policy, pairs: list[Pair], reference, b: int, *others, plain=train.backward) -> list[Tensor]:
-        shown = [ids(demonstration(text(pair.prompt))) for pair in pairs]
-        logps, _ = logprobs.sequence_logprobs(policy, [pair.prompt for pair in pairs], shown)
-        (-w * logps.sum() / b).backward()
-        return plain(policy, pairs, reference, b, *others)
+    def training_set(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
+        return all_of(given, policies)
 
-    return {"pairs": lambda run, t: all_pairs(run), "backward": backward}
+    def pair_losses(policy, pairs: list[Pair], *others) -> tuple[Tensor, Tensor]:
+        prompts = [pair.prompt for pair in pairs]
+        shown = [ids(demonstration(text(x))) for x in prompts]
+        claims.METER.add("trained", prompts, shown)
+        likelihood, _ = logprobs.sequence_logprobs(policy, prompts, shown)
+        losses, logps = train.pair_losses(policy, pairs, *others)
+        return losses - w * likelihood, logps
+
+    return {"training_set": training_set, "pair_losses": pair_losses}
 
 
 @functools.cache
@@ -230,25 +244,24 @@ def sapo(decay: float = 0.5) -> Changes:
     iteration, not at every step; the replay buffer is the iteration before; the reference does not follow E.
     """
 
-    def rewritten(run: Run, t: int) -> list[Pair]:
-        rng = random.Random(f"{run.config.seed} {t}")
-        cuts = [(rng.randrange(len(y) - len(y) // 4), len(y) // 4) for _, y, _ in run.offline]
-        asked = [x + y[:cut] for (x, y, _), (cut, _) in zip(run.offline, cuts)]
+    def rewritten(t: int, given: Preferences, policies: Policies, config: Resolved) -> list[Pair]:
+        rng, file = random.Random(f"{config.seed} {t}"), policies.state / f"segments-{t}.json"
+        cuts = [(rng.randrange(len(y) - len(y) // 4), len(y) // 4) for _, y, _ in given.pairs]
+        if not file.exists():
+            asked = [x + y[:cut] for (x, y, _), (cut, _) in zip(given.pairs, cuts)]
+            made = sample_responses(moving_average(policies, t, decay), asked, 1, max_new_tokens=8, temperature=1.0,
+                                    top_p=1.0, eos_token_id=policies.eos_ids, pad_token_id=TOKENIZER.pad_token_id,
+                                    seed=seed_of(config.seed, t, "segments"))  # fmt: skip
+            folder.write(file, json.dumps([y for [(y, _)] in made]))
+            claims.METER.add("sampled", folder.read_json(file))
+        rows = zip(given.pairs, cuts, folder.read_json(file))
+        return [Pair(x, y, spliced(y, cut, n, new, policies.eos_ids)) for (x, y, _), (cut, n), new in rows]
 
-        def draw() -> list[Ids]:
-            drawn = sample_responses(moving_average(run, t, decay), asked, 1, max_new_tokens=8, temperature=1.0,
-                                     top_p=1.0, eos_token_id=run.eos_ids, pad_token_id=TOKENIZER.pad_token_id,
-                                     seed=seed_of(run.config.seed, t, "segments"))  # fmt: skip
-            return [y for [(y, _)] in drawn]
+    def training_set(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
+        made = [pair for i in (t - 1, t) if i > 0 for pair in rewritten(i, given, policies, config)]
+        return to_train_on(policies, [pair for pair in made if pair.chosen != pair.rejected])
 
-        drawn = zip(run.offline, cuts, folder.phase(run.out, f"segments-{t}", draw))
-        return [Pair(x, y, spliced(y, cut, n, new, run.eos_ids)) for (x, y, _), (cut, n), new in drawn]
-
-    def pairs(run: Run, t: int) -> Review:
-        made = [pair for i in (t - 1, t) if i > 0 for pair in rewritten(run, i)]  # those of t − 1 are on disk
-        return to_train_on(run, t, [pair for pair in made if pair.chosen != pair.rejected])
-
-    return {"pairs": pairs}
+    return {"training_set": training_set}
 
 
 def spliced(y: Ids, cut: int, n: int, new: Ids, ends: list[int]) -> Ids:
@@ -256,10 +269,10 @@ def spliced(y: Ids, cut: int, n: int, new: Ids, ends: list[int]) -> Ids:
     return y[:cut] + new[:n] + ([] if new[:n][-1:] and new[:n][-1] in ends else y[cut + n :])
 
 
-def moving_average(run: Run, t: int, decay: float):
+def moving_average(policies: Policies, t: int, decay: float):
     """E after t − 1 iterations, from θ_0 on."""
-    mean = copy.deepcopy(run.policies.get(0))
-    for policy in (run.policies.get(i) for i in range(1, t)):
+    mean = copy.deepcopy(policies.get(0))
+    for policy in (policies.get(i) for i in range(1, t)):
         for kept, new in zip(mean.parameters(), policy.parameters()):
             kept.data.lerp_(new.data, 1 - decay)
     return mean
@@ -273,20 +286,25 @@ def irepo(votes: int = 8, temperature: float = 0.5) -> Changes:
     and 1. Of D only the prompts are used. Logged margins are less the logit.
     """
 
-    def pairs(run: Run, t: int) -> Review:
-        rng, noise = random.Random(f"{run.config.seed} {t}"), run.config.label_noise
-        prompts = [x for x, _, _ in run.offline]
-        made = [Pair(x, a, b) for x, ((a, a_ended), (b, b_ended)) in zip(prompts, run.sample(t - 1, prompts))
+    def training_set(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
+        rng, noise = random.Random(f"{config.seed} {t}"), config.label_noise
+        prompts = [x for x, _, _ in given.pairs]
+        made = [Pair(x, a, b) for x, ((a, a_ended), (b, b_ended)) in zip(prompts, drawn(t, prompts, policies, config))
                 if a_ended and b_ended and a != b]  # fmt: skip
-        reviewed = to_train_on(run, t, made, against=t - 1)
+        reviewed = to_train_on(policies, made, against=t - 1)
         for (x, a, b), reference in zip(made, reviewed.training_set.reference):
             ahead = true_reward(x, a) - true_reward(x, b)
             likely = noise + (1 - 2 * noise) / (1 + math.exp(-ahead / temperature))
             # With log π_ref of the first raised by logit(p)/β the loss is (βm)²: no other function need know p.
-            reference[0] += logit(sum(rng.random() < likely for _ in range(votes)), votes) / run.config.beta
+            reference[0] += logit(sum(rng.random() < likely for _ in range(votes)), votes) / config.beta
         return reviewed
 
-    return {"pairs": pairs, "pair_losses": lambda r, config: (config.beta * (r[:, 0] - r[:, 1])) ** 2}
+    def pair_losses(policy, pairs: list[Pair], reference: Tensor, config: Resolved) -> tuple[Tensor, Tensor]:
+        _, logps = train.pair_losses(policy, pairs, reference, config)
+        r = implicit_reward(logps, reference)
+        return (config.beta * (r[:, 0] - r[:, 1])) ** 2, logps
+
+    return {"training_set": training_set, "pair_losses": pair_losses}
 
 
 def logit(won: int, votes: int) -> float:
@@ -302,26 +320,30 @@ def dice() -> Changes:
     the second the pairs are kept. Simplified: 4 samples, not 16; lengths in tokens; prompts occur in both halves.
     """
 
-    def pairs(run: Run, t: int) -> Review:
+    def training_set(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
         if t == 1:
-            return all_pairs(run)
-        half = len(run.offline) // 2
-        samples = ranked(run, t, against=t - 2, count=half)
-        lengths = torch.tensor([[len(y) for y in row] for row in samples.responses])
-        made, _ = best_and_worst(run, samples, samples.rewards - length_price(samples.rewards, lengths) * lengths)
-        return to_train_on(run, t, made + run.offline[half:], against=t - 1)
+            return all_of(given, policies)
+        half = len(given.pairs) // 2
+        rows, r = ranked(t, [x for x, _, _ in given.pairs[:half]], policies, config, against=t - 2)
+        made, _ = best_and_worst(rows, r - length_price(r, rows.lengths, rows.numbers) * rows.lengths)
+        return to_train_on(policies, made + given.pairs[half:], against=t - 1)
 
-    return {"pairs": pairs}
+    return {"training_set": training_set}
 
 
-def length_price(rewards: Tensor, lengths: Tensor) -> float:
-    """Of α = 0, 0.001, …, 1 that at which best and worst differ least in length; (P, n), rewards NaN where unusable."""
+def length_price(rewards: Tensor, lengths: Tensor, prompt_of: list[int]) -> float:
+    """Of α = 0, 0.001, …, 1 that at which best and worst differ least in length, on average over the prompts; (R,)."""
+    of_prompt: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompt_of):
+        of_prompt.setdefault(prompt, []).append(row)
+    rows = pad_sequence([torch.tensor(some) for some in of_prompt.values()], batch_first=True, padding_value=-1)
+    r, length, there = rewards[rows], lengths[rows], rows >= 0  # (P, n)
 
     def gap(alpha: float) -> float:
-        q, some = rewards - alpha * lengths, rewards.isfinite().any(1)
-        best, worst = q.nan_to_num(nan=-math.inf).argmax(1), q.nan_to_num(nan=math.inf).argmin(1)
-        longer = lengths.gather(1, best[:, None]) - lengths.gather(1, worst[:, None])
-        return abs(longer[some].double().mean().item())
+        q = r - alpha * length
+        best, worst = q.where(there, -math.inf).argmax(1), q.where(there, math.inf).argmin(1)
+        longer = length.gather(1, best[:, None]) - length.gather(1, worst[:, None])
+        return abs(longer.double().mean().item())
 
     return min((k / 1000 for k in range(1001)), key=gap)
 
@@ -333,14 +355,14 @@ def spin() -> Changes:
     The round before's pairs stay. Two samples a prompt, not one; and all rounds have one β and one learning rate.
     """
 
-    def pairs(run: Run, t: int) -> Review:
-        made, prompts = [], [x for x, _, _ in run.offline]
-        for i in range(max(t - 2, 0), t):  # samples of the round before are on disk
-            for (x, w, _), row in zip(run.offline, run.sample(i, prompts)):
+    def training_set(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
+        made, prompts = [], [x for x, _, _ in given.pairs]
+        for i in range(max(t - 1, 1), t + 1):  # samples of the round before are on disk
+            for (x, w, _), row in zip(given.pairs, drawn(i, prompts, policies, config)):
                 made += [Pair(x, w, y) for y, ended in row if ended and y != w]
-        return to_train_on(run, t, made, against=t - 1)
+        return to_train_on(policies, made, against=t - 1)
 
-    return {"pairs": pairs}
+    return {"training_set": training_set}
 
 
 NEIGHBOURS: dict[str, tuple] = {  # the method, what it is given beside D, and flags
@@ -360,15 +382,9 @@ GIVEN = {name: given for name, (_, given, _) in NEIGHBOURS.items()} | {"robust D
 
 
 def runs_of_one_base(work: Path, runs: dict[str, dict]) -> dict[str, dict]:
-    """claims.py's, of one method, whose functions stand in train.py's place (methods call the true all_pairs)."""
+    """claims.py's, of one method, with its functions."""
     [method] = {spec.get("neighbour") for spec in runs.values()}
-    changes = NEIGHBOURS[method][0]() if method else {"train": train.train}  # itself: nothing is changed
-    if pairs := changes.pop("pairs", None):  # claims.py counts tokens in `review`: all_pairs goes through it too
-        changes["review"] = lambda t, offline, log_prob, *_: pairs(log_prob.__self__, t)  # log_prob is the run's
-        changes["all_pairs"] = lambda run: train.review(1, run.offline, run.log_prob, run.sample, run.config)
-    with mock.patch.multiple(train, **changes), mock.patch.object(train.report, "write_report", lambda *_: None):
-        specs = {name: {flag: spec[flag] for flag in spec if flag != "neighbour"} for name, spec in runs.items()}
-        return claims.runs_of_one_base(work, specs)
+    return claims.runs_of_one_base(work, runs, NEIGHBOURS[method][0]() if method else {})
 
 
 def main() -> None:
@@ -393,7 +409,8 @@ def main() -> None:
         print("\n\n".join(shown.values()))
         if not quick:
             claims.draw_frontier(runs, claims.RESULTS / "neighbours.png")
-            README.write_text(filled(README.read_text(), shown))
+            page = claims.RESULTS / "neighbours.md"
+            page.write_text(filled(page.read_text(), shown))
 
 
 if __name__ == "__main__":
