@@ -16,7 +16,6 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
@@ -54,9 +53,10 @@ def plain_logprob(model, prompt: Ids, response: Ids) -> Tensor:
 def token_logprobs(model, prompts: list[Ids], responses: list[Ids]) -> tuple[Tensor, ...]:
     """log π(y_i|x, y_<i) in nats of every response token of B unpadded pairs (x, y) of token ids.
 
-    Returns B float32 tensors, (|y|,) each, differentiable. Dropout is the model's own: switch it
-    off before you compare a policy with a reference. Raises ValueError for an empty prompt or
-    response and for ids that the model does not have, TypeError for what is no list of ids.
+    Returns B tensors, (|y|,) each, float32 (float64 if the model is), differentiable. Dropout is
+    the model's own: switch it off before you compare a policy with a reference. Raises ValueError
+    for an empty prompt or response and for ids that the model does not have, TypeError for what is
+    no list of ids.
     """
     head = model.get_output_embeddings().weight  # (V, H)
     check_token_ids(prompts, responses, vocab_size=head.shape[0])
@@ -87,9 +87,10 @@ def head_logprobs(model, output_type: type, hidden: Tensor, targets: Tensor) -> 
     outside_autocast = torch.autocast(hidden.device.type, enabled=False)
     with body_returns(body_of(model), output), outside_autocast:
         # Of the ids only the shape counts: the body returns `output`, whatever it is given.
-        output = model(input_ids=targets[None], use_cache=False, return_dict=True)
-    logits = output.logits[0].float()  # (r, V)
-    return -F.cross_entropy(logits, targets, reduction="none")  # (r,)
+        logits = model(input_ids=targets[None], use_cache=False, return_dict=True).logits[0]
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (r, V)
+    of_targets = logits.gather(1, targets[:, None]).squeeze(1)  # (r,)
+    return of_targets - logits.logsumexp(-1)  # (r,): log-softmax, of the targets alone
 
 
 def sequence_logprobs(model, prompts: list[Ids], responses: list[Ids]) -> tuple[Tensor, Tensor]:
