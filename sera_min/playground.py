@@ -8,6 +8,8 @@ unkind. The true reward is the mean of the sentences' scores, whatever their num
 and unkind, or broken, else 0.
 The SFT policy is a real `transformers` model, made from a config and trained here to write like the world's people,
 who are on topic five times in eight and kind as often: a mean true reward of 0.25, of which it learns most.
+
+From sera_min 0.1.0, Apache-2.0; SeRA, arXiv:2410.09362.
 """
 
 import itertools
@@ -39,10 +41,17 @@ DEFAULTS = {  # of flags, in this world; 32 new tokens are five sentences of fiv
 
 def write_response(prompt: str, rng: random.Random) -> str:
     """What a person of this world answers."""
-    topic, sentences = prompt.split()[4::3], []  # its two nouns
+    topic = prompt.split()[4::3]  # its two nouns
+    sentences = []
     for _ in range(rng.randint(1, 5)):
-        noun = rng.choice(topic if rng.random() < SHARE_ON_TOPIC else [w for w in NOUNS if w not in topic])
-        tone = rng.choice(KIND if rng.random() < SHARE_KIND else UNKIND)
+        nouns = [word for word in NOUNS if word not in topic]
+        if rng.random() < SHARE_ON_TOPIC:
+            nouns = topic
+        noun = rng.choice(nouns)
+        tones = UNKIND
+        if rng.random() < SHARE_KIND:
+            tones = KIND
+        tone = rng.choice(tones)
         sentences.append(f"the {noun} {rng.choice(VERBS)} {tone} .")
     return " ".join(sentences)
 
@@ -68,8 +77,12 @@ def true_reward(prompt: str, response: str) -> float:
 
 def precision(pairs: list[dict[str, str]]) -> float:
     """Share of rows of prompt, chosen, rejected whose chosen response has the larger true reward; a tie is ½."""
-    gold = [[true_reward(row["prompt"], row[name]) for name in ("chosen", "rejected")] for row in pairs]
-    return sum((w > l) + 0.5 * (w == l) for w, l in gold) / len(gold)
+    right = 0.0
+    for row in pairs:
+        chosen = true_reward(row["prompt"], row["chosen"])
+        rejected = true_reward(row["prompt"], row["rejected"])
+        right += (chosen > rejected) + 0.5 * (chosen == rejected)
+    return right / len(pairs)
 
 
 def is_flipped(row: dict[str, str]) -> bool:
@@ -85,12 +98,14 @@ def broken(response: str) -> bool:
 def judge(asked: list[str], answers: list[str], sft_answers: list[str]) -> dict[str, float]:
     """True reward, words and broken share of the answers; how often they beat the SFT policy's, ties ½."""
     n = len(asked)
-    gold = [(true_reward(x, a), true_reward(x, b)) for x, a, b in zip(asked, answers, sft_answers)]
+    rewards = [true_reward(x, y) for x, y in zip(asked, answers)]
+    of_sft = [true_reward(x, y) for x, y in zip(asked, sft_answers)]
+    won = sum((a > b) + 0.5 * (a == b) for a, b in zip(rewards, of_sft))
     return {
-        "gold/reward": sum(a for a, _ in gold) / n,
-        "gold/win_rate": sum((a > b) + 0.5 * (a == b) for a, b in gold) / n,
-        "gold/length": sum(len(a.split()) for a in answers) / n,
-        "gold/broken": sum(map(broken, answers)) / n,
+        "gold/reward": sum(rewards) / n,
+        "gold/win_rate": won / n,
+        "gold/length": sum(len(y.split()) for y in answers) / n,
+        "gold/broken": sum(broken(y) for y in answers) / n,
     }
 
 
@@ -101,8 +116,8 @@ def prompts(part: str) -> list[str]:
     """
     couples = list(itertools.combinations(NOUNS, 2))  # 780
     random.Random(0).shuffle(couples)
-    of_part = {"test": couples[:256], "validation": couples[256:384], "train": couples[384:]}[part]
-    in_both_orders = of_part + [(b, a) for a, b in of_part]
+    parts = {"test": couples[:256], "validation": couples[256:384], "train": couples[384:]}
+    in_both_orders = parts[part] + [(b, a) for a, b in parts[part]]
     return [f"tell me about the {a} and the {b}" for a, b in in_both_orders]
 
 
@@ -112,7 +127,8 @@ def preferences(n: int, part: str, *, label_noise: float, seed: int, length_bias
     length_bias: the share of pairs whose longer response is preferred, whatever it says. label_noise: the share then
     flipped.
     """
-    rng, pool = random.Random(f"{seed} {part}"), prompts(part)
+    rng = random.Random(f"{seed} {part}")
+    pool = prompts(part)
     rows: list[dict[str, str]] = []
     while len(rows) < n:
         x = rng.choice(pool)
@@ -139,7 +155,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def make_sft_policy(seed: int, device: str, steps: int = 1400, batch: int = 64):
     """A llama of 2 layers, 64 wide, and its tokenizer, trained on fresh responses of the world's people."""
-    tokenizer, rng = make_tokenizer(), random.Random(f"{seed} sft")
+    tokenizer = make_tokenizer()
+    rng = random.Random(f"{seed} sft")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # Untied and with a wide initialisation, or it does not learn to copy the prompt's words in so few steps.
@@ -150,7 +167,8 @@ def make_sft_policy(seed: int, device: str, steps: int = 1400, batch: int = 64):
         )  # fmt: skip
         model: Any = LlamaForCausalLM(config)
     model.to(device)
-    optimizer, pool = torch.optim.AdamW(model.parameters(), weight_decay=0.0), prompts("train")
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    pool = prompts("train")
     for step in tqdm(range(steps), desc="SFT", unit="step"):
         optimizer.param_groups[0]["lr"] = 5e-3 * min((step + 1) / 50, 1 - step / steps)
         x = rng.choices(pool, k=batch)
