@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import sys
 import tempfile
@@ -38,7 +39,8 @@ with contextlib.suppress(ImportError):  # here, so that no run spends its second
     importlib.import_module("torch.utils.tensorboard")
 
 import train
-from sera_min import config, playground
+from sera_min import playground
+from sera_min.machinery import config
 
 tqdm.set_lock(threading.RLock())  # its own is shared with forks: one killed while it holds it would stop all others
 HERE = Path(WORK.name)
@@ -51,7 +53,8 @@ FLAGS = (
 
 def fork(flags: list[str], log: Path) -> int:
     """The process id of `python train.py FLAGS`, without the seconds of its imports; what it prints is in `log`."""
-    if pid := os.fork():
+    pid = os.fork()
+    if pid:
         return pid
     code: object = 99
     try:
@@ -114,7 +117,7 @@ def main() -> None:
     model, tokenizer = playground.make_sft_policy(0, "cpu", steps=60)
     model.save_pretrained(HERE / "model")
     tokenizer.save_pretrained(HERE / "model")
-    rows = playground.preferences(60, "train", seed=0, label_noise=0.3, length_bias=0)
+    rows = playground.preferences(60, "train", seed=0, label_noise=0.3)
     (HERE / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     began = time.monotonic()
@@ -131,7 +134,9 @@ def main() -> None:
         out, log = HERE / f"run-{number}", HERE / f"log-{number}"
         while not (out / "policy").exists():
             begun = (out / "config.json").exists()
-            flags = [*FLAGS, "--resume_from_checkpoint" if begun else "--output_dir", str(out)]
+            flags = [*FLAGS, "--output_dir", str(out)]
+            if begun:
+                flags = ["--resume_from_checkpoint", str(out)]
             try:
                 moment = rng.uniform(0, duration)
                 if ended(fork(flags, log), moment if killed < 3 else 60):
@@ -144,13 +149,14 @@ def main() -> None:
             done = [file for file in out.glob("state/[a-z]*") if not file.name.endswith(".jsonl")]
             at.append(max(done, key=lambda file: file.stat().st_mtime, default=Path("nothing")).name)
         if (out / "state").exists():  # killed between its last two acts: the next call says that it has ended
-            os.waitpid(fork([*FLAGS, "--resume_from_checkpoint", str(out)], log), 0)
+            os.waitpid(fork(["--resume_from_checkpoint", str(out)], log), 0)
         if results(out) != whole:
             wrong = [name for name in whole.keys() | results(out).keys() if whole.get(name) != results(out).get(name)]
             sys.exit(f"{log.read_text()}\nrun {number} ends otherwise, in {', '.join(wrong)}")
         bar.update(killed > 0)
     bar.close()
-    places = sorted({place.split(".")[0] for place in at})
+    key = re.compile(r"-[0-9a-f]{12}")
+    places = sorted({key.sub("", Path(place).stem) for place in at})
     print(f"{arguments.runs} runs, {kills} kills, {arguments.runs} identical ends; the last thing done before a kill:",
           ", ".join(places))  # fmt: skip
 
