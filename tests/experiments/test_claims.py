@@ -1,4 +1,4 @@
-"""What the README says of results is what experiments/claims.py wrote, and what it writes is what its runs did."""
+"""What is said of results is what experiments/claims.py wrote, and what it writes is what its runs did."""
 
 import functools
 import json
@@ -13,78 +13,75 @@ import torch
 
 import train
 from sera_min import playground
+from sera_min.machinery.config import Config
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 import claims  # noqa: E402
 
 RESULTS = ROOT / "experiments/results"
 RUNS, _ = claims.read(RESULTS / "claims.json")
-README = (ROOT / "README.md").read_text()
-WRITTEN = (ROOT / "experiments/results/claims.md").read_text()
+WORDS = RESULTS / "claims-in-words.md"
+WRITTEN = (RESULTS / "claims.md").read_text()
 SHOWN = claims.blocks(RUNS)
 
 
 def test_every_block_is_what_the_runs_say():
-    """Tables and sentences with numbers stand in blocks of the READMEs, which claims.py writes."""
-    shown = SHOWN
-    assert {*claims.TITLES, "sentence:noise40", "sentence:clean"} < shown.keys()  # every study has been run
+    """Tables stand in claims.md, sentences with numbers in blocks of claims-in-words.md: claims.py writes both."""
+    assert {*claims.TITLES, "sentence:noise40", "sentence:clean"} < SHOWN.keys()  # every study has been run
     assert WRITTEN == claims.all_tables(RUNS) and WRITTEN.count("## ") == len(claims.TITLES)
-    for file in claims.READMES:
-        text = file.read_text()
-        assert claims.filled(text, shown) == text
-        assert len(claims.BLOCK.findall(text)) == text.count("<!-- claims:")  # each has its end
-    names = {name for file in claims.READMES for name in re.findall("<!-- claims: (.+?) -->", file.read_text())}
-    assert {"main", "short", "details", "frontier", "tuning", "noise", "length", "lead", "asked", "losses",
-            "near, in short", "sentence:headline", "sentence:frontier", "sentence:direction", "sentence:over"} <= names  # fmt: skip
+    text = WORDS.read_text()
+    assert claims.filled(text, SHOWN) == text
+    assert len(claims.BLOCK.findall(text)) == text.count("<!-- claims:")  # each has its end
+    names = re.findall("<!-- claims: (.+?) -->", text)
+    assert {*names} == {name for name in SHOWN if name.startswith("sentence:")}
     with pytest.raises(KeyError, match="unheard of"):
-        claims.filled("<!-- claims: unheard of --> <!-- end -->", shown)
-    for name in ("short", "sentence:frontier"):  # what is copied wrongly is seen, and mended
+        claims.filled("<!-- claims: unheard of --> <!-- end -->", SHOWN)
+    for name in ("sentence:headline", "sentence:frontier"):  # what is copied wrongly is seen, and mended
         begins = re.compile(rf"(<!-- claims: {name} -->.*?\d\.\d)(\d)", re.DOTALL)
-        changed = begins.sub(lambda match: match[1] + str(9 - int(match[2])), README)
-        assert changed != README and claims.filled(changed, shown) == README
+        changed = begins.sub(lambda match: match[1] + str(9 - int(match[2])), text)
+        assert changed != text and claims.filled(changed, SHOWN) == text
     within = "- <!-- claims: sentence:clean -->0.5<!-- end --> So much for that."
-    assert claims.filled(within, shown) == within.replace("0.5", shown["sentence:clean"])
-    assert claims.filled("<!-- claims: main --><!-- end -->", shown) == f"<!-- claims: main -->\n{shown['main']}\n<!-- end -->"
+    assert claims.filled(within, SHOWN) == within.replace("0.5", SHOWN["sentence:clean"])
+    assert claims.filled("<!-- claims: main --><!-- end -->", SHOWN) == f"<!-- claims: main -->\n{SHOWN['main']}\n<!-- end -->"
 
 
 def test_write_fills_the_blocks_and_runs_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
-    monkeypatch.setattr(claims, "READMES", (tmp_path / "a.md", tmp_path / "not there.md"))
     monkeypatch.setattr(claims, "make", lambda *_: pytest.fail("a run is made"))
     monkeypatch.setattr(claims, "draw_frontier", lambda *_: None)
     monkeypatch.setattr(claims, "draw_over", lambda *_: None)
     (tmp_path / "claims.json").write_text((RESULTS / "claims.json").read_text())
-    (tmp_path / "a.md").write_text("# A\n<!-- claims: near -->\nold\n<!-- end -->\nB\n")
+    words = tmp_path / "claims-in-words.md"
+    words.write_text("# A\n<!-- claims: near -->\nold\n<!-- end -->\nB\n")
     claims.main(["--write"])
     assert (tmp_path / "claims.md").read_text() == WRITTEN
-    near = SHOWN["near"]
-    assert (tmp_path / "a.md").read_text() == f"# A\n<!-- claims: near -->\n{near}\n<!-- end -->\nB\n"
-    (tmp_path / "a.md").write_text("<!-- claims: far -->\nold\n<!-- end -->")
+    assert words.read_text() == f"# A\n<!-- claims: near -->\n{SHOWN['near']}\n<!-- end -->\nB\n"
+    words.write_text("<!-- claims: far -->\nold\n<!-- end -->")
     with pytest.raises(SystemExit, match="nothing to put into its block 'far'"):
         claims.main(["--write"])
     monkeypatch.setattr(claims, "make", lambda *_: None)
     claims.main(["--studies", "near"])
-    assert "'far': it is left as it is" in capsys.readouterr().out and "old" in (tmp_path / "a.md").read_text()
+    assert "'far': it is left as it is" in capsys.readouterr().out and "old" in words.read_text()
 
 
-def test_no_result_stands_outside_a_block():
-    """In the results' prose there is no decimal number but settings (β, learning rates, shares) and versions."""
-    experiments = claims.READMES[1].read_text()
-    sections = [README[README.index("## Does it beat DPO?") : README.index("## Your own model")],
-                experiments[experiments.index("## 1 Results") : experiments.index("## 2 Speed")]]  # fmt: skip
-    for section in sections:
-        tables = re.sub("<!-- (distrust|neighbours).*?<!-- end -->", "", claims.BLOCK.sub("", section), flags=re.DOTALL)
-        prose = re.sub("`[^`]*`", "", tables)
-        numbers = set(re.findall(r"\d+\.\d+", prose))  # of tables too
-        settings = {"0.01", "0.03", "0.1", "0.3", "0.4", "0.5", "0.7", "0.015", "2.13"}
-        assert numbers <= settings | {"2403.00409", "2410.09362", "2508.04149"}, numbers
-    for figure in re.findall(r"!\[.*?\]\((.*?)\)", sections[1]):
-        assert (ROOT / "experiments" / figure).stat().st_size > 5000
+def numbers_of(text):
+    return {number.lstrip("+-−") for number in re.findall(r"[+\-−]?\d+\.\d{2,}", text)}
+
+
+def test_the_page_of_results_quotes_what_was_written():
+    """Every number of two decimals and more in docs/results.md is in a file of results, but for settings and sources."""
+    page = (ROOT / "docs/results.md").read_text()
+    prose = re.sub(r"arXiv:[\d.]+|arxiv.org/abs/[\d.]+|`[^`]*`", "", page)
+    written = set().union(*(numbers_of(file.read_text()) for file in RESULTS.glob("*.md")))
+    settings = {"0.03", "0.01"}
+    assert numbers_of(prose) - written <= settings, numbers_of(prose) - written - settings
+    for figure in re.findall(r"!\[.*?\]\((.*?)\)", page):
+        assert (ROOT / "docs" / figure).stat().st_size > 5000
 
 
 def test_what_the_runs_start_from():
-    """SFT learns most of its data's true reward (0.25); at a β as large as 1 SeRA is ahead by far, as the README says."""
+    """SFT learns most of its data's true reward (0.25); at a β as large as 1 SeRA is ahead by far."""
     rows = claims.specs(RUNS, "main")
     assert len(rows["SeRA"]) == 10
     sft = claims.column(RUNS, rows["SeRA"], "gold/reward", 0)
@@ -149,17 +146,42 @@ def test_the_frontier_is_read_on_straight_lines():
     assert claims.in_brackets((-0.1, 0.0, 0.25), "+") == "+0.00 [-0.10, +0.25]" and claims.in_brackets(None) == "–"
 
 
-def test_what_stands_in_the_place_of_the_method():
-    ended, usable = [[True] * 3 + [False, True, True]], [[True] * 5 + [False]]
-    texts = [[[1], [2], [3], [4], [1], [5]]]
-    pairs, margins, _ = claims.every_pair([[3.0, 1.0, 2.0, 9.0, 3.0, 8.0]], ended, texts, usable)
-    assert sorted(zip(pairs, margins.tolist())) == [((0, 2, 1), 1.0), ((0, 4, 1), 2.0), ((0, 4, 2), 1.0)]
-    margins = torch.tensor([3.0, -1.0, 2.0, 0.0, 5.0])
-    assert claims.smallest(margins, 2).tolist() == [1, 3] and claims.middle(margins, 3).tolist() == [0, 2, 3]
+def test_every_pair_of_a_prompt_s_different_samples():
+    responses, prompt_of = [[1], [2], [3], [1], [1], [9], [2]], [0, 0, 0, 0, 2, 2, 2]
+    rewards = torch.tensor([3.0, 1.0, 2.0, 3.0, 7.0, 5.0, torch.nan])
+    best, worst, _ = claims.every_pair(prompt_of, responses, rewards)
+    assert sorted(zip(best.tolist(), worst.tolist())) == [(2, 1), (3, 1), (3, 2), (4, 5)]
+    best, worst, _ = claims.every_pair([0, 1], [[1], [2]], torch.tensor([1.0, 2.0]))
+    assert best.shape == worst.shape == (0,) and best.dtype == torch.int64
+
+
+def test_names_of_saved_runs_are_read_as_flags_and_variants(tmp_path):
+    """Every run of claims.json is of flags that train.py has, and of one variant."""
+    names = set()
+    for name in RUNS:
+        spec = json.loads(name)
+        Config(**claims.flags_of(spec))
+        names.add(claims.variant_of(spec, tmp_path).name)
+    assert names == {"SeRA", "every pair", *claims.variants.VARIANTS}
+    variant = claims.variant_of({"loss_type": "robust", "steps_per_iteration": 5}, tmp_path)
+    assert variant.name == "robust" and claims.flags_of({"loss_type": "robust"}) == {"loss_type": "dpo"}
+    assert claims.variant_of({"token_floor": 0.01, "length_free": True}, tmp_path).name == "both_remedies"
+    biased = claims.variant_of({"length_bias": 0.5}, tmp_path).world
+    for part, bias in (("train", 0.5), ("test", 0.0)):
+        rows = playground.preferences(50, part, label_noise=0.1, seed=3, length_bias=bias)
+        assert biased.preferences(50, part, label_noise=0.1, seed=3) == rows
+
+
+def test_equal_steps_are_epochs_cut_short():
+    config = Config(seed=3, per_device_train_batch_size=4)
+    batches = claims.equal_steps(5, 10, 2, config)
+    assert [len(batch) for batch in batches] == [4, 4, 2, 4, 4]
+    assert sorted(i for batch in batches[:3] for i in batch) == list(range(10)) and batches[3] != batches[0]
+    assert claims.equal_steps(3, 10, 2, config) == batches[:3] == train.batches_of(10, 2, config)
 
 
 class InThisProcess:
-    """In the place of a pool of processes, which would not have what is patched here."""
+    """In the place of a pool of processes, which would not have what is changed here."""
 
     def __init__(self, *_):
         self.map = map
@@ -226,13 +248,23 @@ def test_quick_and_smaller(tmp_path, monkeypatch, capsys):
     assert said == ["1", "0", "1", "0"]
     shared = runs[claims.name_of(spec)]["iterations"]
     out = tmp_path / "own"
-    train.main(train.Config(**spec, **claims.EVERY, output_dir=str(out)))
+    spec = spec | claims.EVERY
+    claims.sft(tmp_path / "sft-0", 0)
+    train.main(Config(**claims.flags_of(spec), output_dir=str(out)), claims.variant_of(spec, tmp_path))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for ours, own in zip(shared, [line for line in lines if line["phase"] != "train"], strict=True):
         assert {key: ours[key] for key in own.keys() - {"select/pairs", "bootstrap/pairs"}}.items() <= own.items()
-    trained = sum(len((p["prompt"] + p["chosen"]).split()) + len((p["prompt"] + p["rejected"]).split()) + 2
-                  for p in map(json.loads, (out / "iteration-1/pairs.jsonl").read_text().splitlines()))  # fmt: skip
-    assert shared[1]["tokens/trained"] == trained  # 32 pairs, a step of 32: all of them once
+    for t in (1, 2, 3):
+        trained = sum(2 + len(f"{p['prompt']} {p['chosen']} {p['prompt']} {p['rejected']}".split())
+                      for p in map(json.loads, (out / f"iteration-{t}/pairs.jsonl").read_text().splitlines()))  # fmt: skip
+        assert t > 1 or shared[t]["tokens/trained"] == trained  # 32 pairs, a step of 32: all of them once
+    of_d = shared[1]["tokens/trained"]  # all of D is scored by the newest policy alone, beside the samples
+    samples = (out / "iteration-2/samples.jsonl").read_text().splitlines()
+    ended = [one for one in map(json.loads, samples) if one["finish_reason"] == "stop"]
+    words = sum(len(f"{one['prompt']} {one['response']}".split()) + 1 for one in ended)
+    assert [shared[t]["tokens/scored"] for t in (1, 2)] == [0, of_d + 2 * words]
+    written = sum(len(one["response"].split()) for one in map(json.loads, samples)) + len(ended)
+    assert [shared[t]["tokens/sampled"] for t in (1, 2)] == [0, written]
 
 
 def test_a_dead_worker_is_no_difference(monkeypatch, capsys):
@@ -267,11 +299,9 @@ def test_a_check_draws_of_all_runs(tmp_path, monkeypatch, capsys):
         claims.main(["--check", "3"])
 
 
-def test_the_readme_names_only_what_is_there():
-    for path in re.findall(r"\]\(([\w/.-]+)\)", README) + re.findall(r"python ((?:experiments/)?\w+\.py)", README):
-        assert (ROOT / path).exists(), path
-    tests = "".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
-    named = re.findall(r"`(test_\w+)`", claims.READMES[1].read_text())
-    for path in re.findall(r"\]\(([\w/.-]+)\)", claims.READMES[1].read_text()):
-        assert (ROOT / "experiments" / path).exists(), path
-    assert named and all(f"def {name}(" in tests for name in named)
+def test_the_pages_of_experiments_name_only_what_is_there():
+    for page in (ROOT / "experiments/README.md", RESULTS / "README.md", WORDS):
+        for path in re.findall(r"\]\(([\w/.-]+)\)", page.read_text()):
+            assert (page.parent / path).exists(), (page, path)
+        for path in re.findall(r"python ((?:experiments/)?\w+\.py)", page.read_text()):
+            assert (ROOT / path).exists(), (page, path)
