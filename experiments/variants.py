@@ -227,6 +227,8 @@ def make_variant(name: str) -> Variant:
 
 def check(flags: Config, name: str) -> None:
     """Flags that the variant would not heed. Raises InputError."""
+    if flags.resume_from_checkpoint:
+        return  # its flags are those that the run began with
     if name == "robust" and flags.loss_type != "dpo":
         raise InputError(f"robust is a variant of DPO's loss, and --loss_type is {flags.loss_type}")
     if name in ("token_floor", "both_remedies") and flags.bootstrap == 0:

@@ -58,7 +58,7 @@ class Config:
     )
 
     iterations: int = flag(3, "T: the first trains on all of D, each later one reviews it first")
-    samples_per_prompt: int = flag(4, "N: the best and the worst of them become a pair")
+    samples_per_prompt: int = flag(4, "N for each given pair's prompt: best against worst")
     ensemble_gamma: float = flag(0.5, "γ: the weight of the older policy's reward")
     temperature: float = flag(1.0, "of samples and answers")
     top_p: float = flag(1.0, "draw from the likeliest tokens of together this probability")
@@ -169,7 +169,7 @@ def check_together(c: Resolved, flags: Config) -> None:
 
     file = Path(c.dataset_name or "").is_file()
     splits = c.dataset_train_split != "train" or (flags.eval_split and not c.eval_dataset_name)
-    own = (c.dataset_name, c.eval_dataset_name, c.dataset_config)
+    own = (c.dataset_name, c.eval_dataset_name, c.dataset_config, c.dataset_train_split != "train")
     refuse(c.keep + c.bootstrap == 0, "--keep and --bootstrap are 0: no pair would be left")
     refuse(c.max_length <= c.max_prompt_length, "--max_length is not above --max_prompt_length: no room for a response")
     refuse(c.label_smoothing > 0 and c.loss_type != "dpo", "--label_smoothing is of dpo alone")
@@ -186,6 +186,10 @@ def check_together(c: Resolved, flags: Config) -> None:
         not c.in_playground and c.label_noise != Config.label_noise,
         "--label_noise is the playground's: data of your own has what it has",
     )
+    refuse(
+        c.eval_split is not None and c.eval_fraction != Config.eval_fraction,
+        "--eval_fraction holds out pairs of your own data where no others are given to evaluate on",
+    )
     refuse(file and bool(splits), f"--dataset_name {c.dataset_name} is a file: it has no splits")
     refuse(
         c.pause_before_sampling and (c.bootstrap == 0 or c.iterations == 1),
@@ -200,16 +204,19 @@ def resumed(flags: Config, variant: str) -> Resolved:
         raise InputError(f"--resume_from_checkpoint {out}: no run has begun there")
     folder.check_not_ended(out)
     begun = folder.read_json(out / "config.json")
+    if not isinstance(begun, dict):
+        raise InputError(f"{out}/config.json cannot be read: expected an object of flags")
     other = begun.pop("variant", "SeRA")
     if other != variant:
         program = {"SeRA": "train.py"}.get(other, f"experiments/variants.py {other}")
         raise InputError(f"{out} is a run of {other}, to go on: python {program} --resume_from_checkpoint {out}")
-    unknown = sorted(begun.keys() - {f.name for f in fields(Resolved)})
-    if unknown:
-        raise InputError(f"{out} was begun by another version: it has the flags {unknown}")
+    different = sorted(begun.keys() ^ {f.name for f in fields(Resolved)})
+    if different:
+        raise InputError(f"{out} was begun by another version: one of the two lacks the flags {different}")
+    from_python = flags.seed is not None  # there a default counts as not given, see `parse`
     for f in fields(Config):
         value = getattr(flags, f.name)
-        if f.name == "resume_from_checkpoint" or value == f.default:
+        if f.name == "resume_from_checkpoint" or value is None or (from_python and value == f.default):
             continue
         if f.name in MEMORY:
             begun[f.name] = value
@@ -241,7 +248,11 @@ def parse(arguments: list[str] | None, description: str | None) -> Config:
     parts = [make_dataclass("Flags", of_group, namespace={"_argument_group_name": title}) for title, of_group in groups]
     parser = HfArgumentParser(parts, description=description, formatter_class=HelpFormatter)  # type: ignore[arg-type]
     parser.error = lambda message: sys.exit(f"error: {message}")  # type: ignore[method-assign]
-    return Config(**vars(parser.parse_args(arguments)))
+    values = vars(parser.parse_args(arguments))
+    if values["resume_from_checkpoint"]:
+        parser.set_defaults(**dict.fromkeys(values))  # None is a flag that is not given
+        values = vars(parser.parse_args(arguments))
+    return Config(**values)
 
 
 def command_line(main: Callable[[Config], Any], description: str | None, arguments: list[str] | None = None) -> None:

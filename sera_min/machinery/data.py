@@ -24,19 +24,25 @@ def read(config: Resolved, world: Any, tokenizer: Any, eos_ids: Ids) -> Data:
         "max_prompt_length": config.max_prompt_length,
     }
     if config.in_playground:
-        return of_playground(config, world, tokenizer, limits)
+        made = of_playground(config, world, tokenizer, limits)
+        warn_of_shares(config, len(made["given"]))
+        return made
     if tokenizer.chat_template.endswith(encoding.PLAIN_TEMPLATE):
         print("template: the tokenizer has none, so dialogues read '\\n\\nHuman: … \\n\\nAssistant: …'")
     given, held_out = of_user(config, tokenizer, limits)
     if not given:
         raise InputError(f"--dataset_name {config.dataset_name}: no pair is left to train on")
-    for name, share in {"keep": config.keep, "bootstrap": config.bootstrap}.items():
-        if share > 0 and round(share * len(given)) == 0:
-            print(f"--{name} is {share:g}: of {len(given)} pairs that is less than one, so none")
+    warn_of_shares(config, len(given))
     to_answer = {tuple(one.pair.prompt): one.text for one in held_out or given}
     first = list(to_answer)[:64]
     texts = [to_answer[prompt] for prompt in first]
     return {"given": given, "held_out": held_out, "prompts": [list(x) for x in first], "texts": texts}
+
+
+def warn_of_shares(config: Resolved, n: int) -> None:
+    for name, share in {"keep": config.keep, "bootstrap": config.bootstrap}.items():
+        if share > 0 and round(share * n) == 0:
+            print(f"--{name} is {share:g}: of {n} pairs that is less than one, so none")
 
 
 def of_playground(config: Resolved, world: Any, tokenizer: Any, limits: dict[str, Any]) -> Data:

@@ -7,6 +7,7 @@ result cannot be taken for that of other rows.
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from array import array
@@ -40,6 +41,8 @@ def key_of(*rows: Ids) -> str:
 
 
 class Policies:
+    bars = True  # whether sampling shows its progress
+
     def __init__(self, out: Path, config: Resolved) -> None:
         self.config = config
         self.state = out / "state"
@@ -149,6 +152,9 @@ class Policies:
         """Where memory runs out other samples are drawn, in smaller batches."""
         config, policy = self.config, self.get(i)
         desc = f"sample from policy {i}"
+        bar = None
+        if self.bars:
+            bar = desc
 
         def attempt(max_tokens: int) -> Samples:
             with autocast(config.device), in_one_line("the model fails"):
@@ -163,7 +169,7 @@ class Policies:
                     pad_token_id=pad_id_of(self.tokenizer),
                     seed=seed,
                     max_tokens=max_tokens,
-                    desc=desc,
+                    desc=bar,
                 )
 
         cache = bootstrap.CACHE_TOKENS[torch.device(config.device).type]
