@@ -2,13 +2,14 @@
 
 Given preferences D = {(x, y_w, y_l)}, a reference π_ref (the SFT model) and a loss of the margin m:
      r_i(x,y) = log π_θi(y|x) − log π_ref(y|x)              the implicit reward      logprobs.py
-     m        = r(x,y_w) − r(x,y_l)                         its margin               losses.py
+     m        = r(x,y_w) − r(x,y_l)                         its margin               margins_of
+     loss     = a function of m: DPO, IPO, SLiC or SimPO                             losses.py
   1. train π_θ1 on all of D, from π_ref.
   2. for t = 2 … T:
   3.     r̄_t = (1−γ) r_{t−1} + γ r_{t−2}                    at t = 2 only r_1        select.py
   4.     select the K pairs of D with the largest margin under r̄_t
-  5.     sample N responses to each prompt of D from π_θ(t−1);
-         the best and the worst under r̄_t are a pair                                 bootstrap.py
+  5.     sample N responses to the prompt of every pair of D, from π_θ(t−1);
+         the best and the worst of the N under r̄_t are a pair                        bootstrap.py
   6.     of these pairs take the K̃ with the largest margin
   7.     train π_θt on both, from π_θ(t−1), against the same π_ref.
 
@@ -19,7 +20,7 @@ Choices of ours, where the paper is silent or was not known to us:
      gradients clipped to norm 1.
   4. IPO's and SimPO's reward is per token, as in TRL; SimPO's γ is half its β.
      The review ranks with the same reward that the loss is defined on.
-  5. Samples that were cut off by the length limit, or that repeat another, are never paired.
+  5. Samples that were cut off by the length limit, or that repeat another of the N, are never paired.
 Plain training, the baseline, is `--keep 1 --bootstrap 0`. Variants are in experiments/variants.py.
 """
 
@@ -48,12 +49,17 @@ from sera_min.select import ensemble_margin, select_top
 
 
 def reward(logps: Tensor, reference: Tensor, lengths: Tensor, config: Resolved) -> Tensor:
-    """The implicit reward that goes with the loss in use, in nats. All of one shape."""
+    """The implicit reward that goes with the loss in use: nats, or nats per token. All of one shape."""
     if config.loss_type == "simpo":
         return logps / lengths
     if config.loss_type == "ipo":
         return implicit_reward(logps, reference, lengths)
     return implicit_reward(logps, reference)
+
+
+def margins_of(r: Tensor) -> Tensor:
+    """Rewards (n, 2) of chosen and rejected responses -> their margins (n,)."""
+    return r[:, 0] - r[:, 1]
 
 
 def loss_of(margins: Tensor, config: Resolved) -> Tensor:
@@ -68,6 +74,9 @@ def loss_of(margins: Tensor, config: Resolved) -> Tensor:
 
 
 # ------------------------------------------------------------------ the review, steps 3 to 6
+#
+# policies.log_prob(i, rows) is log π_θi(y|x) of R rows, (R,), computed once; π_θ0 is the reference.
+# `variant` holds functions of this file that an experiment may replace, see Variant below.
 
 
 def mean_reward(t: int, rows: Rows, policies: Policies, config: Resolved) -> Tensor:
@@ -87,7 +96,7 @@ def select(
 ) -> tuple[TrainingSet, TrainingSet]:
     """Step 4: the K given pairs with the largest margin; and the others, smallest first."""
     r = variant.mean_reward(t, given.rows, policies, config)  # (2|D|,): chosen, rejected, …
-    margins = r[0::2] - r[1::2]  # (|D|,)
+    margins = margins_of(r.view(-1, 2))  # (|D|,)
     kept = variant.select_top(margins, round(config.keep * len(margins)))  # (K,)
 
     ascending = margins.argsort(stable=True)
@@ -118,7 +127,8 @@ def bootstrap(
     wanted = round(config.bootstrap * len(prompts))
     top = variant.select_top(margins, min(wanted, len(margins)))  # (K̃,)
 
-    counts = Counter({"cut-off samples": cut_off, **dropped})
+    dropped["prompts without a pair"] += len(prompts) - len(set(prompt_of))  # all N cut off
+    counts = Counter({"cut-off samples": cut_off}) + dropped
     print(f"iteration {t}: {len(top)} of {wanted} bootstrapped pairs;", end=" ")
     print(f"dropped: {format_counts(counts)}")
 
@@ -128,7 +138,7 @@ def bootstrap(
 
 
 def review(t: int, given: Preferences, policies: Policies, config: Resolved, variant: "Variant") -> Review:
-    """Steps 3 to 6: what π_θt is trained on."""
+    """Steps 3 to 6."""
     selected, others = select(t, given, policies, config, variant)
     if round(config.bootstrap * len(given.pairs)) == 0:
         return Review(selected, others)
@@ -137,7 +147,7 @@ def review(t: int, given: Preferences, policies: Policies, config: Resolved, var
 
 
 def training_set(t: int, given: Preferences, policies: Policies, config: Resolved, variant: "Variant") -> Review:
-    """Step 1 takes all of D; every later iteration reviews it first."""
+    """What π_θt is trained on: all of D in step 1; later what a review makes of it."""
     if t > 1:
         return review(t, given, policies, config, variant)
     everything = torch.arange(len(given.pairs))
@@ -159,10 +169,11 @@ def pair_losses(policy: Any, pairs: list[Pair], reference: Tensor, config: Resol
         logps, lengths = sequence_logprobs(policy, prompts, responses)  # (2m,)
     logps = logps.view(-1, 2)  # (m, 2)
     r = reward(logps, reference.to(logps.device), lengths.view(-1, 2), config)
-    return loss_of(r[:, 0] - r[:, 1], config), logps
+    return loss_of(margins_of(r), config), logps
 
 
-@halve_if_out_of_memory  # a step whose micro-batch does not fit is taken again in smaller ones
+# Where the GPU's memory runs out, gradients are cleared and the step is taken again in smaller micro-batches.
+@halve_if_out_of_memory
 def train_step(
     policy: Any,
     optimizer: torch.optim.Optimizer,
@@ -186,7 +197,7 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
 
-    lengths = torch.tensor([[len(w), len(l)] for _, w, l in pairs])
+    lengths = torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
     r = reward(logps, reference, lengths, config)  # (b, 2)
     return summary(losses, r, config) | {
         "rewards/chosen": config.beta * r[:, 0].mean().item(),
@@ -200,22 +211,16 @@ def train_step(
 def train(t: int, data: TrainingSet, run: Run, config: Resolved, variant: "Variant") -> None:
     """π_θ(t−1) becomes π_θt."""
     policy = run.policies.get(t - 1)
-    policy.train()
+    policy.train()  # which changes no number: dropout is off in every policy
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     batches = variant.batches_of(len(data.pairs), t, config)
+    # After a resume the steps begin behind the last checkpoint, from which policy and optimizer are restored.
     for step, batch in run.steps(t, batches, policy, optimizer):
         rate = learning_rate(step, len(batches), config)
         optimizer.param_groups[0]["lr"] = rate
         pairs = [data.pairs[i] for i in batch]
         metrics = train_step(policy, optimizer, pairs, data.reference[batch], config, variant)
-        line = {"phase": "train", "iteration": t, "step": step, "learning_rate": rate}
-        run.log(line | metrics)
-        if not math.isfinite(metrics["loss"] + metrics["grad_norm"]):
-            lines = sorted(i + 1 for i in batch)
-            raise FloatingPointError(
-                f"iteration {t}, step {step}, pairs.jsonl lines {lines}: the loss is "
-                f"{metrics['loss']:.3g}, its gradient {metrics['grad_norm']:.3g}"
-            )
+        run.log_step(t, step, batch, {"learning_rate": rate, **metrics})
     run.policies.save(t, policy)
 
 
@@ -243,7 +248,7 @@ def batches_of(n: int, t: int, config: Resolved) -> list[list[int]]:
 
 def summary(losses: Tensor, r: Tensor, config: Resolved) -> dict[str, float]:
     """Means over pairs, of losses (b,) and rewards (b, 2), by TRL's names; a tie is half right."""
-    margins = r[:, 0] - r[:, 1]
+    margins = margins_of(r)
     right = (margins > 0).float() + 0.5 * (margins == 0)
     return {
         "loss": losses.mean().item(),
@@ -253,21 +258,23 @@ def summary(losses: Tensor, r: Tensor, config: Resolved) -> dict[str, float]:
 
 
 def evaluate(t: int, run: Run, config: Resolved) -> dict[str, Any]:
-    """π_θt on the evaluation pairs, and its answers to their prompts."""
+    """π_θt on the evaluation pairs, and its answers to the evaluation prompts."""
     policies = run.policies
     metrics = {}
     if run.held_out.pairs:
         rows = run.held_out.rows
         logps = policies.log_prob(t, rows)
         r = reward(logps, policies.log_prob(0, rows), rows.lengths, config).view(-1, 2)
-        losses = loss_of(r[:, 0] - r[:, 1], config)
+        losses = loss_of(margins_of(r), config)
         for name, value in summary(losses, r, config).items():
             metrics[f"eval_{name}"] = value
 
     seed = seed_of(config.seed, t, "answers")
-    answers = [samples[0][0] for samples in policies.sample(t, run.prompts, 1, seed)]
+    answers = []
+    for [(answer, _)] in policies.sample(t, run.prompts, 1, seed):
+        answers.append(answer)
     answered = Rows(run.prompts, answers, list(range(len(answers))))
-    # KL(π_θ ‖ π_ref) is the mean of this over y ~ π_θ: here an estimate
+    # KL(π_θ ‖ π_ref) is the mean of this over y ~ π_θ: an estimate, if they are drawn at temperature 1
     log_ratio = policies.log_prob(t, answered) - policies.log_prob(0, answered)
     metrics["kl"] = log_ratio.mean().item()
     return metrics | run.judge(t, answers)
@@ -298,12 +305,12 @@ def main(flags: Config, variant: Variant = SERA) -> dict[str, Any]:
     """Run it all. Returns the last evaluation, which is the last line of metrics.jsonl."""
     with open_run(flags, variant.name, variant.world, variant.report) as run:
         config, policies = run.config, run.policies
-        loss = loss_of(torch.zeros(1), config).item()
-        print(f"check: at margin 0 the loss is {loss:.4f}")
+        known = loss_of(torch.zeros(1), config).item()
+        print(f"at margin 0 the loss is {known:.4f}: training begins there, but for SimPO")
         for t in range(config.iterations + 1):
-            if t > policies.newest():
+            if t > policies.newest():  # π_θt is not on disk yet; π_θ0 always is
                 reviewed = variant.training_set(t, run.given, policies, config, variant)
-                run.write_review(t, reviewed)
+                run.write_review(t, reviewed)  # pairs.jsonl and others, to be read by people
                 train(t, reviewed.training_set, run, config, variant)
             evaluation = run.log_evaluation(t, evaluate(t, run, config))
         run.finish()

@@ -22,7 +22,7 @@ class Pair(NamedTuple):
 
 
 def padded_tokens(pair: Pair) -> int:
-    """Of the pair's two rows, as long as the longer one."""
+    """The tokens that its two rows take when both are padded to the longer one."""
     return 2 * (len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)))
 
 
@@ -38,7 +38,7 @@ def rows_of(pairs: list[Pair]) -> tuple[list[Ids], list[Ids]]:
 
 @dataclass
 class TrainingSet:
-    """The N pairs that an iteration trains on, and what is known of each."""
+    """N pairs to train on (or left out of it), and what the review knows of each."""
 
     pairs: list[Pair]
     reference: Tensor  # (N, 2): log π_ref of chosen and rejected, nats
@@ -58,11 +58,11 @@ class TrainingSet:
 
 @dataclass
 class Rows:
-    """R responses, each beside its prompt, and their log-probs under every policy so far."""
+    """R responses, each beside its prompt; and the log-probs that `policies.log_prob` has computed of them."""
 
     prompts: list[Ids]
     responses: list[Ids]
-    numbers: list[int]  # in D: of the pair that a row is of, or whose prompt it answers
+    numbers: list[int]  # of each row: which pair of D it belongs to, or whose prompt it answers
     logps: dict[int, Tensor] = field(default_factory=dict)  # i -> log π_θi(y|x), (R,), nats
 
     @property
@@ -100,7 +100,7 @@ class Preferences:
 
 
 class Review(NamedTuple):
-    """What steps 3 to 6 make of D and of the samples."""
+    """What an iteration makes of D: in the first all of it, later by steps 3 to 6."""
 
     training_set: TrainingSet
     not_selected: TrainingSet | None = None  # the other given pairs, smallest margin first

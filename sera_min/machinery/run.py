@@ -186,6 +186,17 @@ class Run:
             shown = "loss {loss:.3f}, accuracy {rewards/accuracies:.3f}, margin {rewards/margins:.3f}"
             self.bar.set_postfix_str(shown.format_map(line))
 
+    def log_step(self, t: int, step: int, batch: list[int], metrics: dict[str, float]) -> None:
+        """A line of metrics.jsonl. Raises FloatingPointError where loss or gradient is not finite."""
+        self.log({"phase": "train", "iteration": t, "step": step, **metrics})
+        loss, norm = metrics["loss"], metrics["grad_norm"]
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            lines = sorted(i + 1 for i in batch)
+            raise FloatingPointError(
+                f"iteration {t}, step {step}, pairs.jsonl lines {lines}: the loss is {loss:.3g}, "
+                f"its gradient {norm:.3g}"
+            )
+
     def log_evaluation(self, t: int, metrics: dict[str, Any]) -> dict[str, Any]:
         phase = "eval"
         if t == self.config.iterations:
