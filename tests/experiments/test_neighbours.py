@@ -15,29 +15,33 @@ from conftest import tiny_model
 
 import train
 from sera_min import playground
-from sera_min.config import resolve
 from sera_min.logprobs import body_of, sequence_logprobs, token_logprobs
-from sera_min.pairs import Pair
+from sera_min.machinery.config import Config, resolve
+from sera_min.machinery.run import Run
+from sera_min.pairs import Pair, Preferences
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
-import claims
-import neighbours
-from neighbours import ids, text
-from test_claims import InThisProcess, put_back_what_a_quick_run_changes
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent.parent / "experiments")]
+import claims  # noqa: E402
+import neighbours  # noqa: E402
+from neighbours import ids, text  # noqa: E402
+from test_claims import InThisProcess, put_back_what_a_quick_run_changes  # noqa: E402
 
 X = ids("tell me about the fox and the cave")[:-1]
 GOOD, FAIR, BAD = "the fox is lovely .", "the owl is lovely .", "the owl is ugly ."  # true reward 1, 0, −1
 
 
-def a_run(offline, *, sampled=(), logps=0.0, t=2, **config):
-    """What a method asks of a run. sampled: of each prompt the samples, all ended; logps: log π_θi(y|x) by i, y."""
+def pairs_of(changes, t, offline, *, sampled=(), logps=0.0, policies=None, **flags):
+    """A method's review of iteration t. sampled: of each prompt the samples, all ended; logps: log π_θi(y|x) by i, y."""
     score = logps if callable(logps) else lambda i, y: logps
-    of_rows = lambda i, x, y, what: torch.tensor([[score(i, text(one)), 0.0] for one in y])  # noqa: E731
     samples = [[(ids(y), True) for y in row] for row in sampled]
-    return SimpleNamespace(
-        offline=offline, log_prob=of_rows, sample=lambda i, prompts: samples[: len(prompts)], eos_ids=[neighbours.TOKENIZER.eos_token_id],
-        config=resolve(train.Config(device="cpu", beta=1.0, **config)),
-    )  # fmt: skip
+    asked = SimpleNamespace(
+        log_prob=lambda i, rows: torch.tensor([float(score(i, text(y))) for y in rows.responses]),
+        sample=lambda i, prompts, n, seed: samples[: len(prompts)],
+        eos_ids=[neighbours.TOKENIZER.eos_token_id],
+    )
+    config = resolve(Config(device="cpu", beta=1.0, **flags))
+    given = Preferences(offline, list(range(len(offline))), [text(x) for x, _, _ in offline])
+    return changes["training_set"](t, given, policies or asked, config, None)
 
 
 def pair(chosen, rejected):
@@ -49,58 +53,63 @@ def texts(review):
 
 
 def test_rad_trains_on_both_responses_each_under_its_own_score():
-    run = a_run([pair(GOOD, BAD), pair(BAD, GOOD), pair(FAIR, GOOD), pair(GOOD, GOOD)])  # the label does not matter
-    made = neighbours.rad(True)["pairs"](run, 1).training_set.pairs
+    of_d = [pair(GOOD, BAD), pair(BAD, GOOD), pair(FAIR, GOOD), pair(GOOD, GOOD)]  # the label does not matter
+    made = pairs_of(neighbours.rad(True), 1, of_d).training_set.pairs
     assert [(text(x), text(w), text(l)) for x, w, l in made[:4]] == [
         (text(X), GOOD, BAD), ("and and and and fox and the cave", BAD, GOOD),
         ("and and and and fox and the cave", BAD, GOOD), (text(X), GOOD, BAD),
     ]  # fmt: skip
     assert len(made) == 6  # the last pair has one score
-    of_two = a_run([pair(GOOD, BAD)], logps=lambda i, y: -float(i) - 5 * (y == BAD))
-    [reference, _] = neighbours.rad(True)["pairs"](of_two, 2).training_set.reference.tolist()
+    of_two = pairs_of(neighbours.rad(True), 2, [pair(GOOD, BAD)], logps=lambda i, y: -float(i) - 5 * (y == BAD))
+    [reference, _] = of_two.training_set.reference.tolist()
     assert reference == [0.0, -5.0]  # log π_θ0 of the chosen and of the rejected
-    own = a_run([pair(GOOD, BAD)] * 2, logps=lambda i, y: float(i) if y == BAD else 0.0)  # π_θ1 has come to prefer BAD
-    first, second, *_ = neighbours.rad(False)["pairs"](own, 2).training_set.pairs
+    prefers_bad = lambda i, y: float(i) if y == BAD else 0.0  # noqa: E731  # as π_θ1 has come to do
+    first, second, *_ = pairs_of(neighbours.rad(False), 2, [pair(GOOD, BAD)] * 2, logps=prefers_bad).training_set.pairs
     assert (text(first.prompt)[:8], text(first.chosen)) == ("the the ", GOOD)
     assert (text(second.prompt), text(second.chosen)) == (text(X), BAD)
 
 
-def gradients(backward, policy, pairs, config):
+def gradients(pair_losses, policy, pairs, config):
+    """Of the sum of the losses; the log-probs are the policy's."""
     policy.zero_grad()
-    backward(policy, pairs, torch.zeros(len(pairs), 2), 4, config, 2048)
+    losses, logps = pair_losses(policy, pairs, torch.zeros(len(pairs), 2), config)
+    torch.testing.assert_close(logps, train.pair_losses(policy, pairs, torch.zeros(len(pairs), 2), config)[1])
+    losses.sum().backward()
     return torch.cat([p.grad.flatten() for p in policy.parameters()])
 
 
 def test_spo_and_aihf_add_their_terms_to_the_loss():
     policy = playground.make_sft_policy(0, "cpu", steps=2)[0]
-    pairs, config = [pair(f"{GOOD} {GOOD}", BAD), pair(FAIR, GOOD)], resolve(train.Config(device="cpu"))
-    plain = gradients(train.backward, policy, pairs, config)
+    pairs, config = [pair(f"{GOOD} {GOOD}", BAD), pair(FAIR, GOOD)], resolve(Config(device="cpu"))
+    plain = gradients(train.pair_losses, policy, pairs, config)
 
-    aihf = gradients(neighbours.aihf(0.5)["backward"], policy, pairs, config)
+    aihf = gradients(neighbours.aihf(0.5)["pair_losses"], policy, pairs, config)
     best = ids(neighbours.demonstration(text(X)))
     rng = random.Random(text(X))
     tried = [playground.true_reward(text(X), playground.write_response(text(X), rng)) for _ in range(16)]
     assert neighbours.true_reward(X, best) == max(tried) > min(tried)
     policy.zero_grad()
-    (-0.5 * sequence_logprobs(policy, [X, X], [best, best])[0].sum() / 4).backward()
+    (-0.5 * sequence_logprobs(policy, [X, X], [best, best])[0].sum()).backward()
     term = torch.cat([p.grad.flatten() for p in policy.parameters()])
     torch.testing.assert_close(aihf, plain + term, rtol=1e-4, atol=1e-6)
 
     for degree in (0, 3):  # nothing is taken away, and all key words
         changes = neighbours.spo(gamma=0.7)
-        spo = inspect.getclosurevars(changes["backward"]).nonlocals
+        spo = inspect.getclosurevars(changes["pair_losses"]).nonlocals
         spo["frequent"].update(ids("the is .")[:-1])
         spo["W"].data = torch.randn(spo["W"].shape, generator=torch.Generator().manual_seed(0))
         spo["rng"].randrange, w = (lambda _, degree=degree: degree), spo["W"].detach().clone()
-        with_degree = gradients(changes["backward"], policy, pairs, config)
+        with_degree = gradients(changes["pair_losses"], policy, pairs, config)
         policy.zero_grad()
         for one in pairs:
             y = one.chosen if degree == 0 else [token for token in one.chosen if token in spo["frequent"]]
             hidden = body_of(policy)(input_ids=torch.tensor([X + y])).last_hidden_state[0, len(X) :].mean(0)
-            (0.7 * -(w @ hidden).log_softmax(-1)[degree] / 4).backward()
+            (0.7 * -(w @ hidden).log_softmax(-1)[degree]).backward()
         term = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in policy.parameters()])
         torch.testing.assert_close(with_degree, plain + term, rtol=1e-4, atol=1e-5)
-        assert not torch.equal(spo["W"], w) and spo["W"].grad is None  # its Adam took a step
+        assert torch.equal(spo["W"], w) and spo["W"].grad.any()
+        changes["pair_losses"](policy, pairs, torch.zeros(2, 2), config)  # the next batch: first its Adam takes a step
+        assert not torch.equal(spo["W"], w) and spo["W"].grad is None
 
 
 def test_spo_takes_away_a_share_of_what_is_rare():
@@ -121,26 +130,33 @@ def test_bmc_mends_the_worst_sentence_and_weighs_where_the_two_differ():
     assert (w[1] * (logps[1] - math.log(0.4))).item() == pytest.approx(1.5596, abs=1e-4)
     changes = neighbours.bmc()
     policy, reference = (playground.make_sft_policy(seed, "cpu", steps=2)[0] for seed in (0, 1))
-    inspect.getclosurevars(changes["backward"]).nonlocals["reference"].append(reference)
+    inspect.getclosurevars(changes["pair_losses"]).nonlocals["reference"].append(reference)
     pairs = [pair(GOOD, BAD)]
-    r, logps = changes["backward"](policy, pairs, None, 1, resolve(train.Config(device="cpu")), 2048)
+    losses, logps = changes["pair_losses"](policy, pairs, None, resolve(Config(device="cpu", beta=1.0)))
     [w, l], [w_ref, l_ref] = ([one.detach() for one in token_logprobs(m, [X, X], [ids(GOOD), ids(BAD)])] for m in (policy, reference))
     by_hand = []
     for ours, theirs in ((w, w_ref), (l, l_ref)):  # words 2 and 4 differ
         weight = torch.ones(6)
         weight[[1, 3]] += (1 / ours[[1, 3]].exp()).clamp(max=2)
         by_hand.append((weight * (ours - theirs)).sum().item())
-    assert r[0].tolist() == pytest.approx(by_hand, rel=1e-4) and logps[0].tolist() == pytest.approx([w.sum().item(), l.sum().item()], rel=1e-4)
+    m = by_hand[0] - by_hand[1]
+    assert losses.tolist() == pytest.approx([math.log(1 + math.exp(-m))], rel=1e-4)
+    assert logps[0].tolist() == pytest.approx([w.sum().item(), l.sum().item()], rel=1e-4)
 
 
 def test_active_labels_are_those_of_the_smallest_margins():
     scores = {GOOD: 0.0, BAD: 1.0, FAIR: 5.0}  # r_1 has BAD above GOOD, by little
-    run = a_run([pair(GOOD, BAD)] * 3, sampled=[[GOOD, BAD], [FAIR, GOOD], [FAIR, BAD]], logps=lambda i, y: i * scores[y])
-    assert neighbours.active_labels()["pairs"](run, 2).training_set.reference.unique().item() == 0.0  # π_θ0's
-    asked = neighbours.active_labels(budget=1)["pairs"](run, 2)
-    assert [pair[1:] for pair in texts(asked)] == [(GOOD, BAD), (FAIR, GOOD), (FAIR, BAD)]  # mended, as it was, as it was
-    assert [pair[1:] for pair in texts(neighbours.active_labels(budget=2)["pairs"](run, 2))][1:] == [(FAIR, GOOD), (FAIR, BAD)]
-    assert [pair[1:] for pair in texts(neighbours.active_labels(budget=3)["pairs"](run, 2))][1:] == [(GOOD, FAIR), (FAIR, BAD)]
+    sampled = [[GOOD, BAD], [FAIR, GOOD], [FAIR, BAD]]
+
+    def asked(budget):
+        return pairs_of(neighbours.active_labels(budget=budget), 2, [pair(GOOD, BAD)] * 3, sampled=sampled,
+                        logps=lambda i, y: i * scores[y])  # fmt: skip
+
+    assert asked(100).training_set.reference.unique().item() == 0.0  # π_θ0's
+    # mended, as it was, as it was
+    assert [pair[1:] for pair in texts(asked(1))] == [(GOOD, BAD), (FAIR, GOOD), (FAIR, BAD)]
+    assert [pair[1:] for pair in texts(asked(2))][1:] == [(FAIR, GOOD), (FAIR, BAD)]
+    assert [pair[1:] for pair in texts(asked(3))][1:] == [(GOOD, FAIR), (FAIR, BAD)]
 
 
 def test_sapo_splices_and_averages():
@@ -152,7 +168,7 @@ def test_sapo_splices_and_averages():
     for i, policy in enumerate(policies):  # E_0 = θ_0 = 0, then θ = 1 twice: 0.75
         for p in policy.parameters():
             p.data.fill_(float(i > 0))
-    mean = neighbours.moving_average(SimpleNamespace(policies=SimpleNamespace(get=policies.__getitem__)), 3, 0.5)
+    mean = neighbours.moving_average(SimpleNamespace(get=policies.__getitem__), 3, 0.5)
     assert {p.unique().item() for p in mean.parameters()} == {0.75}
     assert {p.unique().item() for p in policies[0].parameters()} == {0.0}  # the reference is as it was
 
@@ -160,54 +176,62 @@ def test_sapo_splices_and_averages():
 def test_irepo_regresses_to_the_logit_of_the_votes():
     assert neighbours.logit(8, 10) == pytest.approx(math.log(4)) and neighbours.logit(8, 8) == pytest.approx(math.log(15))
     assert neighbours.logit(0, 8) == pytest.approx(-math.log(15)) and neighbours.logit(4, 8) == 0
-    changes, config = neighbours.irepo(), SimpleNamespace(beta=2.0)
-    r = torch.tensor([[0.4 / 2 - neighbours.logit(8, 10) / 2, 0.0]], requires_grad=True)  # βm = 0.4, p = 0.8
-    [loss] = changes["pair_losses"](r, config)
-    loss.backward()
-    assert loss.item() == pytest.approx(0.9728, abs=1e-4) and r.grad[0, 0].item() == pytest.approx(2 * -1.9726, abs=1e-3)
-    run = a_run([pair(GOOD, BAD)] * 400, sampled=[[GOOD, BAD]] * 400, label_noise=0.0, samples_per_prompt=2)
-    shifted = changes["pairs"](run, 1).training_set.reference
+    changes = neighbours.irepo()
+    policy, one = tiny_model(vocab_size=len(neighbours.TOKENIZER)), [pair(GOOD, BAD)]
+    with torch.no_grad():
+        _, logps = train.pair_losses(policy, one, torch.zeros(1, 2), resolve(Config(device="cpu")))
+    reference = logps.clone()
+    reference[0, 0] -= 0.4 / 2 - neighbours.logit(8, 10) / 2  # βm = 0.4, p = 0.8
+    loss, _ = changes["pair_losses"](policy, one, reference, SimpleNamespace(beta=2.0, device="cpu", loss_type="dpo", label_smoothing=0))
+    assert loss.item() == pytest.approx(0.9728, abs=1e-3) and loss.requires_grad
+    sampled = [[GOOD, BAD]] * 400
+    reviewed = pairs_of(changes, 1, [pair(GOOD, BAD)] * 400, sampled=sampled, label_noise=0.0, samples_per_prompt=2)
+    shifted = reviewed.training_set.reference
     likely = 1 / (1 + math.exp(-2 / 0.5))  # ΔR* = 2
     assert {round(v, 4) for v in shifted[:, 0].tolist()} <= {round(neighbours.logit(k, 8), 4) for k in range(9)}
     votes = {round(neighbours.logit(k, 8), 4): k for k in range(9)}
     mean = sum(votes[round(v, 4)] for v in shifted[:, 0].tolist()) / 3200
     assert mean == pytest.approx(likely, abs=0.01) and shifted[:, 1].abs().max() == 0
-    flipped = a_run(run.offline, sampled=[[GOOD, BAD]] * 400, logps=lambda i, y: -float(i), samples_per_prompt=2)
-    shifted = changes["pairs"](flipped, 2).training_set.reference
+    reviewed = pairs_of(changes, 2, [pair(GOOD, BAD)] * 400, sampled=sampled, logps=lambda i, y: -float(i), samples_per_prompt=2)
+    shifted = reviewed.training_set.reference
     assert shifted[:, 1].unique().item() == -1.0  # π_θ1's, and 30 % of the votes are flipped
     mean = sum(votes[round(v + 1, 4)] for v in shifted[:, 0].tolist()) / 3200
     assert mean == pytest.approx(0.7 * likely + 0.3 * (1 - likely), abs=0.03)
 
 
 def test_dice_s_price_of_length():
-    rewards, lengths = torch.tensor([[2.0, 3, 1]]), torch.tensor([[10, 40, 12]])
-    assert neighbours.length_price(rewards, lengths) == pytest.approx(0.034)  # best 10, worst 12; below it best is 40
-    both = torch.tensor([[2.0, 3, 1], [torch.nan] * 3])  # a prompt without a usable sample counts for nothing
-    assert neighbours.length_price(both, lengths.repeat(2, 1)) == pytest.approx(0.034)
-    run = a_run([pair(GOOD, BAD)] * 4, sampled=[[GOOD, f"{BAD} {BAD}"]] * 4, logps=lambda i, y: i * len(y) / 100)
-    made = neighbours.dice()["pairs"](run, 2)
+    rewards, lengths = torch.tensor([2.0, 3, 1]), torch.tensor([10, 40, 12])
+    # best 10, worst 12; below it best is 40
+    assert neighbours.length_price(rewards, lengths, [5, 5, 5]) == pytest.approx(0.034)
+    uneven = neighbours.length_price(rewards[[0, 1, 2, 0]], lengths[[0, 1, 2, 0]], [5, 5, 5, 6])
+    assert uneven == pytest.approx(0.034)  # a prompt with one sample has no difference
+    made = pairs_of(neighbours.dice(), 2, [pair(GOOD, BAD)] * 4, sampled=[[GOOD, f"{BAD} {BAD}"]] * 4,
+                    logps=lambda i, y: i * len(y) / 100)  # fmt: skip
     assert len(made.training_set.pairs) == 4 and texts(made)[2:] == [(text(X), GOOD, BAD)] * 2  # half are D's
     r, long = {GOOD: 2.0, f"{BAD} {BAD}": 3.0, FAIR: 1.0}, f"{BAD} {BAD}"  # the long one is best by r, not by q
-    run = a_run([pair(GOOD, BAD)] * 4, sampled=[[GOOD, long, FAIR]] * 4, logps=lambda i, y: i * r.get(y, 7.0))
     for t in (2, 3):
-        made = neighbours.dice()["pairs"](run, t)
+        made = pairs_of(neighbours.dice(), t, [pair(GOOD, BAD)] * 4, sampled=[[GOOD, long, FAIR]] * 4,
+                        logps=lambda i, y: i * r.get(y, 7.0))  # fmt: skip
         assert texts(made)[:2] == [(text(X), GOOD, FAIR)] * 2  # 6 tokens each
         assert made.training_set.reference[0].tolist() == [2.0 * (t - 1), 1.0 * (t - 1)]  # π_θ(t−1)'s
-    run.log_prob, asked = None, []
-    run.log_prob = lambda i, x, y, what: asked.append((i, what)) or torch.zeros(len(y), 2)
-    neighbours.dice()["pairs"](run, 3)
-    assert asked == [(2, "samples-3"), (1, "samples-3"), (2, "pairs-3")]
+    asked = []
+    pairs_of(neighbours.dice(), 3, [pair(GOOD, BAD)] * 4, sampled=[[GOOD, long, FAIR]] * 4,
+             logps=lambda i, y: asked.append(i) or 0.0)  # fmt: skip
+    assert list(dict.fromkeys(asked)) == [2, 1]  # the reward is of two policies; π_θ2 is the reference too
 
 
 def test_spin_sets_the_chosen_against_samples_of_two_rounds():
-    run = a_run([pair(GOOD, BAD), pair(FAIR, BAD)], sampled=[[FAIR], [FAIR]], logps=lambda i, y: -float(i))
-    first, second = (neighbours.spin()["pairs"](run, t) for t in (1, 2))
+    of_d = [pair(GOOD, BAD), pair(FAIR, BAD)]
+    first, second = (pairs_of(neighbours.spin(), t, of_d, sampled=[[FAIR], [FAIR]], logps=lambda i, y: -float(i)) for t in (1, 2))
     assert [pair[1:] for pair in texts(first)] == [(GOOD, FAIR)]  # of the second the sample is the chosen one
     assert len(second.training_set.pairs) == 2 and second.training_set.reference.unique().item() == -1.0  # π_θ1's
     drawn_from = []
-    run.sample = lambda i, prompts: drawn_from.append(i) or [[(ids(GOOD), True)]] * 2
+    policies = SimpleNamespace(
+        log_prob=lambda i, rows: torch.zeros(len(rows.responses)),
+        sample=lambda i, prompts, n, seed: drawn_from.append(i) or [[(ids(GOOD), True)]] * 2,
+    )
     for t in (1, 2, 3):
-        neighbours.spin()["pairs"](run, t)
+        pairs_of(neighbours.spin(), t, of_d, policies=policies)
     assert drawn_from == [0, 0, 1, 1, 2]
 
 
@@ -227,19 +251,17 @@ def small_world(tmp_path_factory):
 def test_a_small_run(method, small_world, monkeypatch):
     flags = neighbours.NEIGHBOURS[method][2]
     spec = {"neighbour": method, "seed": 0, "beta": 0.3, "steps_per_iteration": 2, "device": "cpu", **flags}
-    before = train.review, train.all_pairs, train.backward
-    sources, write = {}, train.Run.write_review
+    sources, write = {}, Run.write_review
 
     def seen(self, t, review):
         sources[t] = {*review.training_set.sources}
         write(self, t, review)
 
-    monkeypatch.setattr(train.Run, "write_review", seen)
+    monkeypatch.setattr(Run, "write_review", seen)
     [run] = neighbours.runs_of_one_base(small_world, {"one": spec}).values()
     assert [row["iteration"] for row in run["iterations"]] == [0, 1, 2, 3]
     assert all(math.isfinite(row["kl"]) for row in run["iterations"]) and run["iterations"][3]["kl"] != 0
     assert all(row["tokens/trained"] > 0 for row in run["iterations"][1:])
-    assert (train.review, train.all_pairs, train.backward) == before  # all of train.py is as it was
     first = {"SPO", "AIHF", "active labels", "DICE", "RAD, own scores"}  # these begin with all of D
     for t in (1, 2, 3):
         assert (sources[t] == {"own"}) == (method not in {"SPO", "AIHF"} and (t > 1 or method not in first)), (t, sources[t])
@@ -261,7 +283,7 @@ def test_quick_makes_the_tables_and_writes_nothing(small_world, monkeypatch, cap
     monkeypatch.setattr(neighbours, "OF_CLAIMS", ("plain training",))
     monkeypatch.setattr(neighbours, "NEIGHBOURS", {"SPIN": neighbours.NEIGHBOURS["SPIN"]})
     monkeypatch.setattr(sys, "argv", ["neighbours.py", "--quick"])
-    monkeypatch.setattr(neighbours, "README", None)  # would fail if it were written
+    monkeypatch.setattr(claims, "RESULTS", None)  # would fail if something were written there
     neighbours.main()
     shown = capsys.readouterr().out
     for noise in ("30%", "0%"):
@@ -270,23 +292,25 @@ def test_quick_makes_the_tables_and_writes_nothing(small_world, monkeypatch, cap
         assert shown[at:].splitlines()[3].startswith("|SPIN|less: no rejected responses|1|")
 
 
-def test_the_tables_in_the_readme_are_those_of_the_results(monkeypatch, tmp_path):
-    """With every run there nothing is run, and what is wrong in the README is mended."""
+def test_the_tables_are_those_of_the_results(monkeypatch, tmp_path):
+    """With every run there nothing is run, and what is wrong on the page is mended."""
     put_back_what_a_quick_run_changes(monkeypatch)
-    readme, drawn = tmp_path / "README.md", []
-    text = neighbours.README.read_text()
-    assert text.count("<!-- neighbours: ") == 2
-    readme.write_text(text.replace("|AIHF|", "|another|"))
+    results, drawn = claims.RESULTS, []
+    text = (results / "neighbours.md").read_text()
+    assert text.count("<!-- neighbours: ") == 2 and "|AIHF|" in text
+    for name in ("claims.json", "neighbours.json"):
+        (tmp_path / name).symlink_to(results / name)
+    (tmp_path / "neighbours.md").write_text(text.replace("|AIHF|", "|another|"))
 
     def make(wanted, runs, *_):
         assert wanted and {*map(claims.name_of, wanted)} <= runs.keys()
 
     monkeypatch.setattr(claims, "make", make)
     monkeypatch.setattr(claims, "draw_frontier", lambda _, file: drawn.append(file.name))
-    monkeypatch.setattr(neighbours, "README", readme)
+    monkeypatch.setattr(claims, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["neighbours.py"])
     neighbours.main()
-    assert readme.read_text() == text and drawn == ["neighbours.png"]
+    assert (tmp_path / "neighbours.md").read_text() == text and drawn == ["neighbours.png"]
 
 
 def test_a_method_is_a_function_of_at_most_30_lines():
@@ -294,4 +318,4 @@ def test_a_method_is_a_function_of_at_most_30_lines():
         method = getattr(neighbours, name)
         assert len(inspect.getsource(method).splitlines()) <= 30, name
         assert "arXiv:" in method.__doc__
-    assert len(Path(neighbours.__file__).read_text().splitlines()) <= 400
+    assert len(Path(neighbours.__file__).read_text().splitlines()) <= 420
