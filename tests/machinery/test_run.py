@@ -32,9 +32,8 @@ import train
 from sera_min import bootstrap, playground
 from sera_min.logprobs import sequence_logprobs
 from sera_min.machinery import config as configuration
-from sera_min.machinery import data, folder, policies
+from sera_min.machinery import folder, policies
 from sera_min.machinery.config import Config, resolve
-from sera_min.machinery.device import retry_on_oom
 from sera_min.machinery.errors import InputError
 from sera_min.machinery.policies import Policies
 from sera_min.machinery.run import Run
@@ -499,6 +498,20 @@ def test_out_of_memory_in_scoring_halves_the_batch_and_changes_nothing(tmp_path,
     room[0] = 0
     with pytest.raises(torch.OutOfMemoryError):  # not for ever
         held.score(0, rows)
+
+
+def test_what_a_model_or_a_tokenizer_raises_is_one_line(tmp_path):
+    """In scoring and in sampling; a tokenizer's are in test_forms.py, those of the first check in test_models.py."""
+    def fail(*_, **__):
+        raise ZeroDivisionError("division\nby zero")
+
+    held, model = Policies(tmp_path, resolve(real("m", "d", tmp_path))), tiny_model()
+    held.hold(0, model, bpe_tokenizer())
+    model.forward = fail
+    with pytest.raises(InputError, match=r"^score 1 responses under policy 0: the model fails: division by zero$"):
+        held.score(0, Rows([[5]], [[6, 7]], [0]))
+    with pytest.raises(InputError, match=r"^sample from policy 0: the model fails: division by zero$"):
+        held.draw(0, [[5]], 2, seed=0)
 
 
 # A run that is stopped, and goes on
