@@ -2,14 +2,17 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+import train
 from sera_min import playground
+from sera_min.machinery.config import Config
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+sys.path.insert(0, str(Path(__file__).parent.parent.parent / "experiments"))
 import distrust
 
 
@@ -22,14 +25,34 @@ def test_the_figures_are_those_of_a_count_by_hand(monkeypatch):
 
 
 def test_each_half_is_judged_by_the_policy_of_the_other():
-    rows = playground.preferences(2000, "train", seed=3, label_noise=0.3, length_bias=0)
+    rows = playground.preferences(2000, "train", seed=3, label_noise=0.3)
     for half in (0, 1):
-        parts = [distrust.one_half(half, 0.3, 512, part, seed=3, label_noise=0, length_bias=0) for part in ("train", "test")]
+        parts = [distrust.one_half(half, 0.3, 512, part, seed=3, label_noise=0) for part in ("train", "test")]
         assert parts == [rows[half::2], rows[1 - half :: 2]]
 
 
-def test_the_tables_in_the_readme_are_those_of_the_results():
-    text = distrust.README.read_text()
+def test_the_margins_of_a_run_are_those_that_it_reviews(model_dir, tmp_path):
+    """Of D first, as a run of train.py with the same flags writes them, and then of the evaluation pairs."""
+    rows = [{"prompt": f"Tell {i}", "chosen": "It is the fox. " * (i % 3 + 1), "rejected": f"A cave {i}"} for i in range(12)]
+    for name, part in (("d", rows[:9]), ("e", rows[9:])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(part))
+    flags = Config(
+        model_name_or_path=str(model_dir), dataset_name=str(tmp_path / "d.json"), max_length=96, max_new_tokens=8,
+        eval_dataset_name=str(tmp_path / "e.json"), learning_rate=1e-3, bootstrap=0.0, iterations=2, device="cpu",
+        output_dir=str(tmp_path / "watched"),
+    )  # fmt: skip
+    margins = distrust.margins_by_iteration(flags, train.SERA)
+    assert [len(of_t) for of_t in margins] == [12, 12] and not torch.equal(*margins)
+    train.main(replace(flags, output_dir=str(tmp_path / "run")), replace(train.SERA, report=False))
+    written = {}
+    for name in ("pairs", "dropped"):
+        for line in map(json.loads, (tmp_path / f"run/iteration-2/{name}.jsonl").read_text().splitlines()):
+            written[line["row"]] = line["margin"]
+    assert [written[row] for row in range(9)] == pytest.approx(margins[0][:9].tolist(), abs=1e-5)
+
+
+def test_the_tables_are_those_of_the_results():
+    text = (distrust.RESULTS / "distrust.md").read_text()
     shown = distrust.tables(json.loads((distrust.RESULTS / "distrust.json").read_text()))
     of_model = {"distrust: model", "distrust: accuracy", "distrust: accuracy, 30 %", "distrust: kept"}
     assert shown.keys() == {"distrust", *of_model}
