@@ -189,7 +189,7 @@ class Policies:
     def request(self, i: int, prompts: list[Ids], n: int, seed: int) -> dict[str, Any]:
         """All that another engine has to know to sample as we would."""
         return {
-            "policy": os.path.relpath(self.folder(i), self.state),  # from the file that asks
+            "policy": os.path.abspath(self.folder(i)),  # wherever the engine is started
             "samples_per_prompt": n,
             "max_new_tokens": self.config.max_new_tokens,
             "temperature": self.config.temperature,
