@@ -7,7 +7,6 @@ result cannot be taken for that of other rows.
 
 import hashlib
 import json
-import os
 import shutil
 import time
 from array import array
@@ -189,7 +188,7 @@ class Policies:
     def request(self, i: int, prompts: list[Ids], n: int, seed: int) -> dict[str, Any]:
         """All that another engine has to know to sample as we would."""
         return {
-            "policy": os.path.abspath(self.folder(i)),  # wherever the engine is started
+            "policy": str(Path(self.folder(i)).absolute()),  # wherever the engine is started
             "samples_per_prompt": n,
             "max_new_tokens": self.config.max_new_tokens,
             "temperature": self.config.temperature,
