@@ -26,6 +26,18 @@ Ids = list[int]  # token ids
 Sample = tuple[Ids, bool]  # token ids, and whether they end with an end of sequence
 
 
+@torch.no_grad()
+def plain_sample(model, prompt: Ids, max_new_tokens: int, temperature: float, end: int) -> Sample:
+    """y ~ π(·|x), as one first writes it: right, but it reads x and y anew for every token of y."""
+    y: Ids = []
+    while len(y) < max_new_tokens and end not in y:
+        ids = torch.tensor([prompt + y], device=model.device)  # (1, T)
+        logits = model(input_ids=ids).logits[0, -1]  # (V,): what comes after the last token
+        p = (logits.float() / temperature).softmax(-1)  # (V,)
+        y.append(int(torch.multinomial(p, num_samples=1)))
+    return y, end in y
+
+
 def sample_responses(
     model,
     prompts: list[Ids],

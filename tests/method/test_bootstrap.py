@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import TopPLogitsWarper
 
 from sera_min import bootstrap
-from sera_min.bootstrap import best_worst_pairs, ended_responses, sample_responses
+from sera_min.bootstrap import best_worst_pairs, ended_responses, plain_sample, sample_responses
 
 
 def sample(model, prompts, n=2, **changed):
@@ -32,6 +32,24 @@ def test_frequencies_are_the_model_s_whatever_its_generation_config_says(family)
             want = (model(input_ids=torch.tensor([x])).logits[0, -1] / 2.0).softmax(-1)
         share = torch.bincount(torch.tensor([y[0] for y, _ in row]), minlength=61) / 4000
         assert (share - want).abs().max() < 0.04
+
+
+def test_the_plain_sampler_draws_from_the_same_distribution():
+    """Greedily the same tokens and ends; at temperature 2 each first token as often as the model says."""
+    model = tiny_model()
+    prompts = [[5, 6, 7, 8], [9], [17, 3], [40]]
+    cold = {"max_new_tokens": 12, "temperature": 1e-6}
+    ends = [1, *{y for [(ys, _)] in sample(model, prompts, n=1, **cold) for y in ys[3:5]}]
+    for end in ends:
+        fast = sample(model, prompts, n=1, eos_token_id=end, **cold)
+        assert fast == [[plain_sample(model, x, 12, 1e-6, end)] for x in prompts]
+    assert len(ends) > 2
+    torch.manual_seed(0)
+    drawn = [plain_sample(model, [9], 1, 2.0, 1)[0][0] for _ in range(1500)]
+    with torch.no_grad():
+        want = (model(input_ids=torch.tensor([[9]])).logits[0, -1] / 2.0).softmax(-1)
+    share = torch.bincount(torch.tensor(drawn), minlength=61) / 1500
+    assert (share - want).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("family", FAMILIES)
