@@ -954,8 +954,18 @@ def draw_frontier(runs: Runs, file: Path) -> None:
             (kl, reward), (kl_error, reward_error) = zip(*means), zip(*errors)
             colour, marker = IN_FIGURE[method]
             for axes in (whole, near):
-                axes.errorbar(kl, reward, reward_error, kl_error, color=colour, marker=marker, markersize=5,
-                              linewidth=1, elinewidth=0.6, label=method.replace("plain training", "plain DPO"))
+                axes.errorbar(
+                    kl,
+                    reward,
+                    reward_error,
+                    kl_error,
+                    color=colour,
+                    marker=marker,
+                    markersize=5,
+                    linewidth=1,
+                    elinewidth=0.6,
+                    label=method.replace("plain training", "plain DPO"),
+                )
         whole.set(xscale="log", xlabel="KL(π_θ ‖ π_ref), nats a response", ylabel="true reward")
         near.set(xlabel="the same from 1 to 12 nats", xlim=(1, 12), ylim=(0.4, 0.9))
 
@@ -963,8 +973,10 @@ def draw_frontier(runs: Runs, file: Path) -> None:
 def draw_over(runs: Runs, place: Path) -> None:
     """By iteration: the true reward, and the precision of the bootstrapped pairs; means and standard deviations."""
     rows = specs(runs, "over")
-    for key, file, label in [("gold/reward", "reward", "true reward"),
-                             ("bootstrap/precision", "bootstrapped-precision", "precision of the bootstrapped pairs")]:
+    for key, file, label in [
+        ("gold/reward", "reward", "true reward"),
+        ("bootstrap/precision", "bootstrapped-precision", "precision of the bootstrapped pairs"),
+    ]:
         by_t = {row: {t: values for t in range(LONG + 1) if None not in (values := column(runs, rows[row], key, t))}
                 for row in rows}  # fmt: skip
         with figure(place / f"{file}.png") as [axes]:

@@ -401,8 +401,11 @@ def main() -> None:
         file = Path(place, "quick.json") if quick else claims.RESULTS / "neighbours.json"
         (runs, machines), known = claims.read(file), {} if quick else claims.read(claims.RESULTS / "claims.json")[0]
         for desc in ("tuning", "studies"):
-            wanted = claims.tuning("main") if desc == "tuning" else [
-                spec for noise in (0.3, 0.0) for row in claims.rows_at(runs, noise).values() for spec in row]
+            wanted = (
+                claims.tuning("main")
+                if desc == "tuning"
+                else [spec for noise in (0.3, 0.0) for row in claims.rows_at(runs, noise).values() for spec in row]
+            )
             runs |= {name: known[name] for name in {*map(claims.name_of, wanted)} & known.keys()}
             claims.make(wanted, runs, machines, file, Path(place), desc, runs_of_one_base)
         shown = {f"neighbours: {noise:.0%}": claims.wide_table(runs, noise, GIVEN) for noise in (0.3, 0.0)}

@@ -43,7 +43,10 @@ def test_every_block_is_what_the_runs_say():
         assert changed != text and claims.filled(changed, SHOWN) == text
     within = "- <!-- claims: sentence:clean -->0.5<!-- end --> So much for that."
     assert claims.filled(within, SHOWN) == within.replace("0.5", SHOWN["sentence:clean"])
-    assert claims.filled("<!-- claims: main --><!-- end -->", SHOWN) == f"<!-- claims: main -->\n{SHOWN['main']}\n<!-- end -->"
+    assert (
+        claims.filled("<!-- claims: main --><!-- end -->", SHOWN)
+        == f"<!-- claims: main -->\n{SHOWN['main']}\n<!-- end -->"
+    )
 
 
 def test_write_fills_the_blocks_and_runs_nothing(tmp_path, monkeypatch, capsys):
@@ -96,7 +99,9 @@ def test_a_sentence_says_a_difference_where_the_interval_of_all_comparisons_has_
         for ours, plain, difference in zip(rows["SeRA"], rows["plain training"], 2 * differences):
             ours, plain = claims.name_of(ours), claims.name_of(plain)
             both = zip(RUNS[ours]["iterations"], RUNS[plain]["iterations"])
-            runs[ours] = {"iterations": [row | {"gold/win_rate": other["gold/win_rate"] + difference} for row, other in both]}
+            runs[ours] = {
+                "iterations": [row | {"gold/win_rate": other["gold/win_rate"] + difference} for row, other in both]
+            }
         return claims.sentences(runs)["headline"]
 
     assert "Shown to win more often than plain DPO: SeRA (+0.120 [" in said(0.1, 0.12, 0.11, 0.13, 0.14)
@@ -123,7 +128,13 @@ def test_student_s_quantile(probability, freedom, quantile):
 
 
 def test_interval_is_student_s():
-    differences = [0.1, 0.3, 0.2, 0.25, 0.15]  # mean 0.2, standard deviation 0.0791: half-width 2.776 * 0.0791 / sqrt(5)
+    differences = [
+        0.1,
+        0.3,
+        0.2,
+        0.25,
+        0.15,
+    ]  # mean 0.2, standard deviation 0.0791: half-width 2.776 * 0.0791 / sqrt(5)
     low, mean, high = claims.interval(differences, [0.0] * 5)
     assert (low, mean, high) == pytest.approx((0.2 - 0.09816, 0.2, 0.2 + 0.09816), abs=1e-4)
     low, mean, high = claims.interval(differences, [0.0] * 5, comparisons=5)  # 4.604, of 99 %
@@ -139,9 +150,13 @@ def test_the_frontier_is_read_on_straight_lines():
     there_and_back = [[(1.0, 0.6)], [(3.0, 0.8)], [(0.0, 0.2)]]
     assert claims.reward_at(there_and_back, 1.5, [0]) == pytest.approx(0.65)  # the way back, which is higher
     assert claims.frontier_at(points, 2.0) == pytest.approx((0.7, 0.8, 0.9))
-    assert claims.frontier_at(points, 9.0) is None and claims.frontier_at(points, 4.0) is None  # a quarter goes less far
+    assert (
+        claims.frontier_at(points, 9.0) is None and claims.frontier_at(points, 4.0) is None
+    )  # a quarter goes less far
     lower = [[(kl, reward - d) for (kl, reward), d in zip(of_beta, (0.1, 0.3))] for of_beta in points]
-    assert claims.frontier_at(points, 2.0, lower) == pytest.approx((0.1, 0.2, 0.3))  # with the same seeds drawn for both
+    assert claims.frontier_at(points, 2.0, lower) == pytest.approx(
+        (0.1, 0.2, 0.3)
+    )  # with the same seeds drawn for both
     assert claims.frontier_at(points, 2.0, [[(9.0, 0.1)] * 2] * 3) is None
     assert claims.in_brackets((-0.1, 0.0, 0.25), "+") == "+0.00 [-0.10, +0.25]" and claims.in_brackets(None) == "–"
 
@@ -209,7 +224,9 @@ def test_quick_and_smaller(tmp_path, monkeypatch, capsys):
     """Two studies from end to end: shared runs go on from one iteration 1, and end as runs of their own would."""
     every, made, pairs = playground.prompts, playground.make_sft_policy, playground.preferences
     monkeypatch.setattr(playground, "prompts", lambda part: every(part)[:6])
-    monkeypatch.setattr(playground, "preferences", lambda n, part, **of: pairs(min(n, 32 if part == "train" else 8), part, **of))
+    monkeypatch.setattr(
+        playground, "preferences", lambda n, part, **of: pairs(min(n, 32 if part == "train" else 8), part, **of)
+    )
     monkeypatch.setattr(playground, "make_sft_policy", functools.partial(made, steps=20))
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
     monkeypatch.setattr(claims, "ProcessPoolExecutor", InThisProcess)
@@ -231,7 +248,9 @@ def test_quick_and_smaller(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "quick"
     runs = json.loads((folder / "claims.json").read_text())["runs"]
     assert {path.name for path in folder.glob("*.png")} == {"frontier.png", "reward.png", "bootstrapped-precision.png"}
-    assert (folder / "claims.md").read_text().count("|SeRA|") == 5 + (8 + 1)  # short, main, details, frontier, tuning; over, lead
+    assert (folder / "claims.md").read_text().count("|SeRA|") == 5 + (
+        8 + 1
+    )  # short, main, details, frontier, tuning; over, lead
     [spec] = claims.specs(runs, "main")["SeRA"]
     others = json.loads(json.dumps({name: run for name, run in runs.items() if name == claims.name_of(spec)}))
     here = {f"2 CPU cores, {claims.machine()}"}

@@ -33,7 +33,9 @@ def test_each_half_is_judged_by_the_policy_of_the_other():
 
 def test_the_margins_of_a_run_are_those_that_it_reviews(model_dir, tmp_path):
     """Of D first, as a run of train.py with the same flags writes them, and then of the evaluation pairs."""
-    rows = [{"prompt": f"Tell {i}", "chosen": "It is the fox. " * (i % 3 + 1), "rejected": f"A cave {i}"} for i in range(12)]
+    rows = [
+        {"prompt": f"Tell {i}", "chosen": "It is the fox. " * (i % 3 + 1), "rejected": f"A cave {i}"} for i in range(12)
+    ]
     for name, part in (("d", rows[:9]), ("e", rows[9:])):
         (tmp_path / f"{name}.json").write_text(json.dumps(part))
     flags = Config(
@@ -63,9 +65,15 @@ def test_the_tables_are_those_of_the_results():
 
 def test_pairs_of_one_s_own_are_flipped_as_many_as_said_and_crossed(tmp_path):
     rows = [{"instruction": f"Say {i}", "input": "", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(300)]
-    (tmp_path / "d.json").write_text(json.dumps([*rows, rows[0], {**rows[1], "instruction": "same", "rejected": "yes 1"}]))
+    (tmp_path / "d.json").write_text(
+        json.dumps([*rows, rows[0], {**rows[1], "instruction": "same", "rejected": "yes 1"}])
+    )
     offline, test, flipped = distrust.rows_for_model(str(tmp_path / "d.json"), 0, 0.2)
-    assert len(offline) == distrust.PAIRS == len(flipped) and flipped.sum() == 0.2 * distrust.PAIRS and len(test) == distrust.CLEAN
+    assert (
+        len(offline) == distrust.PAIRS == len(flipped)
+        and flipped.sum() == 0.2 * distrust.PAIRS
+        and len(test) == distrust.CLEAN
+    )
     assert [row["chosen"].startswith("no") for row in offline] == flipped.tolist()
     assert all(row["chosen"].startswith("yes") for row in test)
     prompts = [row["instruction"] for row in [*offline, *test]]
@@ -80,8 +88,11 @@ def test_what_a_review_keeps_is_counted_as_by_hand():
     first = torch.tensor([9.0, 8, 7, 6, 5, -1, -2, 4, 3, -3])  # its 7 largest: 2 of the flipped ones
     second = torch.tensor([0.0, 0, 0, 0, 0, 9, 9, -9, -9, 9])  # their mean: those two go, and the third comes
     assert distrust.right_among_kept([first, second], flipped) == pytest.approx([5 / 7, 6 / 7])
-    results = {f"0.3 {seed} {run}": {"accuracy": [0.5, 0.25 * seed], "margins": [first.tolist()] * 2}
-               for seed in (0, 1) for run in distrust.runs_for_model(0.3)}
+    results = {
+        f"0.3 {seed} {run}": {"accuracy": [0.5, 0.25 * seed], "margins": [first.tolist()] * 2}
+        for seed in (0, 1)
+        for run in distrust.runs_for_model(0.3)
+    }
     shown = distrust.kept_table(results, {"0.3 0": flipped.tolist(), "0.3 1": [False] * 10}, 0.3)
     assert "|selection only|0.714 / 1.000|0.714 / 1.000|" in shown and "(all pairs)|0.700 / 0.700|" in shown
     assert "|SeRA|0.500 / 0.500|0.000 / 0.250|" in distrust.accuracy_table(results, 0.3)

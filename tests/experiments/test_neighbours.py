@@ -105,7 +105,9 @@ def test_spo_and_aihf_add_their_terms_to_the_loss():
             y = one.chosen if degree == 0 else [token for token in one.chosen if token in spo["frequent"]]
             hidden = body_of(policy)(input_ids=torch.tensor([X + y])).last_hidden_state[0, len(X) :].mean(0)
             (0.7 * -(w @ hidden).log_softmax(-1)[degree]).backward()
-        term = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in policy.parameters()])
+        term = torch.cat(
+            [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in policy.parameters()]
+        )
         torch.testing.assert_close(with_degree, plain + term, rtol=1e-4, atol=1e-5)
         assert torch.equal(spo["W"], w) and spo["W"].grad.any()
         changes["pair_losses"](policy, pairs, torch.zeros(2, 2), config)  # the next batch: first its Adam takes a step
@@ -117,7 +119,9 @@ def test_spo_takes_away_a_share_of_what_is_rare():
     frequent = {*y} - {*rare}
     for share, left in ((0.0, 3), (1 / 3, 2), (2 / 3, 1), (1.0, 0)):
         less = neighbours.without_key_words(y, frequent, share, random.Random(0))
-        assert sum(token in rare for token in less) == left and [t for t in less if t in frequent] == [t for t in y if t in frequent]
+        assert sum(token in rare for token in less) == left and [t for t in less if t in frequent] == [
+            t for t in y if t in frequent
+        ]
 
 
 def test_bmc_mends_the_worst_sentence_and_weighs_where_the_two_differ():
@@ -133,7 +137,9 @@ def test_bmc_mends_the_worst_sentence_and_weighs_where_the_two_differ():
     inspect.getclosurevars(changes["pair_losses"]).nonlocals["reference"].append(reference)
     pairs = [pair(GOOD, BAD)]
     losses, logps = changes["pair_losses"](policy, pairs, None, resolve(Config(device="cpu", beta=1.0)))
-    [w, l], [w_ref, l_ref] = ([one.detach() for one in token_logprobs(m, [X, X], [ids(GOOD), ids(BAD)])] for m in (policy, reference))
+    [w, l], [w_ref, l_ref] = (
+        [one.detach() for one in token_logprobs(m, [X, X], [ids(GOOD), ids(BAD)])] for m in (policy, reference)
+    )
     by_hand = []
     for ours, theirs in ((w, w_ref), (l, l_ref)):  # words 2 and 4 differ
         weight = torch.ones(6)
@@ -174,7 +180,9 @@ def test_sapo_splices_and_averages():
 
 
 def test_irepo_regresses_to_the_logit_of_the_votes():
-    assert neighbours.logit(8, 10) == pytest.approx(math.log(4)) and neighbours.logit(8, 8) == pytest.approx(math.log(15))
+    assert neighbours.logit(8, 10) == pytest.approx(math.log(4)) and neighbours.logit(8, 8) == pytest.approx(
+        math.log(15)
+    )
     assert neighbours.logit(0, 8) == pytest.approx(-math.log(15)) and neighbours.logit(4, 8) == 0
     changes = neighbours.irepo()
     policy, one = tiny_model(vocab_size=len(neighbours.TOKENIZER)), [pair(GOOD, BAD)]
@@ -182,7 +190,9 @@ def test_irepo_regresses_to_the_logit_of_the_votes():
         _, logps = train.pair_losses(policy, one, torch.zeros(1, 2), resolve(Config(device="cpu")))
     reference = logps.clone()
     reference[0, 0] -= 0.4 / 2 - neighbours.logit(8, 10) / 2  # βm = 0.4, p = 0.8
-    loss, _ = changes["pair_losses"](policy, one, reference, SimpleNamespace(beta=2.0, device="cpu", loss_type="dpo", label_smoothing=0))
+    loss, _ = changes["pair_losses"](
+        policy, one, reference, SimpleNamespace(beta=2.0, device="cpu", loss_type="dpo", label_smoothing=0)
+    )
     assert loss.item() == pytest.approx(0.9728, abs=1e-3) and loss.requires_grad
     sampled = [[GOOD, BAD]] * 400
     reviewed = pairs_of(changes, 1, [pair(GOOD, BAD)] * 400, sampled=sampled, label_noise=0.0, samples_per_prompt=2)
@@ -192,7 +202,9 @@ def test_irepo_regresses_to_the_logit_of_the_votes():
     votes = {round(neighbours.logit(k, 8), 4): k for k in range(9)}
     mean = sum(votes[round(v, 4)] for v in shifted[:, 0].tolist()) / 3200
     assert mean == pytest.approx(likely, abs=0.01) and shifted[:, 1].abs().max() == 0
-    reviewed = pairs_of(changes, 2, [pair(GOOD, BAD)] * 400, sampled=sampled, logps=lambda i, y: -float(i), samples_per_prompt=2)
+    reviewed = pairs_of(
+        changes, 2, [pair(GOOD, BAD)] * 400, sampled=sampled, logps=lambda i, y: -float(i), samples_per_prompt=2
+    )
     shifted = reviewed.training_set.reference
     assert shifted[:, 1].unique().item() == -1.0  # π_θ1's, and 30 % of the votes are flipped
     mean = sum(votes[round(v + 1, 4)] for v in shifted[:, 0].tolist()) / 3200
@@ -222,7 +234,9 @@ def test_dice_s_price_of_length():
 
 def test_spin_sets_the_chosen_against_samples_of_two_rounds():
     of_d = [pair(GOOD, BAD), pair(FAIR, BAD)]
-    first, second = (pairs_of(neighbours.spin(), t, of_d, sampled=[[FAIR], [FAIR]], logps=lambda i, y: -float(i)) for t in (1, 2))
+    first, second = (
+        pairs_of(neighbours.spin(), t, of_d, sampled=[[FAIR], [FAIR]], logps=lambda i, y: -float(i)) for t in (1, 2)
+    )
     assert [pair[1:] for pair in texts(first)] == [(GOOD, FAIR)]  # of the second the sample is the chosen one
     assert len(second.training_set.pairs) == 2 and second.training_set.reference.unique().item() == -1.0  # π_θ1's
     drawn_from = []
@@ -241,7 +255,9 @@ def small_world(tmp_path_factory):
     work = tmp_path_factory.mktemp("sft")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(playground, "prompts", lambda part: every(part)[:6])
-        patch.setattr(playground, "preferences", lambda n, part, **of: rows(min(n, 32 if part == "train" else 8), part, **of))
+        patch.setattr(
+            playground, "preferences", lambda n, part, **of: rows(min(n, 32 if part == "train" else 8), part, **of)
+        )
         patch.setattr(playground, "make_sft_policy", functools.partial(made, steps=60))
         claims.sft(work / "sft-0", 0)
         yield work
@@ -264,13 +280,18 @@ def test_a_small_run(method, small_world, monkeypatch):
     assert all(row["tokens/trained"] > 0 for row in run["iterations"][1:])
     first = {"SPO", "AIHF", "active labels", "DICE", "RAD, own scores"}  # these begin with all of D
     for t in (1, 2, 3):
-        assert (sources[t] == {"own"}) == (method not in {"SPO", "AIHF"} and (t > 1 or method not in first)), (t, sources[t])
+        assert (sources[t] == {"own"}) == (method not in {"SPO", "AIHF"} and (t > 1 or method not in first)), (
+            t,
+            sources[t],
+        )
 
 
 def test_quick_makes_the_tables_and_writes_nothing(small_world, monkeypatch, capsys):
     """Two methods from end to end: one of claims.py, and one of these, beside each other."""
     put_back_what_a_quick_run_changes(monkeypatch)
-    monkeypatch.setattr(claims, "sft", lambda path, seed: shutil.copytree(small_world / "sft-0", path, dirs_exist_ok=True))
+    monkeypatch.setattr(
+        claims, "sft", lambda path, seed: shutil.copytree(small_world / "sft-0", path, dirs_exist_ok=True)
+    )
     make_quick = claims.make_quick
 
     def smaller():

@@ -90,7 +90,9 @@ def drawn_by(out, settings, permutations, numbers):
     n, times = settings["samples_per_prompt"], range(2, settings["iterations"] + 1)
     samples = {}
     for t in times if settings["bootstrap"] else ():
-        ended = [(line["response"], line["finish_reason"] == "stop") for line in read(out / f"iteration-{t}/samples.jsonl")]
+        ended = [
+            (line["response"], line["finish_reason"] == "stop") for line in read(out / f"iteration-{t}/samples.jsonl")
+        ]
         samples[t] = [ended[first : first + n] for first in range(0, len(ended), n)]
     answers = {}
     for t in range(settings["iterations"] + 1):
