@@ -1,0 +1,98 @@
+"""Answers to a file of prompts, by any policy: the JSON that AlpacaEval reads, [{instruction, output, generator}, …].
+
+    python experiments/answer.py --policy OUT/policy --prompt_file FILE --output answers.json
+
+A row of FILE (JSON, JSONL, CSV, Parquet) has an instruction or a prompt: a text or messages. It gets one answer.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import transformers
+
+from sera_min import bootstrap
+from sera_min.machinery.device import autocast, retry_on_oom, set_precision
+from sera_min.machinery.encoding import decode, encode_prompts
+from sera_min.machinery.errors import InputError, format_counts, in_one_line
+from sera_min.machinery.folder import write
+from sera_min.machinery.models import check_positions, eos_ids_of, load, pad_id_of
+from sera_min.machinery.rows import read_rows
+from sera_min.pairs import Samples
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = "cuda"
+    parser.add_argument("--policy", required=True, help="folder of a model and its tokenizer")
+    parser.add_argument("--prompt_file", required=True, help="rows of instruction or prompt")
+    parser.add_argument("--output", type=Path, default=Path("answers.json"), help="answers.json unless given")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="of an answer (512)")
+    parser.add_argument("--max_prompt_length", type=int, default=512, help="a longer one loses its beginning (512)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the answers (1)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default=device)
+    return parser.parse_args(arguments)
+
+
+def main(flags: argparse.Namespace) -> None:
+    for name in ("max_new_tokens", "max_prompt_length", "temperature"):
+        if not getattr(flags, name) > 0:
+            raise InputError(f"--{name} is {getattr(flags, name)}: expected above 0")
+    policy, tokenizer = load(flags.policy, flags.device)
+    longest = flags.max_prompt_length + flags.max_new_tokens
+    check_positions(policy, longest, "--max_prompt_length + --max_new_tokens")
+    ends = eos_ids_of(policy, tokenizer)
+    rows = read_rows(flags.prompt_file, "train")
+    limits = {"max_length": longest, "max_prompt_length": flags.max_prompt_length}
+    texts, prompts, counts = encode_prompts(rows, tokenizer, name=flags.prompt_file, eos_ids=ends, **limits)
+    print(f"prompts: {format_counts(counts)}")
+    set_precision(flags.device)
+
+    def attempt(max_tokens: int) -> Samples:
+        with autocast(flags.device), in_one_line("the model fails"):
+            return bootstrap.sample_responses(
+                policy,
+                prompts,
+                1,
+                max_new_tokens=flags.max_new_tokens,
+                temperature=flags.temperature,
+                top_p=1.0,
+                eos_token_id=ends,
+                pad_token_id=pad_id_of(tokenizer),
+                seed=flags.seed,
+                max_tokens=max_tokens,
+                desc="answer",
+            )
+
+    cache = bootstrap.CACHE_TOKENS[torch.device(flags.device).type]
+    samples, _ = retry_on_oom(attempt, cache, longest)
+    answers = []
+    cut_off = 0
+    for text, x, ((y, ended),) in zip(texts, prompts, samples):
+        cut_off += not ended
+        output = decode(tokenizer, y, ends, after=x)
+        answers.append({"instruction": text, "output": output, "generator": flags.policy})
+    write(flags.output, json.dumps(answers, indent=1, ensure_ascii=False) + "\n")
+    print(f"{flags.output}: {len(answers)} answers; {cut_off} of them end at --max_new_tokens {flags.max_new_tokens}")
+
+
+def command_line(arguments: list[str] | None = None) -> None:
+    """`main` from flags. What the user can mend ends in one line and exit status 1."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        main(parse(arguments))
+    except (InputError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    command_line()
