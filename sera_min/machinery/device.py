@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from tqdm import tqdm
 
-from sera_min.machinery.errors import InputError
+from sera_min.machinery.errors import InputError, in_one_line
 from sera_min.pairs import padded_tokens
 
 
@@ -86,7 +86,8 @@ def halve_if_out_of_memory(step: Callable) -> Callable:
         def attempt(max_tokens: int) -> Any:
             forget_gradients(optimizer)
             smaller = replace(config, max_tokens=max_tokens)
-            return step(policy, optimizer, pairs, reference, smaller, variant)
+            with in_one_line("the model fails"):
+                return step(policy, optimizer, pairs, reference, smaller, variant)
 
         tokens = fitting.get(optimizer, config.max_tokens)
         longest = max(padded_tokens(pair) for pair in pairs)
