@@ -16,12 +16,13 @@ import argparse
 import contextlib
 import copy
 import gc
+import io
 import json
 import math
 import multiprocessing
-import os
 import platform
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -44,11 +45,15 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import train
-from sera_min import bootstrap, compute, folder, logprobs, report, seen
-from sera_min.config import Resolved, resolve
-from sera_min.data import encode
-from sera_min.files import read_rows
-from sera_min.models import eos_ids_of, load
+from sera_min import bootstrap, logprobs
+from sera_min.machinery import report
+from sera_min.machinery.config import Resolved, resolve
+from sera_min.machinery.device import autocast
+from sera_min.machinery.encoding import encode
+from sera_min.machinery.models import eos_ids_of, load
+from sera_min.machinery.policies import Policies
+from sera_min.machinery.rows import read_rows
+from sera_min.machinery.run import Run
 from sera_min.pairs import Pair, TrainingSet, rows_of
 
 SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, vocabulary
@@ -134,7 +139,9 @@ def training_set(pairs: list[Pair], reference: torch.Tensor) -> TrainingSet:
 
 
 def pair_logps(model, pairs: list[Pair], config: Resolved) -> torch.Tensor:
-    return compute.score_rows(model, *rows_of(pairs), config, desc=None)[:, 0].view(-1, 2)  # (2N, 2) -> (N, 2)
+    with autocast(DEVICE):
+        logps, _ = logprobs.score(model, *rows_of(pairs), max_tokens=config.max_tokens)
+    return logps.view(-1, 2)  # (2N,) -> (N, 2)
 
 
 class Ours:
@@ -142,15 +149,16 @@ class Ours:
 
     def __init__(self, model, pairs, config: Resolved):
         self.model, self.config, self.at, self.losses = model.train(), config, 0, []
+        self.variant = train.SERA
         self.data = training_set(pairs, pair_logps(model, pairs, config))
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
 
     def step(self) -> None:
         first = self.at % len(self.data.pairs)
-        some = list(range(first, min(first + PAIRS, len(self.data.pairs))))
+        batch = slice(first, first + PAIRS)
         self.at += PAIRS
-        config = self.config
-        metrics = train.train_step(self.model, self.optimizer, self.data, some, config, config.max_tokens)
+        pairs, reference = self.data.pairs[batch], self.data.reference[batch]
+        metrics = train.train_step(self.model, self.optimizer, pairs, reference, self.config, self.variant)
         self.losses.append(metrics["loss"])
 
 
@@ -341,7 +349,7 @@ def score_part(shape: str, repeats: int) -> list[tuple]:
     chunk = logprobs.HEAD_LOGITS[DEVICE] // model.config.vocab_size
 
     def bare(head: bool) -> None:
-        with compute.amp(DEVICE):
+        with autocast(DEVICE):
             for ids, count in zip(inputs, responses):
                 hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)[:count]
                 for h in hidden.split(chunk) if head else ():
@@ -366,7 +374,7 @@ def sampling_settings(model) -> dict:
 
 
 def sample_ours(model, prompts, n=N, **changed) -> int:
-    with compute.amp(DEVICE):
+    with autocast(DEVICE):
         rows = bootstrap.sample_responses(
             model, prompts, n, temperature=1.0, top_p=1.0, seed=0, **{**sampling_settings(model), **changed}
         )
@@ -382,7 +390,7 @@ def sample_plain(model, prompts) -> int:
         width = max(map(len, some))
         ids = torch.tensor([[0] * (width - len(x)) + x for x in some], device=DEVICE)
         mask = torch.tensor([[0] * (width - len(x)) + [1] * len(x) for x in some], device=DEVICE)
-        with compute.amp(DEVICE):
+        with autocast(DEVICE):
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:]
         ends = torch.isin(output, torch.tensor(config.eos_token_id, device=DEVICE)).int()
         count += ((ends.cumsum(1) - ends) == 0).sum().item()  # up to the first end
@@ -434,15 +442,16 @@ def iteration_part(shape: str) -> list[tuple]:
         rows = [{k: " ".join(f"w{i}" for i in ids if i not in ends) for k, ids in zip(keys, pair)}
                 for pair in made_pairs(n, len(tokenizer))]  # fmt: skip
         Path(f"{folder}/pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        report.SECONDS.clear()
-        with open(os.devnull, "w") as silent, contextlib.redirect_stdout(silent):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
             train.main(train.Config(
                 model_name_or_path=f"{folder}/model", dataset_name=f"{folder}/pairs.jsonl", device=DEVICE, iterations=2,
                 output_dir=f"{folder}/run", max_tokens=MAX_TOKENS, max_new_tokens=2 * RESPONSE,
                 learning_rate=LEARNING_RATE, per_device_train_batch_size=PAIRS,
             ))  # fmt: skip
+    spent = re.search("Seconds: (.*)", printed.getvalue())[1]  # 12 training, 3 scoring, …
+    phases = [(float(seconds), phase) for seconds, phase in (part.split(" ") for part in spent.split(", "))]
     return [(f"train.py, 2 iterations of {n} pairs, {phase}: seconds", seconds, None, None)
-            for phase, seconds in report.SECONDS.most_common()]  # fmt: skip
+            for seconds, phase in phases]  # fmt: skip
 
 
 def growth_part(shape: str) -> list[tuple]:
@@ -471,23 +480,30 @@ def saving(shape: str, save_steps: int) -> dict:
     model = made_model(shape)
     pairs = made_pairs(404, model.config.vocab_size)
     config = settings(per_device_train_batch_size=4, save_steps=save_steps)
-    seconds, before = [0.0], start_of_peak()
-
-    def save(*args, plain=folder.save_checkpoint) -> None:
+    before = start_of_peak()
+    with tempfile.TemporaryDirectory() as place:
+        run = BareRun(Path(place), config, model)
         began = clock()
-        plain(*args)
-        seconds[0] += clock() - began
+        train.train(1, training_set(pairs, torch.zeros(404, 2)), run, config, train.SERA)
+    return {"seconds": clock() - began, "saving": run.saving, "bytes": peak() - before}
 
-    with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
-        for where, name, new in [(folder, "save_checkpoint", save), (folder.Policies, "put", lambda *_: None),
-                                 (report, "log", lambda *_: None)]:  # fmt: skip
-            stack.enter_context(mock.patch.object(where, name, new))
-        policies = folder.Policies(Path(place), None, DEVICE)
-        policies.hold(0, model, made_tokenizer(2))
-        of_ours = train.Run(config, Path(place), policies, policies.tokenizer, [1], offline=pairs)
+
+class BareRun(Run):
+    """What `train.train` needs: steps with checkpoints, whose seconds are counted, and nothing else that is written."""
+
+    def __init__(self, out: Path, config: Resolved, model) -> None:
+        self.config, self.out, self.state, self.saving = config, out, out / "state", 0.0
+        self.policies = Policies(out, config)
+        self.policies.hold(0, model, made_tokenizer(2))
+        self.policies.save = lambda *_: None
+
+    def save_checkpoint(self, *args) -> None:
         began = clock()
-        train.train(of_ours, 1, training_set(pairs, torch.zeros(404, 2)))
-    return {"seconds": clock() - began, "saving": seconds[0], "bytes": peak() - before}
+        super().save_checkpoint(*args)
+        self.saving += clock() - began
+
+    def log(self, line: dict) -> None:
+        pass
 
 
 def checkpoint_part(shape: str) -> list[tuple]:
@@ -513,25 +529,19 @@ def naive(model, prompts, responses):
     return logps.where((column >= starts)[:, 1:] & (column < ends)[:, 1:], 0.0).sum(1), None
 
 
-def in_order(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Batches of `max_tokens`, padding included, of rows as they come."""
-    batches: list[list[int]] = []
-    for i in range(len(lengths)):
-        if batches and (len(batches[-1]) + 1) * max(lengths[j] for j in [*batches[-1], i]) <= max_tokens:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
-
-
 def with_mask(model):
     forward = model.model.forward
     return mock.patch.object(model.model, "forward", lambda *args, **kwargs: forward(
         *args, **kwargs, attention_mask=(kwargs["input_ids"] != 0).long()))  # fmt: skip
 
 
-def one_pass(lengths: list[int], max_tokens: int, real=logprobs.token_batches) -> list[list[int]]:
-    return real(lengths, max_tokens) if max_tokens == MAX_TOKENS else real(lengths, 10**9)
+def naive_losses(policy, pairs, reference, config):
+    """`train.pair_losses` on `naive`'s log-probs."""
+    logps, _ = naive(policy, *rows_of(pairs))
+    lengths = torch.tensor([[len(w), len(l)] for _, w, l in pairs])
+    logps = logps.view(-1, 2)
+    r = train.reward(logps, reference.to(logps.device), lengths, config)
+    return train.loss_of(r[:, 0] - r[:, 1], config), logps
 
 
 def without(ours: Ours) -> dict:
@@ -540,13 +550,9 @@ def without(ours: Ours) -> dict:
     return {
         "ours": contextlib.nullcontext,
         "with a padding mask": lambda: with_mask(ours.model),
-        "a step in one micro-batch and one pass": lambda: patch(ours, "config", replace(ours.config, max_tokens=2**30)),
-        "a micro-batch in one pass": lambda: patch(train, "token_batches", one_pass),
-        "pairs and rows as they come, not sorted by length": lambda: patch(train, "token_batches", in_order),
-        "the head's logits kept, not recomputed": lambda: patch(logprobs, "checkpoint", lambda f, *args, **_: f(*args)),
-        "the head in one chunk": lambda: patch(logprobs, "HEAD_LOGITS", {DEVICE: 2**62}),
+        "a step in one micro-batch": lambda: patch(ours, "config", replace(ours.config, max_tokens=2**30)),
         "AdamW not fused": lambda: mock.patch.dict(group, fused=False, foreach=True),
-        "mask, full logits, log_softmax": lambda: patch(train, "sequence_logprobs", naive),
+        "mask, full logits, log_softmax": lambda: patch(ours, "variant", train.Variant(pair_losses=naive_losses)),
     }  # fmt: skip
 
 
@@ -568,15 +574,9 @@ def ablation_part(shape: str, repeats: int) -> list[tuple]:
     rows = ratios("training", seconds, {name: bytes_ / grew["ours"] for name, bytes_ in grew.items()})
     prompts = [x for x, _, _ in made_pairs(32 if DEVICE == "cpu" else 512, model.config.vocab_size)]
 
-    def sample(**patched) -> None:
-        with mock.patch.multiple(bootstrap, **patched) if patched else contextlib.nullcontext():
-            sample_ours(model, prompts)
-
     seconds = turns({
-        "ours": sample,
+        "ours": lambda: sample_ours(model, prompts),
         "a prompt read for each of its samples": lambda: sample_ours(model, [x for x in prompts for _ in range(N)], 1),
-        "what has ended stays in the batch": partial(sample, STRIDE=2 * RESPONSE),
-        "drawn by torch.multinomial": partial(sample, draw_tokens=partial(torch.multinomial, num_samples=1)),
         "a quarter of the batch": lambda: sample_ours(model, prompts, max_tokens=bootstrap.CACHE_TOKENS[DEVICE] // 4),
     }, max(1, repeats // 2), "sampling without each trick")  # fmt: skip
     return rows + ratios("sampling", seconds, {})
@@ -637,7 +637,7 @@ def noise(values: dict[str, torch.Tensor]) -> list[float]:
 
 def rank_correlations(margins: dict[str, torch.Tensor]) -> list[float]:
     orders = {side: m.argsort().tolist() for side, m in margins.items()}
-    return [seen.spearman(orders[side], orders["float32"]) for side in ("ours", "other")]
+    return [report.spearman(orders[side], orders["float32"]) for side in ("ours", "other")]
 
 
 def ratios(what: str, seconds: dict[str, list[float]], grew: dict[str, float]) -> list[tuple]:
@@ -652,6 +652,7 @@ def cpu_name() -> str:
 
 def table(results: dict) -> str:
     """Markdown: what was measured, ours, the other's, and ours against it; above each part its machine, if another."""
+
     def cell(value: float | None) -> str:
         if value is None:
             return "–"
