@@ -2,9 +2,10 @@
 
     python train.py … --output_dir OUT --pause_before_sampling        # ends where samples are due
     python experiments/sample_with_vllm.py OUT                        # writes them, needs `pip install vllm`
-    python train.py … --output_dir OUT --pause_before_sampling --resume_from_checkpoint OUT     # and so on, to the end
+    python train.py --resume_from_checkpoint OUT                      # and so on, to the end
 
-Prompts and samples are token ids, so nothing is tokenised a second time. Not run by us: no GPU was at hand.
+with_trl.py pauses and goes on likewise. Start it in the folder that the run was started in: the policy is named from
+there. Prompts and samples are token ids, so nothing is tokenised a second time. Not run by us: no GPU was at hand.
 """
 
 import argparse
@@ -17,7 +18,7 @@ def waiting_request(out: Path) -> tuple[Path, Path]:
     """What the run asks for, and the file that it waits for."""
     for asked in (out / "state").glob("prompts-*.json"):
         answer = asked.with_name(asked.name.replace("prompts", "samples") + "l")
-        if not answer.exists() and not answer.with_suffix(".pt").exists():
+        if not answer.exists():
             return asked, answer
     sys.exit(f"error: no run in {out} waits for samples")
 
@@ -33,8 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
     request = json.loads(asked.read_text(encoding="utf-8"))
     prompts, n, ends = request["prompts"], request["samples_per_prompt"], request["eos_token_ids"]
     # Products in bfloat16, as in train.py; no sampling settings but these; the ends by their ids, not by a tokenizer
-    policy, options = asked.parent / request["policy"], {"generation_config": "vllm", "skip_tokenizer_init": True}
-    engine = LLM(str(policy), dtype="bfloat16", **options)
+    options = {"generation_config": "vllm", "skip_tokenizer_init": True}
+    engine = LLM(request["policy"], dtype="bfloat16", **options)
     settings = [  # vLLM draws sample j of a prompt by its seed + j
         SamplingParams(
             n=n, temperature=request["temperature"], top_p=request["top_p"], max_tokens=request["max_new_tokens"],

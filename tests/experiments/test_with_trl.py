@@ -10,7 +10,6 @@ import socket
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,16 +22,19 @@ from datasets import load_dataset  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import train  # noqa: E402
-from sera_min import data, folder, logprobs, playground, select  # noqa: E402
-from sera_min.config import resolve, seed_of  # noqa: E402
-from sera_min.pairs import Pair  # noqa: E402
+from sera_min import logprobs, playground, select  # noqa: E402
+from sera_min.machinery import encoding, models  # noqa: E402
+from sera_min.machinery.config import Config, Resolved, resolve, seed_of  # noqa: E402
+from sera_min.machinery.policies import REASON  # noqa: E402
+from sera_min.pairs import Rows  # noqa: E402
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FORK = multiprocessing.get_context("fork")
 sys.path.insert(0, str(ROOT / "experiments"))
 import with_trl  # noqa: E402
 
 PAIRS = 80  # more than a chunk, so that two processes have a share each
+SIZES = {"max_length": 64, "max_prompt_length": 16}
 LIMITS = ["--max_length", "64", "--max_prompt_length", "16"]
 
 
@@ -59,7 +61,9 @@ def one_of_two(rank: int, arguments: list[str], out: Path) -> None:
     torch.set_num_threads(1)
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()  # of tests that ran before
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1")
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1"
+    )
     os.environ.update(MASTER_PORT=(out / "port").read_text())
     with_trl.command_line(arguments)
 
@@ -71,7 +75,7 @@ def runs(tmp_path_factory):
     model, tokenizer = playground.make_sft_policy(0, "cpu", steps=40)
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
-    write(out / "pairs.jsonl", playground.preferences(PAIRS, "train", label_noise=0.3, length_bias=0, seed=0))
+    write(out / "pairs.jsonl", playground.preferences(PAIRS, "train", label_noise=0.3, seed=0))
     flags = ["--model_name_or_path", str(out / "model"), *LIMITS, "--learning_rate", "1e-3", "--logging_steps", "1"]
 
     def arguments(name: str, batch: int) -> list[str]:
@@ -105,8 +109,13 @@ def test_two_processes_do_what_one_does(runs):
         assert [p["source"] for p in one].count("bootstrap") == (0 if t == 1 else 0.3 * PAIRS)
         if t > 1:
             one, two = (lines(runs / name / f"iteration-{t}/samples.jsonl") for name in ("one", "two"))
-            assert [(y["prompt"], y["response"]) for y in one] == [(y["prompt"], y["response"]) for y in two] and len(one) == 4 * PAIRS
-        one, two = ([m["loss"] for m in lines(runs / name / "metrics.jsonl") if m["iteration"] == t and "loss" in m] for name in ("one", "two"))
+            assert [(y["prompt"], y["response"]) for y in one] == [(y["prompt"], y["response"]) for y in two] and len(
+                one
+            ) == 4 * PAIRS
+        one, two = (
+            [m["loss"] for m in lines(runs / name / "metrics.jsonl") if m["iteration"] == t and "loss" in m]
+            for name in ("one", "two")
+        )
         assert len(one) == len(two) == PAIRS / 4 and one == pytest.approx(two, abs=1e-4)
         assert t > 1 or one[0] == pytest.approx(math.log(2), abs=1e-6)  # TRL's log π_θ is the log π_ref handed over
 
@@ -114,13 +123,15 @@ def test_two_processes_do_what_one_does(runs):
 def test_the_pairs_of_a_review_are_those_of_the_method(runs):
     """Iteration 3's margins and its K pairs, from the folders it left: r̄ = (1−γ)·r_2 + γ·r_1."""
     pairs = lines(runs / "one/iteration-3/pairs.jsonl")
-    _, tokenizer = folder.load(runs / "model", "cpu")
-    models = [folder.load(f, "cpu")[0] for f in (runs / "model", *(runs / f"one/iteration-{t}/policy" for t in (1, 2)))]
+    _, tokenizer = models.load(runs / "model", "cpu")
+    policies = [models.load(f, "cpu")[0] for f in (runs / "model", *(runs / f"one/iteration-{t}/policy" for t in (1, 2)))]
 
     def margins(rows: list[dict]) -> torch.Tensor:
         x = [tokenizer(row["prompt"]).input_ids for row in rows for _ in "wl"]
-        y = [[*tokenizer(row[side]).input_ids, tokenizer.eos_token_id] for row in rows for side in ("chosen", "rejected")]
-        reference, first, second = (logprobs.score(model, x, y, max_tokens=4096)[0] for model in models)
+        y = [
+            [*tokenizer(row[side]).input_ids, tokenizer.eos_token_id] for row in rows for side in ("chosen", "rejected")
+        ]
+        reference, first, second = (logprobs.score(model, x, y, max_tokens=4096)[0] for model in policies)
         r = 0.5 * (second - reference) + 0.5 * (first - reference)
         return r[::2] - r[1::2]
 
@@ -128,36 +139,60 @@ def test_the_pairs_of_a_review_are_those_of_the_method(runs):
     given = lines(runs / "pairs.jsonl")
     best = [given[i] for i in select.select_top(margins(given), round(0.7 * PAIRS))]
     offline = {(row["prompt"], row["chosen"], row["rejected"]) for row in pairs if row["source"] == "offline"}
-    assert offline == {(row["prompt"], " " + row["chosen"], " " + row["rejected"]) for row in best}  # a prompt's text goes on
+    assert offline == {
+        (row["prompt"], " " + row["chosen"], " " + row["rejected"]) for row in best
+    }  # a prompt's text goes on
 
 
-def test_samples_of_another_engine_and_an_end_at_the_pairs(runs, tmp_path):
-    """A run goes on after its last policy: with samples that it draws to the same pairs, with a file's to pairs of those.
-
-    The file has 3 samples for 10 of D's 80 prompts.
-    """
-    shutil.copytree(runs / "one/iteration-1", tmp_path / "out/iteration-1")
-    given, policy = lines(runs / "one/iteration-1/pairs.jsonl"), runs / "model"
-    flags = ["--model_name_or_path", str(policy), "--dataset_name", str(runs / "pairs.jsonl"), *LIMITS, "--iterations", "2"]
-    flags += ["--output_dir", str(tmp_path / "out"), "--pairs_only", "--report_to", "none"]
+def test_samples_of_another_engine_and_an_end_at_the_pairs(runs, tmp_path, capsys):
+    """A run goes on after its last policy: with samples that it draws to the same pairs, with a file's to pairs of those."""
+    out = tmp_path / "out"
+    shutil.copytree(runs / "one/iteration-1", out / "iteration-1")
+    given = lines(runs / "one/iteration-1/pairs.jsonl")
+    flags = ["--model_name_or_path", str(runs / "model"), "--dataset_name", str(runs / "pairs.jsonl"), *LIMITS]
+    flags += ["--iterations", "2", "--output_dir", str(out), "--pairs_only", "--report_to", "none"]
     with_trl.command_line(flags)
-    assert lines(tmp_path / "out/iteration-2/pairs.jsonl") == lines(runs / "one/iteration-2/pairs.jsonl")
-    assert not (tmp_path / "out/iteration-2/policy").exists()
+    assert lines(out / "iteration-2/pairs.jsonl") == lines(runs / "one/iteration-2/pairs.jsonl")
+    assert not (out / "iteration-2/policy").exists()
 
-    written = ["the fox is lovely .", "the owl seems rude . the barn is ugly .", "the bear"]
-    samples = [{"prompt": row["prompt"], "response": y, "finish_reason": end}
-               for row in given[:10] for y, end in zip(written, ["stop", "stop", "length"])]  # fmt: skip
-    with_trl.command_line([*flags, "--samples", str(write(tmp_path / "samples.jsonl", samples))])
-    assert len(lines(tmp_path / "out/iteration-2/samples.jsonl")) == 3 * PAIRS  # the missing ones as cut off
-    pairs = [row for row in lines(tmp_path / "out/iteration-2/pairs.jsonl") if row["source"] == "bootstrap"]
-    assert sorted(row["prompt"] for row in pairs) == sorted({row["prompt"] for row in given[:10]})
-    assert all({row["chosen"], row["rejected"]} == {" " + y for y in written[:2]} for row in pairs)  # never the cut-off one
+    with_trl.command_line([*flags, "--pause_before_sampling"])
+    (asked,) = (out / "state").glob("prompts-1-*.json")
+    request = json.loads(asked.read_text())
+    printed = capsys.readouterr().out
+    assert f"paused: 4 samples of each prompt in {asked}" in printed and "pairs and policies" not in printed
+    assert request["policy"] == str(out / "iteration-1/policy") and request["samples_per_prompt"] == 4
 
-    samples[3]["prompt"] = "tell me about the sun and the moon"
+    _, tokenizer = models.load(runs / "model", "cpu")
+    assert request["prompts"] == [tokenizer(row["prompt"]).input_ids for row in given] and len(given) == PAIRS
+    end = tokenizer.eos_token_id
+    lovely, ugly, cut = tokenizer(
+        ["the fox is lovely .", "the owl seems rude . the barn is ugly .", "the bear"]
+    ).input_ids
+    answers = {
+        "responses": [[*lovely, end], [*ugly, end], cut, cut],
+        "finish_reasons": ["stop", "stop", "length", "length"],
+    }
+    samples = [{"prompt": x, **answers} for x in request["prompts"]]
+    file = write(tmp_path / "samples.jsonl", samples)
+    with_trl.command_line([*flags, "--samples", str(file)])
+    assert len(lines(out / "iteration-2/samples.jsonl")) == 4 * PAIRS
+    pairs = [row for row in lines(out / "iteration-2/pairs.jsonl") if row["source"] == "bootstrap"]
+    texts = {" the fox is lovely .", " the owl seems rude . the barn is ugly ."}
+    assert len(pairs) == 24 and all({row["chosen"], row["rejected"]} == texts for row in pairs)  # never the cut-off one
+
+    by_samples = (out / "iteration-2/pairs.jsonl").read_bytes()
+    shutil.copy(file, asked.with_name(asked.name.replace("prompts", "samples") + "l"))  # where it is looked for
+    with_trl.command_line([*flags, "--pause_before_sampling"])
+    assert (out / "iteration-2/pairs.jsonl").read_bytes() == by_samples
+
+    other = [{**samples[0], "prompt": [end]}, *samples[1:]]
     for file, message in [
-        (write(tmp_path / "other.jsonl", samples), "is none of iteration-1/pairs.jsonl's"),
-        (write(tmp_path / "broken.jsonl", [{"prompt": "x"}]), "line 1: the field 'response' must be a string"),
-        (write(tmp_path / "empty.jsonl", []), "empty.jsonl: no samples"),
+        (write(tmp_path / "other.jsonl", other), "other.jsonl, line 1: prompt is not the ids of this prompt"),
+        (
+            write(tmp_path / "broken.jsonl", [*samples[:-1], {"prompt": samples[-1]["prompt"]}]),
+            "line 80: expected 4 responses",
+        ),
+        (write(tmp_path / "empty.jsonl", []), "empty.jsonl: 0 lines, expected one for each of 80 prompts"),
     ]:
         with pytest.raises(SystemExit, match=message):
             with_trl.command_line([*flags, "--samples", str(file)])
@@ -167,15 +202,14 @@ def test_samples_of_another_engine_and_an_end_at_the_pairs(runs, tmp_path):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (["--loss_type", "apo_zero"], "--loss_type is apo_zero: expected one of sigmoid, robust, hinge, ipo"),
-        (["--loss_type", "simpo"], "--loss_type is simpo: expected one of sigmoid, robust, hinge, ipo"),
-        (["--loss_type", "sigmoid", "hinge"], "--loss_type is sigmoid hinge: expected one of sigmoid, robust, hinge, ipo"),
+        (["--loss_type", "apo_zero"], "--loss_type is apo_zero: expected one of sigmoid, hinge, ipo"),
+        (["--loss_type", "simpo"], "--loss_type is simpo: expected one of sigmoid, hinge, ipo"),
+        (["--loss_type", "sigmoid", "hinge"], "--loss_type is sigmoid hinge: expected one of sigmoid, hinge, ipo"),
         (["--ld_alpha", "0.5"], "--ld_alpha and --f_divergence_type"),
         (["--max_prompt_length", "64"], "--max_length is not above --max_prompt_length"),
         (["--max_new_tokens", "60"], "--max_new_tokens is 60: a sample must fit"),
         (["--keep", "0", "--bootstrap", "0"], "--keep and --bootstrap"),
-        (["--select", "best"], "--select is 'best': expected margin or random"),
-        (["--token_floor", "0.01", "--bootstrap", "0"], "--token_floor is for bootstrapped pairs, and --bootstrap is 0"),
+        (["--loss_type", "robust"], "--loss_type is robust: expected one of sigmoid, hinge, ipo"),
         (["--samples", "f.jsonl"], "--samples: nothing is reviewed before iteration 2"),
         (["--samples", "f.jsonl", "--iterations", "7"], "--samples: no iteration is left to review, for .*iteration-7/policy"),
         (["--samples", "f.jsonl", "--iterations", "8", "--bootstrap", "0.4"], "--samples: --bootstrap is too low for a single pair"),
@@ -207,70 +241,110 @@ def test_nothing_is_left_to_do(model_dir, tmp_path, monkeypatch, capsys):
         assert "pairs and policies are in" in capsys.readouterr().out
 
 
-def make_run(tokenizer, offline: list[Pair], model=None, **flags) -> with_trl.SharedRun:
-    end, config = tokenizer.eos_token_id, train.Config(model_name_or_path="model", dataset_name="pairs", device="cpu", **flags)
-    policies = SimpleNamespace(get=lambda i: model, folder=str)
-    return with_trl.SharedRun(resolve(config), Path(), policies, tokenizer, [end], SimpleNamespace(bf16=False), offline=offline)
+def make_policies(model=None, **flags) -> with_trl.Policies:
+    config = resolve(Config(model_name_or_path="model", dataset_name="pairs", device="cpu", **flags))
+    policies = with_trl.Policies(Path("none"), config, bf16=False)
+    tokenizer = bpe_tokenizer()
+    policies.hold(0, model or tiny_model(), tokenizer)
+    policies.hold(1, model or tiny_model(), tokenizer)
+    return policies
 
 
-@pytest.mark.parametrize("extra", [{"select": "random"}, {"length_free": True, "token_floor": 0.05, "loss_type": "ipo"}], ids=str)
-def test_the_review_is_that_of_train(runs, tmp_path, extra):
+class Kept:
+    """What `train.review` asks for: log-probs by plain models, and samples that were drawn before."""
+
+    def __init__(self, models: list, samples: list) -> None:
+        self.models, self.samples = models, samples
+
+    def log_prob(self, i: int, rows: Rows) -> torch.Tensor:
+        return logprobs.score(self.models[i], rows.prompts, rows.responses, max_tokens=4096)[0]
+
+    def sample(self, i: int, prompts: list, n: int, seed: int) -> list:
+        return self.samples
+
+
+def test_the_review_is_that_of_train(runs, tmp_path):
     """Its flags reach it: the pairs are those that `train.review` makes of plain log-probs and of the same samples."""
     shutil.copytree(runs / "one/iteration-1", tmp_path / "out/iteration-1")
-    flags = ["--model_name_or_path", str(runs / "model"), "--dataset_name", str(runs / "pairs.jsonl"), *LIMITS, "--pairs_only"]
-    flags += ["--output_dir", str(tmp_path / "out"), *(word for k, v in extra.items() for word in (f"--{k}", str(v)))]
+    flags = [
+        "--model_name_or_path",
+        str(runs / "model"),
+        "--dataset_name",
+        str(runs / "pairs.jsonl"),
+        *LIMITS,
+        "--pairs_only",
+    ]
+    flags += ["--output_dir", str(tmp_path / "out"), "--loss_type", "ipo", "--keep", "0.5", "--bootstrap", "0.2"]
     with_trl.command_line(flags)
     pairs, samples = (lines(tmp_path / f"out/iteration-2/{name}.jsonl") for name in ("pairs", "samples"))
-    assert pairs != lines(runs / "one/iteration-2/pairs.jsonl")
 
-    (reference, tokenizer), (policy, _) = (folder.load(f, "cpu") for f in (runs / "model", tmp_path / "out/iteration-1/policy"))
+    (reference, tokenizer), (policy, _) = (
+        models.load(f, "cpu") for f in (runs / "model", tmp_path / "out/iteration-1/policy")
+    )
     end = tokenizer.eos_token_id
-    offline, _ = data.encode(lines(runs / "pairs.jsonl"), tokenizer, name="rows", eos_ids=[end], max_length=64, max_prompt_length=16)
-    written = [(tokenizer(y["response"]).input_ids + [end] * (y["finish_reason"] == "stop"), y["finish_reason"] == "stop") for y in samples]
-
-    def log_prob(i, prompts, responses, what):
-        return logprobs.score((reference, policy)[i], prompts, responses, max_tokens=4096, of=logprobs.sum_and_least)[0]
-
-    run = make_run(tokenizer, offline, max_length=64, max_prompt_length=16, seed=42, **extra)  # TRL's seed
-    sample = lambda i, prompts: [written[4 * k : 4 * k + 4] for k in range(PAIRS)]  # noqa: E731
-    result = train.review(2, offline, log_prob, sample, run.config).training_set
-    assert [row.pop("margin") for row in pairs] == pytest.approx(result.margins.tolist(), abs=1e-4)
-    expected = zip(run.texts(result.pairs), result.sources, result.numbers)  # every row of the file is a pair of D
-    assert pairs == [{**texts, "source": source, "row": number} for texts, source, number in expected]
+    given, _ = encoding.encode_given(
+        lines(runs / "pairs.jsonl"), tokenizer, name="rows", eos_ids=[end], max_length=64, max_prompt_length=16
+    )
+    written = []
+    for y in samples:
+        ended = y["finish_reason"] == REASON[True]
+        written.append((tokenizer(y["response"]).input_ids + [end] * ended, ended))
+    four = [written[4 * k : 4 * k + 4] for k in range(PAIRS)]
+    config: Resolved = resolve(
+        Config(
+            model_name_or_path="m", dataset_name="d", device="cpu", loss_type="ipo", keep=0.5, bootstrap=0.2, **SIZES
+        )
+    )
+    offline = with_trl.data.preferences(given)
+    result = train.review(2, offline, Kept([reference, policy], four), config, train.SERA).training_set
+    assert [row["margin"] for row in pairs] == pytest.approx(result.margins.tolist(), abs=1e-4)
+    assert [row["source"] for row in pairs] == result.sources == ["offline"] * 40 + ["bootstrap"] * 16
+    for row, pair in zip(pairs, result.pairs):
+        assert [*tokenizer(row["chosen"]).input_ids, end] == pair.chosen
+        assert [*tokenizer(row["rejected"]).input_ids, end] == pair.rejected
 
 
 def test_every_chunk_of_samples_has_a_seed(monkeypatch):
     """Not the same for two chunks, nor for two iterations: equal prompts do not get equal samples."""
-    monkeypatch.setattr(with_trl, "draw_samples", lambda model, prompts, n, config, *, seed, **_: [seed for _ in prompts])
-    run = make_run(bpe_tokenizer(), [], seed=3)
-    one, two = run.sample(1, [[2]] * with_trl.CHUNK * 3), run.sample(2, [[2]] * with_trl.CHUNK * 3)
-    assert one == [seed_of(3, 2, f"samples {c}") for c in range(3)] * with_trl.CHUNK
-    assert len({*one, *two}) == 6
+    monkeypatch.setattr(
+        with_trl.Policies, "draw", lambda self, i, prompts, n, seed: [[([seed], True)] for _ in prompts]
+    )
+    policies = make_policies()
+    one, two = (policies.sample(1, [[2]] * with_trl.CHUNK * 3, 1, seed) for seed in (5, 6))
+    assert one == [[([seed_of(5, c, "chunk")], True)] for c in range(3)] * with_trl.CHUNK
+    assert len({samples[0][0][0] for samples in [*one, *two]}) == 6
 
 
 def test_out_of_memory_while_scoring_and_log_probs_that_are_no_numbers(monkeypatch):
     """Memory that runs out is tried with fewer tokens, to the same result, kept; a NaN is named by its row."""
-    rows, calls = [[2, 5 + r % 40] for r in range(2 * with_trl.CHUNK)], []
-    run = make_run(bpe_tokenizer(), [], tiny_model(), max_tokens=60)
-    expected = logprobs.score(run.policies.get(0), rows, rows, max_tokens=60, of=logprobs.sum_and_least)[0]
+    ids, calls = [[2, 5 + r % 40] for r in range(2 * with_trl.CHUNK)], []
+    policies = make_policies(tiny_model(), max_tokens=60)
+    expected, _ = logprobs.score(policies.get(1), ids, ids, max_tokens=60)
 
-    def score(model, prompts, responses, *, max_tokens, of):
+    def score(model, prompts, responses, *, max_tokens):
         calls.append(max_tokens)
         if max_tokens > 30:
             raise torch.OutOfMemoryError
-        return logprobs.score(model, prompts, responses, max_tokens=max_tokens, of=of)
+        return logprobs.score(model, prompts, responses, max_tokens=max_tokens)
 
     monkeypatch.setattr(with_trl, "score", score)
+    rows = Rows(ids, ids, list(range(len(ids))))
     for _ in range(2):
-        assert torch.allclose(run.log_prob(0, rows, rows, "pairs"), expected, atol=1e-5)
+        assert torch.allclose(policies.log_prob(1, rows), expected, atol=1e-5)
     assert calls == [60, 30] * 2
-    monkeypatch.setattr(with_trl, "score", lambda model, x, y, **_: (torch.tensor([[torch.nan if b == 7 else -1.0, -1.0] for _, b in y]), None))
-    with pytest.raises(FloatingPointError, match="^pairs, response 2: .* under 1 is nan"):
-        run.log_prob(1, rows, rows, "pairs")
+    monkeypatch.setattr(
+        with_trl, "score", lambda model, x, y, **_: (torch.tensor([torch.nan if b == 7 else -1.0 for _, b in y]), None)
+    )
+    rows.logps.clear()
+    with pytest.raises(FloatingPointError, match=r"of response 2 is nan"):
+        policies.log_prob(1, rows)
 
 
 def texts(n: int) -> list[dict]:
-    return [{"prompt": f"What is {i} + {i}?", "chosen": f"It's {2 * i}; naturally!", "rejected": f"The fox {i}."} for i in range(n)]
+    return [
+        {"prompt": f"What is {i} + {i}?", "chosen": f"It's {2 * i}; naturally!", "rejected": f"The fox {i}."}
+        for i in range(n)
+    ]
 
 
 def spaced(n: int) -> list[dict]:
@@ -281,22 +355,6 @@ def messages(n: int) -> list[dict]:
     say = lambda role, text: [{"role": role, "content": text}]  # noqa: E731
     return [{"prompt": say("user", row["prompt"]), "chosen": say("assistant", row["chosen"]),
              "rejected": say("assistant", row["rejected"])} for row in texts(n)]  # fmt: skip
-
-
-@pytest.mark.parametrize("template", [None, CHATML, LLAMA2], ids=["text", "ChatML", "Llama-2"])
-@pytest.mark.parametrize("make", [bpe_tokenizer, unigram_tokenizer])
-def test_samples_of_a_file_are_tokenised_as_given_pairs_are(tmp_path, make, template):
-    """D's own responses, handed back as another engine's, are D's token ids: with a space before them and without."""
-    tokenizer = make(template, adds_bos=template != CHATML)
-    end, given = tokenizer.eos_token_id, messages(8) if template else texts(4) + spaced(8)[4:]
-    limits = {"eos_ids": [end], "max_length": 120, "max_prompt_length": 100}
-    offline, _ = data.encode(given, tokenizer, name="rows", **limits)
-    rows = [{"prompt": data.decode(tokenizer, x, [end]), "response": data.decode(tokenizer, y, [end], after=x)}
-            for x, *both in offline for y in both]  # fmt: skip
-    if not template:
-        assert rows == [{"prompt": row["prompt"], "response": row[side]} for row in given for side in ("chosen", "rejected")]
-    samples = make_run(tokenizer, offline).read_samples(str(write(tmp_path / "samples.jsonl", rows[:-1])))  # in D's order
-    assert samples == [[(w, True), (l, True)] for _, w, l in offline[:-1]] + [[(offline[-1].chosen, True), ([end], False)]]
 
 
 @pytest.mark.parametrize("by", ["train.py", "with_trl.py"])
@@ -321,11 +379,11 @@ def test_trl_reads_pairs_jsonl_as_it_is(tmp_path, by, tokenizer, rows, added):
     flags = {"model_name_or_path": str(tmp_path / "model"), "dataset_name": str(file), "output_dir": str(out),
              "max_length": 120, "max_prompt_length": 100, "iterations": 1}  # fmt: skip
     if by == "train.py":
-        train.main(train.Config(**flags, device="cpu", eval_fraction=0))
+        train.main(train.Config(**flags, device="cpu", eval_fraction=0.0))
     else:
         with_trl.command_line([*(word for k, v in flags.items() for word in (f"--{k}", str(v))), "--pairs_only"])
     limits = {"eos_ids": [tokenizer.eos_token_id], "max_length": 120, "max_prompt_length": 100}
-    ours, _ = data.encode(rows, tokenizer, name="rows", **limits)
+    ours, _ = encoding.encode(rows, tokenizer, name="rows", **limits)
 
     trainer = trl.DPOTrainer(
         str(tmp_path / "model"), processing_class=tokenizer,
@@ -333,6 +391,8 @@ def test_trl_reads_pairs_jsonl_as_it_is(tmp_path, by, tokenizer, rows, added):
         args=trl.DPOConfig(output_dir=str(tmp_path / "trl"), max_steps=1, report_to="none", use_cpu=True, bf16=False, save_strategy="no"),
     )  # fmt: skip
     theirs = trainer.train_dataset
-    assert list(zip(theirs["prompt_ids"], theirs["chosen_ids"], theirs["rejected_ids"])) == [(added + x, w, l) for x, w, l in ours]
+    assert list(zip(theirs["prompt_ids"], theirs["chosen_ids"], theirs["rejected_ids"])) == [
+        (added + x, w, l) for x, w, l in ours
+    ]
     assert trainer.train().global_step == 1
     assert not torch.equal(model.get_input_embeddings().weight, trainer.model.get_input_embeddings().weight)
