@@ -29,9 +29,9 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULT = ROOT / "experiments/results/families.md"
 sys.path.insert(0, str(ROOT))
 from sera_min.bootstrap import sample_responses
-from sera_min.forms import InputError, one_line
 from sera_min.logprobs import sequence_logprobs
-from sera_min.models import check_before_training, load
+from sera_min.machinery.errors import InputError, one_line
+from sera_min.machinery.models import check_before_training, load
 from sera_min.pairs import Pair
 
 VOCABULARY, END, PAD = 97, 2, 0

@@ -30,7 +30,10 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = [f"tests/test_{name}.py" for name in ("oracle", "drawn", "reported", "train")]
+TESTS = [
+    f"tests/{name}.py"
+    for name in ("method/test_oracle", "method/test_drawn", "machinery/test_reported", "machinery/test_run")
+]
 AT_ONCE = 2
 TIME_LIMIT = 300  # seconds, or three times what the unchanged copy takes
 
@@ -48,9 +51,13 @@ class Mutant(NamedTuple):
         return text.replace(self.old, self.new)
 
     def tests(self, copy: Path) -> list[str]:
-        """The test files that should see it: its own file's first, test_train.py, which takes longest, last."""
-        own = f"tests/test_{Path(self.file).stem}.py"
-        return [name for name in dict.fromkeys([own, *TESTS] if own not in TESTS else TESTS) if (copy / name).exists()]
+        """The test files that should see it: its own file's first, test_run.py, which takes longest, last."""
+        names = list(TESTS)
+        for own in sorted(copy.glob(f"tests/*/test_{Path(self.file).stem}.py")):
+            name = str(own.relative_to(copy))
+            if name not in names:
+                names.insert(0, name)
+        return [name for name in names if (copy / name).exists()]
 
 
 def read_mutants() -> list[Mutant]:

@@ -7,7 +7,7 @@ import pytest
 
 from sera_min import bootstrap
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 import families
 
 RIGHT = ["mamba", "falcon_h1", "lfm2", "qwen3_next", "jamba", "llama4_text", "modernbert-decoder", "gemma3"]
@@ -41,4 +41,8 @@ def test_the_table():
     rows = [("llama", "right", ""), ("rwkv", "refused", "log π(y|x) …"), ("gpt2", "right", "")]
     text = families.table(rows, 2.4)
     assert "3 families: 2 right, 1 refused" in text and "2 seconds" in text
-    assert text.splitlines()[-3:] == ["| rwkv | refused | log π(y/x) … |", "| llama | right |  |", "| gpt2 | right |  |"]
+    assert text.splitlines()[-3:] == [
+        "| rwkv | refused | log π(y/x) … |",
+        "| llama | right |  |",
+        "| gpt2 | right |  |",
+    ]
