@@ -3,8 +3,8 @@
     m = r(x, y_w) − r(x, y_l)        the reward of the chosen response less that of the rejected one
 
 Each maps (B,) margins to (B,) losses, unreduced. r is the implicit reward, see `implicit_reward`
-in logprobs.py: IPO and SimPO take it per token, and SimPO's has no reference. Where TRL has the
-loss, the values are TRL's.
+in logprobs.py: IPO and SimPO take it per token, and SimPO's has no reference. TRL has all four
+losses, and the values are TRL's.
 
 Copy this file alone: it needs torch.
 From sera_min 0.1.0, Apache-2.0; SeRA, arXiv:2410.09362.
@@ -30,8 +30,8 @@ def dpo_loss(margin: Tensor, beta: float = 0.1, label_smoothing: float = 0.0) ->
 def ipo_loss(margin: Tensor, beta: float = 0.1) -> Tensor:
     """(m − 1/(2β))²: the margin has a finite target, so no label can push it without bound.
 
-    margin: (B,) in nats per token. The paper sums over tokens, but TRL averages, as its authors
-    advised, and we follow TRL.
+    margin: (B,) in nats per token. The IPO paper sums over tokens, but TRL averages, as the authors
+    of that paper advised, and we follow TRL.
     Source: IPO, arXiv:2310.12036, eq. 17 (its τ is β); TRL's `ipo`.
     """
     return (margin - 1 / (2 * beta)) ** 2
@@ -41,7 +41,7 @@ def slic_loss(margin: Tensor, beta: float = 0.1, delta: float = 1.0) -> Tensor:
     """max(0, δ − βm): a hinge, zero once the two responses are δ/β nats apart.
 
     margin: (B,) in nats, of summed rewards against the reference, as in TRL's `hinge` (δ = 1).
-    Source: SLiC-HF, arXiv:2305.10425, without the paper's own regulariser, as in TRL.
+    Source: SLiC-HF, arXiv:2305.10425, without the regulariser of that paper, as in TRL.
     """
     return torch.relu(delta - beta * margin)
 

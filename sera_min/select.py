@@ -11,11 +11,11 @@ A large margin means that the policies clearly prefer y_w: other pairs taught th
 label of a pair contradicts those of similar pairs, the policies follow the majority, the margin
 comes out small or negative, and this iteration trains without the pair.
 
-Why an ensemble of two policies? The paper has one over two iterations (its eq. 7), but in what of
-it we could read the reason is not given, and our measurements show no effect: in the playground,
-γ = 0 against γ = 0.5 changes the win rate by −0.013 [−0.055, +0.030] (docs/results.md). We keep it
-because the paper does. The exact form above, and that "strongly preferred" pairs are those with the
-K largest margins, are our reading.
+Why an ensemble of two policies? The paper has one over two iterations (its eq. 7). The parts of it
+that we could read do not give the reason, and our measurements show no effect: in the playground,
+γ = 0 in place of γ = 0.5 changes the win rate by −0.013, with a 95 % interval of [−0.055, +0.030]
+(docs/related.md). We keep it because the paper has it. The exact form above, and that "strongly
+preferred" pairs are those with the K largest margins, are our reading.
 
 From sera_min 0.1.0, Apache-2.0; SeRA, arXiv:2410.09362.
 """
@@ -30,9 +30,9 @@ def ensemble_margin(newest: Tensor, previous: Tensor | None = None, gamma: float
     """(1−γ)·newest + γ·previous in nats: of margins or, since it is linear, of rewards.
 
     newest: under π_θ(t−1). previous: under π_θ(t−2), of the same shape. At t = 2 the previous
-    policy is π_ref, whose reward is 0 everywhere. The factor 1−γ that is left changes no order, so
-    previous = None returns `newest` itself. (Under SimPO π_ref has a reward of its own; to leave it
-    out is our choice.) Raises ValueError where shapes differ.
+    policy is π_ref, whose reward r_0 is 0 everywhere, so r̄_2 = (1−γ)·r_1. A constant factor changes
+    no order: give previous = None, and `newest` comes back as it is. (Under SimPO r_0 is not 0; to
+    leave it out is our choice.) Raises ValueError where shapes differ.
     """
     if previous is None:
         return newest
@@ -43,7 +43,7 @@ def ensemble_margin(newest: Tensor, previous: Tensor | None = None, gamma: float
 
 
 def select_top(margins: Tensor, k: int) -> Tensor:
-    """argtop-K: int64 (k,), the numbers of the k largest of (N,) margins, largest first.
+    """The pairs with the k largest of (N,) margins: their numbers, int64 (k,), largest margin first.
 
     Of equal margins the first comes first. Raises TypeError where k is not an integer, ValueError
     where it is not in 0..N or a margin is NaN (which would be sorted as the largest).

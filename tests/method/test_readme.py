@@ -114,14 +114,16 @@ def test_the_verdict_s_numbers_are_those_of_the_results():
     main = results.split("\n## ")[0]
     over = re.search(r"\|precision of the bootstrapped pairs, ties ½\|SeRA\|(.*)\|", results)[1]
     when = section("## When to use it")
-    for method in ("selection only", "plain DPO"):
+    for method in ("selection only", "random K", "plain DPO"):
         [true_reward] = re.findall(rf"\|{method}\|[\d.]+\|([^|]*)\|", main)
         assert true_reward in when
     of_iteration = over.split("|")
     for t in (2, 6):
         assert of_iteration[t - 1].split(" ")[0] in when
     [without] = re.findall(r"\|γ = 0\.0\|[^|]*\|([^|]*)\|", results)
-    assert without in README.replace("−", "-")
+    assert without in when.replace("−", "-")
+    [share] = re.findall(r"With γ = 0\.5 it is (\d+) %", (ROOT / "docs/exercises.md").read_text())
+    assert f"in one run, {share} % of the pairs" in when
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/exercises.md", "experiments/README.md"])
@@ -155,19 +157,20 @@ def test_the_copied_files_run_as_shown(tmp_path, monkeypatch):
         shutil.copy(ROOT / f"sera_min/{name}.py", tmp_path / f"{copy}.py")
         monkeypatch.delitem(sys.modules, copy, raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    policy, reference = tiny_model(), tiny_model()
+    policy, reference, policy_before = tiny_model(), tiny_model(), tiny_model()
+    with torch.no_grad():
+        policy_before.get_input_embeddings().weight.mul_(2)
     given = {
         "policy": policy,
         "reference": reference,
-        "prompts": [[2, 5], [2, 6, 7]],
-        "chosen": [[8, 9, 1], [8, 1]],
-        "rejected": [[10, 1], [11, 12, 1]],
-        "newest": torch.tensor([0.5, -1.0, 2.0]),
-        "previous": torch.tensor([0.5, 3.0, -4.0]),
-        "k": 2,
+        "policy_before": policy_before,
+        "prompts": [[2, 5], [2, 6, 7], [2, 6]],
+        "chosen": [[8, 9, 1], [8, 1], [9, 1]],
+        "rejected": [[10, 1], [11, 12, 1], [12, 1]],
     }
     [code] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     exec(code, given)
-    assert given["margin"].tolist() == [0, 0]  # policy and reference are alike
-    assert given["kept"].tolist() == [1, 0]
+    assert given["newest"].tolist() == [0, 0, 0]  # policy and reference are alike
+    largest_first = sorted(range(3), key=lambda i: -given["previous"][i])
+    assert given["previous"].unique().numel() == 3 and given["kept"].tolist() == largest_first[:2]
     assert any(p.grad is not None and p.grad.any() for p in policy.parameters())
