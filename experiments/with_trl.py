@@ -245,7 +245,9 @@ def resolved(flags: Any, args: DPOConfig) -> Resolved:
     refuse((Path(args.output_dir) / "config.json").exists(), f"{args.output_dir} holds a run of train.py")
     values = vars(args) | vars(flags)
     shared = {name: values[name] for name in SHARED}
-    device = str(PartialState().device)
+    device = str(PartialState().device)  # cuda:3, or cpu:0 where there are several processes
+    if device.startswith("cpu"):
+        device = "cpu"
     config = resolve(Config(**shared, loss_type=LOSSES[loss], device=device, eval_fraction=0.0))
     refuse(
         config.max_prompt_length + config.max_new_tokens > config.max_length,
