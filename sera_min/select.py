@@ -43,7 +43,7 @@ def ensemble_margin(newest: Tensor, previous: Tensor | None = None, gamma: float
 
 
 def select_top(margins: Tensor, k: int) -> Tensor:
-    """The pairs with the k largest of (N,) margins: their numbers, int64 (k,), largest margin first.
+    """The k largest of (N,) margins: the numbers of their pairs, int64 (k,), largest margin first.
 
     Of equal margins the first comes first. Raises TypeError where k is not an integer, ValueError
     where it is not in 0..N or a margin is NaN (which would be sorted as the largest).
