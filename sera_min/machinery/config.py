@@ -121,7 +121,7 @@ def resolve(flags: Config) -> Resolved:
         if value is not None:
             values[name] = value
     values.setdefault("max_prompt_length", max(1, values["max_length"] // 2))
-    values.setdefault("max_new_tokens", values["max_length"] - values["max_prompt_length"])
+    values.setdefault("max_new_tokens", max(1, values["max_length"] - values["max_prompt_length"]))
     config = Resolved(**values)
     check_ranges(config)
     check_together(config, flags)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sera_min.machinery.errors import one_line
-from sera_min.machinery.folder import read_jsonl, write
+from sera_min.machinery.folder import read_jsonl, write, writing
 
 COLUMNS = {  # of the table: heading -> the name in metrics.jsonl, and what it means
     "iteration": ("iteration", "0 is the SFT policy"),
@@ -267,13 +267,18 @@ def draw_figures(out: Path, steps: list[Line], reviews: list[Reviewed]) -> list[
         return []
     curves = Figure((11, 3), layout="constrained")
     draw_curves(curves, steps)
-    curves.savefig(out / "curves.png")
+    save(curves, out / "curves.png")
     if not reviews:
         return ["curves.png"]
     picture = Figure((max(7, 3.5 * len(reviews)), 5), layout="constrained")
     draw_reviews(picture, reviews)
-    picture.savefig(out / "review.png")
+    save(picture, out / "review.png")
     return ["review.png", "curves.png"]
+
+
+def save(figure: Any, file: Path) -> None:
+    with writing(file) as beside:
+        figure.savefig(beside, format="png")
 
 
 def draw_curves(figure: Any, steps: list[Line]) -> None:

@@ -155,6 +155,7 @@ def test_samples_of_another_engine_and_an_end_at_the_pairs(runs, tmp_path, capsy
     assert lines(out / "iteration-2/pairs.jsonl") == lines(runs / "one/iteration-2/pairs.jsonl")
     assert not (out / "iteration-2/policy").exists()
 
+    capsys.readouterr()
     with_trl.command_line([*flags, "--pause_before_sampling"])
     (asked,) = (out / "state").glob("prompts-1-*.json")
     request = json.loads(asked.read_text())
