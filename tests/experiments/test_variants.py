@@ -53,7 +53,7 @@ def world(tmp_path_factory):
     tokenizer.save_pretrained(here / "model")
     tiny_model("llama", vocab_size=len(tokenizer), attention_dropout=0.5).save_pretrained(here / "model")
     rng = random.Random(3)
-    rows = {"D": some_rows(10, rng), "held_out": some_rows(3, rng)}
+    rows = {"D": some_rows(13, rng), "held_out": some_rows(3, rng)}
     for name, of_file in rows.items():
         (here / f"{name}.jsonl").write_text("\n".join(map(json.dumps, of_file)))
     return here, rows
