@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import time
 from itertools import pairwise
 from types import ModuleType
 
@@ -195,6 +196,7 @@ def scalars(out, curve, name):
 def test_tensorboard_has_a_curve_an_iteration_and_one_of_the_evaluations(tmp_path):
     """A resumed run adds its lines again, from the first or from where it goes on: each is there once."""
     for lines in (metrics()[:8], metrics(), metrics()[5:]):
+        time.sleep(1.1)  # TensorBoard orders its files by the second in their names
         curves = report.Curves(tmp_path)
         for line in lines:
             curves.add({**line, "loss": line["loss"] + len(lines)} if "loss" in line else line)
