@@ -39,8 +39,7 @@ def open_run(
         folder.check_free(Path(config.output_dir))
     if config.in_playground and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # two would wait for each other at every small product
-    run = Run(config, world)
-    run.wants_report = wants_report
+    run = Run(config, world, wants_report)
     run.check()
     with folder.locked(run.out):
         folder.check_not_ended(run.out)
@@ -51,8 +50,8 @@ def open_run(
 class Run:
     """What train.py needs beside the method."""
 
-    def __init__(self, config: Resolved, world: Any) -> None:
-        self.config, self.world, self.wants_report = config, world, True
+    def __init__(self, config: Resolved, world: Any, wants_report: bool) -> None:
+        self.config, self.world, self.wants_report = config, world, wants_report
         self.out = Path(config.output_dir)
         self.state = self.out / "state"
         self.policies = Policies(self.out, config)

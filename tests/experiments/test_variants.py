@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model, word_tokenizer
+from conftest import WORDS, read, some_rows, tiny_model, word_tokenizer
 from safetensors.torch import load_file
 
 import train
@@ -22,7 +22,6 @@ sys.path[:0] = [str(TESTS / "method"), str(TESTS.parent / "experiments")]
 import variants  # noqa: E402
 from naive_sera import NaiveSera  # noqa: E402
 
-WORDS = "b c d e f g h k m p q s".split()
 FLAGS = {
     "loss_type": "dpo", "beta": 0.5, "label_smoothing": 0.0, "iterations": 3, "keep": 0.7, "bootstrap": 0.3,
     "samples_per_prompt": 4, "ensemble_gamma": 0.3, "learning_rate": 1e-3, "epochs_per_iteration": 1,
@@ -36,14 +35,6 @@ SCENARIOS = {  # variant -> its flags, and what the naive run calls it
     "both_remedies": ({"loss_type": "simpo", "beta": 2.0}, {"token_floor": 0.6, "length_free": True}),
     "random_pairs": ({}, {"select": "random"}),
 }
-
-
-def some_rows(count, rng):
-    """Random words; every third prompt is there twice."""
-    words = lambda low, high: " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))  # noqa: E731
-    prompts = [words(1, 4) for _ in range(count)]
-    prompts[2::3] = prompts[1 : count - 1 : 3]
-    return [{"prompt": x, "chosen": words(1, 6), "rejected": words(1, 6)} for x in prompts]
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +58,6 @@ def flags_of(world, out, **flags):
 
 def quickly(name):
     return replace(variants.make_variant(name), report=False)
-
-
-def read(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
 
 
 def watch(monkeypatch, name):
