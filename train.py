@@ -76,7 +76,8 @@ def loss_of(margins: Tensor, config: Resolved) -> Tensor:
 # ------------------------------------------------------------------ the review, steps 3 to 6
 #
 # policies.log_prob(i, rows) is log π_θi(y|x) of R rows, (R,), computed once; π_θ0 is the reference.
-# `variant` holds functions of this file that an experiment may replace, see Variant below.
+# `variant` is a set of functions, here always those of the same name in this file; an experiment may
+# hand in others (the dataclass Variant, below).
 
 
 def mean_reward(t: int, rows: Rows, policies: Policies, config: Resolved) -> Tensor:
@@ -131,6 +132,9 @@ def bootstrap(
     counts = Counter({"cut-off samples": cut_off}) + dropped
     print(f"iteration {t}: {len(top)} of {wanted} bootstrapped pairs;", end=" ")
     print(f"dropped: {format_counts(counts)}")
+    if cut_off > len(responses):
+        limit = f"--max_new_tokens {config.max_new_tokens}"
+        print(f"most samples reach {limit} without an end, and cannot be paired: a larger one helps")
 
     reference = policies.log_prob(0, rows)  # (R,)
     bootstrapped = rows.paired(best[top], worst[top], margins[top], reference)
@@ -138,22 +142,16 @@ def bootstrap(
 
 
 def review(t: int, given: Preferences, policies: Policies, config: Resolved, variant: "Variant") -> Review:
-    """Steps 3 to 6."""
+    """What π_θt is trained on: at t = 1 all of D, then what steps 3 to 6 make of it."""
+    if t == 1:
+        everything = torch.arange(len(given.pairs))
+        no_margins = torch.zeros(len(given.pairs))
+        return Review(given.subset(everything, no_margins, policies.log_prob(0, given.rows)))
     selected, others = select(t, given, policies, config, variant)
     if round(config.bootstrap * len(given.pairs)) == 0:
         return Review(selected, others)
     bootstrapped, samples, rewards = bootstrap(t, given, policies, config, variant)
     return Review(selected + bootstrapped, others, samples, rewards)
-
-
-def training_set(t: int, given: Preferences, policies: Policies, config: Resolved, variant: "Variant") -> Review:
-    """What π_θt is trained on: all of D in step 1; later what a review makes of it."""
-    if t > 1:
-        return review(t, given, policies, config, variant)
-    everything = torch.arange(len(given.pairs))
-    no_margins = torch.zeros(len(given.pairs))
-    reference = policies.log_prob(0, given.rows)
-    return Review(given.subset(everything, no_margins, reference))
 
 
 # --------------------------------------------------------------------- training, steps 1 and 7
@@ -292,7 +290,7 @@ class Variant:
     select_top: Callable[..., Tensor] = select_top
     best_worst_pairs: Callable[..., tuple] = best_worst_pairs
     pair_losses: Callable[..., tuple[Tensor, Tensor]] = pair_losses
-    training_set: Callable[..., Review] = training_set
+    review: Callable[..., Review] = review
     batches_of: Callable[..., list[list[int]]] = batches_of
     world: Any = playground  # where prompts, pairs and π_ref come from if the user gives none
     report: bool = True  # whether report.md, figures and TensorBoard's curves are written
@@ -309,7 +307,7 @@ def main(flags: Config, variant: Variant = SERA) -> dict[str, Any]:
         print(f"at margin 0 the loss is {known:.4f}: training begins there, but for SimPO")
         for t in range(config.iterations + 1):
             if t > policies.newest():  # π_θt is not on disk yet; π_θ0 always is
-                reviewed = variant.training_set(t, run.given, policies, config, variant)
+                reviewed = variant.review(t, run.given, policies, config, variant)
                 run.write_review(t, reviewed)  # pairs.jsonl and others, to be read by people
                 train(t, reviewed.training_set, run, config, variant)
             evaluation = run.log_evaluation(t, evaluate(t, run, config))

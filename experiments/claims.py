@@ -178,17 +178,17 @@ class Counted:
 def counted(variant: train.Variant, reference_too: bool = False) -> train.Variant:
     """The same variant; METER counts its tokens, with or without the reference's one pass over D."""
 
-    def training_set(t: int, given, policies, *others):
+    def review(t: int, given, policies, *others):
         METER.t = t
         if not reference_too:
             policies.log_prob(0, given.rows)
-        return variant.training_set(t, given, Counted(policies), *others)
+        return variant.review(t, given, Counted(policies), *others)
 
     def pair_losses(policy, pairs, *others):
         METER.add("trained", *zip(*((x, x, w, l) for x, w, l in pairs)))
         return variant.pair_losses(policy, pairs, *others)
 
-    return replace(variant, training_set=training_set, pair_losses=pair_losses)
+    return replace(variant, review=review, pair_losses=pair_losses)
 
 
 def equal_steps(steps: int, n: int, t: int, config) -> list[list[int]]:
@@ -249,12 +249,12 @@ class Done(Exception):
 
 
 def until_done(variant: train.Variant) -> train.Variant:
-    def training_set(t: int, *others):
+    def review(t: int, *others):
         if t == 2:
             raise Done
-        return variant.training_set(t, *others)
+        return variant.review(t, *others)
 
-    return replace(variant, training_set=training_set)
+    return replace(variant, review=review)
 
 
 def quiet(function, *args):

@@ -79,7 +79,7 @@ def margins_by_iteration(config: Config, variant: train.Variant) -> list[torch.T
     margins = []
     with open_run(config, variant.name, variant.world, wants_report=False) as run:
         for t in range(1, run.config.iterations + 1):
-            reviewed = variant.training_set(t, run.given, run.policies, run.config, variant)
+            reviewed = variant.review(t, run.given, run.policies, run.config, variant)
             train.train(t, reviewed.training_set, run, run.config, variant)
             of_both = [margins_of(run.policies, t, pairs) for pairs in (run.given, run.held_out)]
             margins.append(torch.cat(of_both))

@@ -3,7 +3,7 @@
     python experiments/neighbours.py          45 minutes on two idle cores; stopped, it goes on
     python experiments/neighbours.py --quick  one seed, small: does it all still run? It writes nothing
 
-Every method is one function. It returns the functions of a train.Variant that are its own: `training_set` makes the
+Every method is one function. It returns the functions of a train.Variant that are its own: `review` makes the
 pairs of iteration t; some have `pair_losses` of their own too. All else is SeRA's loop in the playground, whose true
 reward is known, with the reference π_θ0 unless the docstring says another, and claims.py's comparison: equal optimizer
 steps (not epochs), one grid of β, tuned on validation prompts at 30 % flipped labels. Paper and code were read where a
@@ -95,7 +95,7 @@ def rad(judged: bool) -> Changes:
     """
     starts = [TOKENIZER(x).input_ids for x in ("and " * 4, "the " * 4, "about " * 4, "me " * 4, "tell me about the")]
 
-    def training_set(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
+    def review(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
         rows = given.rows
         if judged:
             scores = torch.tensor([true_reward(x, y) for x, y in zip(rows.prompts, rows.responses)])  # (2|D|,)
@@ -109,7 +109,7 @@ def rad(judged: bool) -> Changes:
             made += [Pair(starts[g_w] + x[4:], w, l), Pair(starts[g_l] + x[4:], l, w)] if g_w != g_l else []
         return to_train_on(policies, made)
 
-    return {"training_set": training_set}
+    return {"review": review}
 
 
 def spo(gamma: float = 0.1, degrees: int = 4) -> Changes:
@@ -121,7 +121,7 @@ def spo(gamma: float = 0.1, degrees: int = 4) -> Changes:
     rng, frequent, W = random.Random(), set[int](), torch.zeros(degrees, 64, requires_grad=True)
     optimizer = torch.optim.Adam([W], 1e-3)
 
-    def training_set(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
+    def review(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
         rng.seed(f"{config.seed} {t}")
         counts = Counter(token for pair in given.pairs for token in pair.chosen + pair.rejected)
         frequent.update(token for token, _ in counts.most_common(6))
@@ -138,7 +138,7 @@ def spo(gamma: float = 0.1, degrees: int = 4) -> Changes:
         h = [of[len(x) : len(x) + len(less)].mean(0) for of, (x, _, _), less in zip(hidden, pairs, y)]
         return losses + gamma * F.cross_entropy(torch.stack(h) @ W.T, torch.tensor(k), reduction="none"), logps
 
-    return {"training_set": training_set, "pair_losses": pair_losses}
+    return {"review": review, "pair_losses": pair_losses}
 
 
 def without_key_words(y: Ids, frequent: set[int], share: float, rng: random.Random) -> Ids:
@@ -157,7 +157,7 @@ def bmc(delta: float = 2.0) -> Changes:
     """
     reference: list = []
 
-    def training_set(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
+    def review(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
         reference[:] = [models.load(policies.folder(0), "cpu")[0].eval()]
         edited = [Pair(x, ids(mend(text(x), text(w), text(l))), l) for x, w, l in given.pairs]
         return to_train_on(policies, [Pair(x, w, l) for x, w, l in edited if true_reward(x, w) > true_reward(x, l)])
@@ -173,7 +173,7 @@ def bmc(delta: float = 2.0) -> Changes:
         losses = train.loss_of(by_pair[:, 0] - by_pair[:, 1], config)
         return losses, torch.stack([p.sum() for p in logps]).view(-1, 2)
 
-    return {"training_set": training_set, "pair_losses": pair_losses}
+    return {"review": review, "pair_losses": pair_losses}
 
 
 def mend(x: str, better: str, worse: str) -> str:
@@ -197,7 +197,7 @@ def active_labels(budget: int = 100) -> Changes:
     left out. What is worth a query is a small margin, not a core set of embeddings.
     """
 
-    def training_set(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
+    def review(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
         if t == 1:
             return all_of(given, policies)
         made, margins = best_and_worst(*ranked(t, [x for x, _, _ in given.pairs], policies, config))
@@ -206,7 +206,7 @@ def active_labels(budget: int = 100) -> Changes:
             made[p] = Pair(x, l, w) if true_reward(x, l) > true_reward(x, w) else made[p]
         return to_train_on(policies, made)
 
-    return {"training_set": training_set}
+    return {"review": review}
 
 
 def aihf(w: float = 0.1) -> Changes:
@@ -216,7 +216,7 @@ def aihf(w: float = 0.1) -> Changes:
     Assumed: this direct form, w = 0.1. A demonstration is the best of 16 of this world's responses: nearly perfect.
     """
 
-    def training_set(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
+    def review(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
         return all_of(given, policies)
 
     def pair_losses(policy, pairs: list[Pair], *others) -> tuple[Tensor, Tensor]:
@@ -227,7 +227,7 @@ def aihf(w: float = 0.1) -> Changes:
         losses, logps = train.pair_losses(policy, pairs, *others)
         return losses - w * likelihood, logps
 
-    return {"training_set": training_set, "pair_losses": pair_losses}
+    return {"review": review, "pair_losses": pair_losses}
 
 
 @functools.cache
@@ -257,11 +257,11 @@ def sapo(decay: float = 0.5) -> Changes:
         rows = zip(given.pairs, cuts, folder.read_json(file))
         return [Pair(x, y, spliced(y, cut, n, new, policies.eos_ids)) for (x, y, _), (cut, n), new in rows]
 
-    def training_set(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
+    def review(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
         made = [pair for i in (t - 1, t) if i > 0 for pair in rewritten(i, given, policies, config)]
         return to_train_on(policies, [pair for pair in made if pair.chosen != pair.rejected])
 
-    return {"training_set": training_set}
+    return {"review": review}
 
 
 def spliced(y: Ids, cut: int, n: int, new: Ids, ends: list[int]) -> Ids:
@@ -286,7 +286,7 @@ def irepo(votes: int = 8, temperature: float = 0.5) -> Changes:
     and 1. Of D only the prompts are used. Logged margins are less the logit.
     """
 
-    def training_set(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
+    def review(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
         rng, noise = random.Random(f"{config.seed} {t}"), config.label_noise
         prompts = [x for x, _, _ in given.pairs]
         made = [Pair(x, a, b) for x, ((a, a_ended), (b, b_ended)) in zip(prompts, drawn(t, prompts, policies, config))
@@ -304,7 +304,7 @@ def irepo(votes: int = 8, temperature: float = 0.5) -> Changes:
         r = implicit_reward(logps, reference)
         return (config.beta * (r[:, 0] - r[:, 1])) ** 2, logps
 
-    return {"training_set": training_set, "pair_losses": pair_losses}
+    return {"review": review, "pair_losses": pair_losses}
 
 
 def logit(won: int, votes: int) -> float:
@@ -320,7 +320,7 @@ def dice() -> Changes:
     the second the pairs are kept. Simplified: 4 samples, not 16; lengths in tokens; prompts occur in both halves.
     """
 
-    def training_set(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
+    def review(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
         if t == 1:
             return all_of(given, policies)
         half = len(given.pairs) // 2
@@ -328,7 +328,7 @@ def dice() -> Changes:
         made, _ = best_and_worst(rows, r - length_price(r, rows.lengths, rows.numbers) * rows.lengths)
         return to_train_on(policies, made + given.pairs[half:], against=t - 1)
 
-    return {"training_set": training_set}
+    return {"review": review}
 
 
 def length_price(rewards: Tensor, lengths: Tensor, prompt_of: list[int]) -> float:
@@ -355,14 +355,14 @@ def spin() -> Changes:
     The round before's pairs stay. Two samples a prompt, not one; and all rounds have one β and one learning rate.
     """
 
-    def training_set(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
+    def review(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
         made, prompts = [], [x for x, _, _ in given.pairs]
         for i in range(max(t - 1, 1), t + 1):  # samples of the round before are on disk
             for (x, w, _), row in zip(given.pairs, drawn(i, prompts, policies, config)):
                 made += [Pair(x, w, y) for y, ended in row if ended and y != w]
         return to_train_on(policies, made, against=t - 1)
 
-    return {"training_set": training_set}
+    return {"review": review}
 
 
 NEIGHBOURS: dict[str, tuple] = {  # the method, what it is given beside D, and flags

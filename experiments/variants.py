@@ -147,46 +147,46 @@ def floored_reward(given: Preferences, policies: Policies, config: Resolved) -> 
 def with_floor(t: int, given: Preferences, policies: Policies, config: Resolved, variant: Variant) -> Review:
     if t > 1 and config.bootstrap > 0:
         variant = replace(variant, mean_reward=floored_reward(given, policies, config))
-    return train.training_set(t, given, policies, config, variant)
+    return train.review(t, given, policies, config, variant)
 
 
 def token_floor() -> Variant:
-    return Variant("token_floor", training_set=with_floor)
+    return Variant("token_floor", review=with_floor)
 
 
 def with_both(t: int, given: Preferences, policies: Policies, config: Resolved, variant: Variant) -> Review:
     """The floor comes first: the line in the length is drawn through the rewards that are left."""
     if t == 1:
-        return train.training_set(t, given, policies, config, variant)
+        return train.review(t, given, policies, config, variant)
     floored = floored_reward(given, policies, config)
 
     def mean_reward(t: int, rows: Rows, policies: Policies, config: Resolved) -> Tensor:
         r = floored(t, rows, policies, config)
         return without_length(r, rows.lengths, rows.numbers)
 
-    return train.training_set(t, given, policies, config, replace(variant, mean_reward=mean_reward))
+    return train.review(t, given, policies, config, replace(variant, mean_reward=mean_reward))
 
 
 def both_remedies() -> Variant:
-    return Variant("both_remedies", training_set=with_both)
+    return Variant("both_remedies", review=with_both)
 
 
 # ----------------------------------------------------------------------------- other pairs are taken
 
 
 def at_random(t: int, given: Preferences, policies: Policies, config: Resolved, variant: Variant) -> Review:
-    """`train.training_set`, where K pairs of D, and K̃ of the bootstrapped ones, are drawn at random."""
+    """`train.review`, where K pairs of D, and K̃ of the bootstrapped ones, are drawn at random."""
     generator = torch.Generator().manual_seed(seed_of(config.seed, t, "random"))
 
     def select_random(margins: Tensor, k: int) -> Tensor:
         drawn = torch.rand(len(margins), generator=generator)
         return select_top(drawn, k)
 
-    return train.training_set(t, given, policies, config, replace(variant, select_top=select_random))
+    return train.review(t, given, policies, config, replace(variant, select_top=select_random))
 
 
 def random_pairs() -> Variant:
-    return Variant("random_pairs", training_set=at_random)
+    return Variant("random_pairs", review=at_random)
 
 
 def select_smallest(margins: Tensor, k: int) -> Tensor:

@@ -181,9 +181,7 @@ class Policies(policies.Policies):
             of_chunk = seed_of(seed, c, "chunk")
             return self.draw(i, [prompts[r] for r in chunk], n, of_chunk)
 
-        samples = shared_out(len(prompts), work, f"sample from policy {i}")
-        self.warn_of_cut_off(samples)
-        return samples
+        return shared_out(len(prompts), work, f"sample from policy {i}")
 
     def pause(self, file: Path, i: int, prompts: list[Ids], n: int, seed: int) -> None:
         asked = file.with_name(file.name.replace("samples", "prompts").removesuffix("l"))
@@ -281,7 +279,7 @@ def main(flags: Any, args: DPOConfig) -> None:
     set_precision(config.device)
     run = SharedRun(config, policies, given)
     for t in range(first, config.iterations + 1):
-        reviewed = SERA.training_set(t, given, policies, config, SERA)
+        reviewed = SERA.review(t, given, policies, config, SERA)
         policies.samples = None  # they were of this review
         refuse(not reviewed.training_set.pairs, f"iteration {t}: no pair is left to train on")
         if is_main():

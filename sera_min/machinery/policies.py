@@ -142,10 +142,7 @@ class Policies:
             with self.timed("sampling"):
                 samples = self.draw(i, prompts, n, seed)
             write_jsonl(file, sample_rows(prompts, samples))
-        samples = read_samples(file, prompts, self.request(i, prompts, n, seed))
-        if n > 1:
-            self.warn_of_cut_off(samples)
-        return samples
+        return read_samples(file, prompts, self.request(i, prompts, n, seed))
 
     def draw(self, i: int, prompts: list[Ids], n: int, seed: int) -> Samples:
         """Where memory runs out other samples are drawn, in smaller batches."""
@@ -175,13 +172,6 @@ class Policies:
         least = n * (config.max_prompt_length + config.max_new_tokens)
         samples, _ = retry_on_oom(attempt, cache, least, f"{desc}: ")
         return samples
-
-    def warn_of_cut_off(self, samples: Samples) -> None:
-        prompt_of, _, cut_off = bootstrap.ended_responses(samples)
-        share = cut_off / (cut_off + len(prompt_of))
-        if share > 0.5:
-            limit = f"--max_new_tokens {self.config.max_new_tokens}"
-            print(f"{share:.0%} of the samples reach {limit} without an end, and cannot be paired: a larger one helps")
 
     # Samples of another engine
 

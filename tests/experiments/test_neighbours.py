@@ -41,7 +41,7 @@ def pairs_of(changes, t, offline, *, sampled=(), logps=0.0, policies=None, **fla
     )
     config = resolve(Config(device="cpu", beta=1.0, **flags))
     given = Preferences(offline, list(range(len(offline))), [text(x) for x, _, _ in offline])
-    return changes["training_set"](t, given, policies or asked, config, None)
+    return changes["review"](t, given, policies or asked, config, None)
 
 
 def pair(chosen, rejected):

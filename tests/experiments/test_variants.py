@@ -167,10 +167,10 @@ def test_resume_knows_the_variant(world, tmp_path):
     def stops(t, *others):
         if t == 2:
             raise Stop
-        return train.training_set(t, *others)
+        return train.review(t, *others)
 
     out = tmp_path / "run"
-    begun = replace(quickly("length_free"), training_set=stops)
+    begun = replace(quickly("length_free"), review=stops)
     with pytest.raises(Stop):
         train.main(flags_of(world, out), begun)
     resumed = Config(resume_from_checkpoint=str(out))
