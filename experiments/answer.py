@@ -17,7 +17,7 @@ import transformers
 
 from sera_min import bootstrap
 from sera_min.machinery.device import autocast, retry_on_oom, set_precision
-from sera_min.machinery.encoding import decode, encode_prompts
+from sera_min.machinery.data import decode, encode_prompts
 from sera_min.machinery.errors import InputError, format_counts, in_one_line
 from sera_min.machinery.folder import write
 from sera_min.machinery.models import check_positions, eos_ids_of, load, pad_id_of

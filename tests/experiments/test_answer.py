@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sera_min.machinery.encoding import decode
+from sera_min.machinery.data import decode
 from sera_min.machinery.models import load
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
