@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from sera_min.machinery.config import Resolved
 from sera_min.machinery.errors import InputError, Unusable, format_counts, in_one_line
-from sera_min.machinery.rows import KNOWN, Messages, Reading, naming, preference, question, read_rows, squeezed, texts_in
+from sera_min.machinery.rows import KNOWN, Messages, Reading, naming, preference, read_rows, squeezed, texts_in
 from sera_min.pairs import Ids, Pair, Preferences
 
 # For tokenizers without a chat template: HH-RLHF's plain form, in which its dialogues stay as they are.
@@ -80,10 +80,7 @@ def of_user(config: Resolved, tokenizer: Any, limits: dict[str, Any]) -> Data:
     given, counts = encode_given(rows, tokenizer, name=name, **limits)
     if config.eval_split is None:
         given, held_out = split_by_prompt(given, config.eval_fraction, config.seed)
-        few = ""
-        if config.eval_fraction and not held_out:
-            few = " (--eval_fraction of the prompts is less than one)"
-        print(f"data: {format_counts(counts)}; {len(held_out)} of them held out{few}")
+        print(f"data: {format_counts(counts)}; {len(held_out)} of them held out")
     else:
         other = config.eval_dataset_name or name
         rows = read_rows(other, config.eval_split, config=subset if other == name else None)
@@ -150,26 +147,6 @@ def encode_given(rows: Any, tokenizer: Any, *, name: str, eos_ids: Ids, **limits
     if unread:
         print(f"{name}: columns that are not read: {', '.join(sorted(unread))}")
     return given, Counter({"read": len(rows), "kept": len(given), **encoder.counts})
-
-
-def encode_prompts(
-    rows: Any, tokenizer: Any, *, name: str, eos_ids: Ids, **limits: int
-) -> tuple[list[str], list[Ids], Counter]:
-    """Prompts to answer, rows of any form without answers: as people read them, as token ids, and the counts.
-
-    Raises InputError where a row is no prompt.
-    """
-    encoder = Encoder(tokenizer, eos_ids, **limits)
-    texts, prompts = [], []
-    for i, row in enumerate(rows):
-        try:
-            with naming(f"{name}, row {i}"):
-                reading = question(row)
-                prompts += encoder.ids(reading)
-        except Unusable as reason:
-            raise InputError(f"{name}, row {i} is no prompt to answer: {reason}") from None
-        texts.append(as_text(reading.prompt))
-    return texts, prompts, Counter({"read": len(rows), **encoder.counts})
 
 
 class Encoder:

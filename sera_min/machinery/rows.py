@@ -43,6 +43,16 @@ Message = dict[str, Any]  # `role`, `content`, and whatever other fields it has
 Messages = list[Message]
 
 
+@contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Whatever goes wrong here is an InputError that begins with its place."""
+    try:
+        with in_one_line(""):
+            yield
+    except InputError as error:
+        raise InputError(f"{place}{error}") from None
+
+
 # Where rows come from
 
 
@@ -53,7 +63,7 @@ def read_rows(name: str, split: str, limit: int | None = None, config: str | Non
         raise InputError(f"{name}: no such file")
     place = name if path.is_file() else f"{name}, split '{split}'"
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are told in ours
-    with naming(f"{place}: cannot be read"), in_one_line(""):
+    with naming(f"{place}: cannot be read"):
         if path.is_file():
             return read_file(path)[:limit]
         if path.is_dir():
@@ -77,7 +87,7 @@ def read_folder(folder: Path, split: str, config: str | None) -> list[Any]:
         raise ValueError(f"its splits are {', '.join(files)}")
     rows = []
     for file in files[split]:
-        with in_one_line(f": {file}"):
+        with naming(f": {file}"):
             rows += read_file(Path(file))
     return rows
 
@@ -92,10 +102,7 @@ def read_file(path: Path) -> list[Any]:
     opener: Any = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
         text = file.read()
-    rows = read_csv(text) if ".csv" in path.suffixes[-2:] else read_json(text)
-    if not rows:
-        raise ValueError("it is empty")
-    return rows
+    return read_csv(text) if ".csv" in path.suffixes[-2:] else read_json(text)
 
 
 def is_lfs_pointer(file: Path) -> bool:
@@ -118,7 +125,7 @@ def read_json(text: str) -> list[Any]:
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            with in_one_line(f": row {len(rows)}, in line {number}"):
+            with naming(f": row {len(rows)}, in line {number}"):
                 rows.append(json.loads(line))
     return rows
 
@@ -141,7 +148,7 @@ def read_csv(text: str) -> list[Any]:
     return rows
 
 
-# What a row says. Errors begin where the place ends, which `naming` puts before them.
+# What a row says. An error begins where its place ends
 
 
 class Reading(NamedTuple):
@@ -155,29 +162,20 @@ class Reading(NamedTuple):
 def preference(row: Any) -> Reading:
     """A row of any form. Raises InputError naming the field, and Unusable."""
     prompt, answer = asked(row)
-
-    def dialogue(value: Any) -> tuple[str | Messages, Any]:
-        return prompt_and_answer(prompt, text_or_messages(value))
-
-    found = {name: field(row, name, dialogue) for name in ("chosen", "rejected")}
-    if found["chosen"] is None and answer:
-        found["chosen"] = prompt_and_answer(prompt, [answer])
-    for name, one in found.items():
-        if one is None:
-            columns = " ".join(", ".join(map(str, row)).split())[:300] or "none"
-            raise InputError(f": '{name}' is missing or null (columns: {columns}): expected a form of docs/data.md")
-    (x, chosen), (other, rejected) = found.values()
+    found = []
+    for name in ("chosen", "rejected"):
+        value = field(row, name, text_or_messages)
+        if value is None and name == "chosen" and answer:
+            value = [answer]
+        with naming(f": '{name}'"):
+            if value is None:
+                columns = " ".join(", ".join(map(str, row)).split())[:300] or "none"
+                raise InputError(f" is missing or null (columns: {columns}): expected a form of docs/data.md")
+            found.append(prompt_and_answer(prompt, value))
+    (x, chosen), (other, rejected) = found
     if x != other:
         raise Unusable("the responses answer different prompts")
     return in_context(x, [chosen, rejected], row)
-
-
-def question(row: Any) -> Reading:
-    """A row as a prompt to answer, whose own answers are not read. Raises as `preference` does."""
-    prompt, _ = asked(row)
-    if not prompt:
-        raise InputError(": expected 'prompt' or 'instruction'")
-    return in_context(prompt, [], row)
 
 
 def asked(row: Any) -> tuple[str | Messages | None, Message | None]:
@@ -260,23 +258,13 @@ def in_context(prompt: str | Messages, answers: list[Any], row: dict[str, Any]) 
 # What a field says
 
 
-@contextmanager
-def naming(place: str) -> Iterator[None]:
-    try:
-        yield
-    except InputError as error:
-        raise InputError(f"{place}{error}") from None
-
-
 def field(row: dict[str, Any], name: str, reader: Callable[[Any], Any]) -> Any:
     """What is read from the first of the field's columns that the row has; None where it has none."""
     for column in COLUMNS[name]:
         value = row.get(column)
         if value is None or (name in OPTIONAL and is_absent(value)):
             continue
-        with naming(f": '{column}'"), in_one_line(" cannot be read"):
-            if any(re.search("[\ud800-\udfff]", text) for text in texts_in(value)):
-                raise InputError(" holds half a surrogate pair, which no encoding has: expected Unicode text")
+        with naming(f": '{column}'"):
             return reader(value)
     return None
 
@@ -341,9 +329,8 @@ def text_or_messages(value: Any) -> str | Messages:
     messages = []
     for j, one in enumerate(values):
         with naming(f", message {j}"):
-            message = message_of(one)
-        if message["content"] or message["role"] != "system":
-            messages.append(message)
+            messages.append(message_of(one))
+    messages = [one for one in messages if one["content"] or one["role"] != "system"]
     if not messages:
         raise InputError(" is empty: expected messages")
     return messages
@@ -365,7 +352,10 @@ def message_of(value: Any) -> Message:
     if content is None:
         content = value
     if isinstance(content, list):
-        content = "".join([text_of_part(part) for part in content])
+        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        if not all(isinstance(part, str) for part in parts):
+            raise InputError(": 'content' has a part that is no text: images and sounds are not read")
+        content = "".join(parts)
     others = {name: one for name, one in message.items() if name != "from" and not is_absent(one)}
     if is_absent(content) and (role == "system" or "tool_calls" in others):
         content = ""  # calls may be all that is said
@@ -373,13 +363,6 @@ def message_of(value: Any) -> Message:
         with naming(": 'content'"):
             content = text_of(content)
     return {**turn(role, content), **others}
-
-
-def text_of_part(part: Any) -> str:
-    text = part.get("text") if isinstance(part, dict) else part
-    if not isinstance(text, str):
-        raise InputError(": 'content' has a part that is no text: images and sounds are not read")
-    return text
 
 
 def turn(role: str, content: str) -> Message:

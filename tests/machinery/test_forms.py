@@ -13,7 +13,7 @@ from tokenizers import processors
 
 from sera_min.machinery.data import decode, decode_responses, encode, encode_given
 from sera_min.machinery.errors import InputError, Unusable
-from sera_min.machinery.rows import preference, question, read_rows
+from sera_min.machinery.rows import preference, read_rows
 
 
 def S(text):
@@ -89,12 +89,6 @@ def test_it_is_what_is_trained_on(name):
     said = [tokenizer.decode(ids) for ids in pair]
     assert said == [tokenizer.apply_chat_template(x, tokenize=False, add_generation_prompt=True), "stone<|im_end|>", "river<|im_end|>"]
     assert counts == {"read": 1, "kept": 1, "prompts cut": 0, "responses cut": 0}
-
-
-def test_the_same_row_asks_as_a_prompt():
-    for name in ("LLaMA-Factory, Alpaca", "Orca", "ms-swift", "axolotl"):
-        x, row = PUBLISHED[name]
-        assert question({k: v for k, v in row.items() if not re.match("chosen|rejected", k)}).prompt == x
 
 
 @pytest.mark.parametrize("row, why", [
