@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from sera_min.machinery.config import Resolved
 from sera_min.machinery.errors import InputError, Unusable, format_counts, in_one_line
-from sera_min.machinery.rows import KNOWN, Messages, Reading, naming, preference, read_rows, squeezed, texts_in
+from sera_min.machinery.rows import KNOWN, Messages, Reading, naming, preference, read_rows, squeezed
 from sera_min.pairs import Ids, Pair, Preferences
 
 # For tokenizers without a chat template: HH-RLHF's plain form, in which its dialogues stay as they are.
@@ -162,17 +162,19 @@ class Encoder:
         self.eos = eos_ids[:1]
         added = tokenizer.added_tokens_decoder.items()
         special = {i: re.escape(str(token)) for i, token in added if token.special or i in eos_ids}
-        self.ends = [i for i in eos_ids if i in special]  # a token of ordinary text does not end a given response
-        self.spelled_end = re.compile(f"(?:{'|'.join(special[i] for i in self.ends) or '(?!)'})\\s*$")
-        forged = list(special.values())
+        ends = {i: special[i] for i in eos_ids if i in special}  # an ordinary token does not end a given response
+        self.ends = list(ends)
+        self.spelled_end = re.compile(f"(?:{'|'.join(ends.values()) or '(?!)'})\\s*$")
+        forged = list(special.values()) or ["(?!)"]
         if tokenizer.chat_template.endswith(PLAIN_TEMPLATE):  # others' turns of plain text, as `[INST]`, are not seen
             forged.append("\n\n(?:Human|Assistant):")
-        self.forged = re.compile("|".join(forged) or "(?!)")
+        self.forged = re.compile("|".join(forged))
 
     def ids(self, reading: Reading) -> list[Ids]:
         """Of the prompt and the responses. Raises InputError and Unusable."""
         texts = self.texts(reading)
         with in_one_line(": the tokenizer fails"):
+            "".join(texts).encode()  # names half a surrogate pair, as the tokenizer would not
             prompt, *wholes = self.tokenizer(texts, add_special_tokens=False).input_ids
         responses = []
         for text, whole in zip(texts[1:], wholes):
@@ -196,9 +198,12 @@ class Encoder:
         return self.rendered(prompt, answers, options)
 
     def check(self, texts: Any, answers: list[Any]) -> None:
-        """No text spells a special token, and each answer says something."""
-        if any(self.forged.search(text) for text in texts_in(texts)):
+        """No text in lists and objects spells a special token, and each answer says something."""
+        if isinstance(texts, str) and self.forged.search(texts):
             raise Unusable("a text spells a special token")
+        if isinstance(texts, (list, dict)):
+            for one in texts.values() if isinstance(texts, dict) else texts:
+                self.check(one, answers)
         if not all(answers):
             raise Unusable("no token of the prompt or a response")
 
@@ -207,9 +212,15 @@ class Encoder:
         before, begun, opening = x, "", "add_generation_prompt"
         if x[-1]["role"] == "assistant":  # the answers go on with this turn
             before, begun, opening = x[:-1], x[-1]["content"], "continue_final_message"
-        dialogues = [[*before, {**y, "content": begun + y["content"]}] for y in answers]
         prompt = self.render(x, {**options, opening: True})
-        wholes = [self.render(dialogue, options) for dialogue in dialogues]
+        wholes = []
+        for y in answers:
+            answer = {**y, "content": begun + y["content"]}
+            wholes.append(self.render([*before, answer], options))
+            for part in PARTS_OF_AN_ANSWER:
+                without = dict(answer)
+                if without.pop(part, None) and self.render([*before, without], options) == wholes[-1]:
+                    raise Unusable(f"the chat template does not write an answer's '{part}'")
         shared = commonprefix([prompt, *wholes])
         if shared != prompt:
             end = f"does not begin an answered dialogue with its own prompt's {prompt[len(shared) :]!r}"
@@ -220,13 +231,6 @@ class Encoder:
             if squeezed(y["content"]) not in squeezed(whole[len(shared) :]):
                 part = f"a part of the answer {y['content'][:40]!r}"
                 raise InputError(f": the chat template leaves out or changes {part}: give the tokenizer another")
-        for part in PARTS_OF_AN_ANSWER:
-            for dialogue, whole in zip(dialogues, wholes):
-                rest = {name: one for name, one in dialogue[-1].items() if name != part}
-                if part in dialogue[-1] and self.render([*before, rest], options) == whole:
-                    raise Unusable(f"the chat template does not write an answer's '{part}'")
-        if not all(squeezed(turn["content"]) in squeezed(shared) for turn in x):
-            self.counts["prompts of which the chat template leaves out or changes a part"] += 1
         return [shared, *wholes]
 
     def render(self, turns: Messages, options: dict[str, Any]) -> str:

@@ -37,6 +37,7 @@ KNOWN = set().union(*COLUMNS.values())
 OPTIONAL = ("input", "system", "tools")  # absent where they are empty
 ROLES = ("system", "developer", "user", "assistant", "tool")
 OTHER_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+MAIN_FIELDS = ("role", "from", "content", "value")
 MESSAGE_FIELDS = ({"role", "content"}, {"from", "value"}, {"role", "tool_calls"})
 
 Message = dict[str, Any]  # `role`, `content`, and whatever other fields it has
@@ -134,14 +135,12 @@ def read_csv(text: str) -> list[Any]:
     """Rows of texts. `datasets` reads "NA" as null and "4" as a number."""
     csv.field_size_limit(sys.maxsize)
     reader = csv.DictReader(io.StringIO(text), strict=True)
-    columns = reader.fieldnames or []
-    if len(set(columns)) < len(columns):
-        raise ValueError(f"two columns have the same name: {', '.join(columns)}")
     rows: list[Any] = []
     try:
         for row in reader:
-            if None in row:
-                raise csv.Error("it has more cells than there are columns")
+            columns = reader.fieldnames or []
+            if len(row) != len(columns):
+                raise csv.Error(f"expected a cell for each of the columns {', '.join(columns)}, all of different names")
             rows.append(row)
     except csv.Error as error:
         raise ValueError(f"row {len(rows)}, up to line {reader.line_num}: {error}") from None
@@ -292,18 +291,6 @@ def without_nulls(value: Any) -> Any:
     return value
 
 
-def texts_in(value: Any) -> list[str]:
-    """All texts in lists and objects, however deep."""
-    texts, left = [], [value]
-    while left:
-        one = left.pop()
-        if isinstance(one, str):
-            texts.append(one)
-        elif isinstance(one, (list, dict)):
-            left += one.values() if isinstance(one, dict) else one
-    return texts
-
-
 def text_of(value: Any) -> str:
     """A text that is not blank."""
     if not isinstance(value, str):
@@ -320,12 +307,10 @@ def text_or_messages(value: Any) -> str | Messages:
     if isinstance(values, dict):
         values = [values]
     are_messages = isinstance(values, list) and values and all(is_message(one) for one in values)
-    if isinstance(value, str) and not are_messages:
-        if re.match(r"\s*\[\s*\{'(role|content|from|value)':", value):  # pandas' to_csv
-            raise InputError(" holds messages as Python writes them: write them as JSON")
-        return text_of(value)  # an answer in JSON
-    if not isinstance(values, list):
-        return text_of(value)  # which it is not
+    if isinstance(value, str) and re.match(r"\s*\[\s*\{'(role|content|from|value)':", value):  # pandas' to_csv
+        raise InputError(" holds messages as Python writes them: write them as JSON")
+    if not isinstance(values, list) or (isinstance(value, str) and not are_messages):
+        return text_of(value)  # which may be an answer in JSON
     messages = []
     for j, one in enumerate(values):
         with naming(f", message {j}"):
@@ -343,20 +328,18 @@ def is_message(value: Any) -> bool:
 
 def message_of(value: Any) -> Message:
     """Role, content and the other fields that say something."""
-    message = dict(value) if isinstance(value, dict) else {}
-    role = message.pop("role", None) or message.pop("from", None)
+    message = value if isinstance(value, dict) else {}
+    role = message.get("role", message.get("from"))
     role = OTHER_ROLES.get(str(role), role)
     if role not in ROLES:
         raise InputError(f": expected a role ({', '.join(ROLES)}) and a content")
-    value, content = message.pop("value", None), message.pop("content", None)
-    if content is None:
-        content = value
+    content = message.get("content", message.get("value"))
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) else part for part in content]
         if not all(isinstance(part, str) for part in parts):
             raise InputError(": 'content' has a part that is no text: images and sounds are not read")
         content = "".join(parts)
-    others = {name: one for name, one in message.items() if name != "from" and not is_absent(one)}
+    others = {name: one for name, one in message.items() if name not in MAIN_FIELDS and not is_absent(one)}
     if is_absent(content) and (role == "system" or "tool_calls" in others):
         content = ""  # calls may be all that is said
     else:

@@ -111,7 +111,7 @@ def test_what_contradicts_itself_is_dropped_and_counted(row, why):
     ({"input": {"messages": [U("a")]}, "preferred_output": [STONE]}, r"\(columns: input, preferred_output\)"),
     ({"prompt": "a", "system": "be kind", **SAME}, "row 0: 'prompt' is a text, taken as it is, beside a system or tools: .* as messages"),
     ({"prompt": str([U("a")]), **SAME}, "row 0: 'prompt' holds messages as Python writes them"),
-    ({"prompt": [U("a")], "chosen": [A("b", reasoning="\ud83d")], "rejected": "c"}, "row 0: 'chosen' holds half a surrogate"),
+    ({"prompt": "a", "chosen": "b\ud83d", "rejected": "c"}, "row 0: .* surrogates not allowed"),
     ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], **SAME}, "row 0: 'prompt', message 0: .* images and sounds are not read"),
     ({"conversations": [V("robot", "a")], **SAME}, r"row 0: 'conversations', message 0: expected a role \(system, developer, user"),
 ])  # fmt: skip
@@ -175,8 +175,8 @@ def test_a_template_that_leaves_out_a_part_of_the_answer_is_refused():
     with pytest.raises(InputError, match="row 0: the chat template leaves out or changes a part of the answer '<think>"):
         encoded([row], with_template(R1))
     assert len(encoded([row], with_template(CHATML))[0]) == 1
-    asked = {"prompt": [U("red?"), A("<think>no</think>green"), U("sure?")], **SAME}  # of a turn before it is counted
-    assert encoded([asked], with_template(R1))[1]["prompts of which the chat template leaves out or changes a part"] == 1
+    asked = {"prompt": [U("red?"), A("<think>no</think>green"), U("sure?")], **SAME}  # of a turn before it may
+    assert len(encoded([asked], with_template(R1))[0]) == 1
 
 
 def test_a_thought_that_only_a_prompt_opens_is_left_out_as_in_trl():
