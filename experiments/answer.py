@@ -18,8 +18,8 @@ import torch
 import transformers
 
 from sera_min import bootstrap
-from sera_min.machinery.device import autocast, retry_on_oom, set_precision
 from sera_min.machinery.data import Encoder, as_text, decode
+from sera_min.machinery.device import autocast, retry_on_oom, set_precision
 from sera_min.machinery.errors import InputError, Unusable, format_counts, in_one_line
 from sera_min.machinery.folder import write
 from sera_min.machinery.models import check_positions, eos_ids_of, load, pad_id_of

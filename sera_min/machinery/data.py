@@ -221,7 +221,7 @@ class Encoder:
                 without = dict(answer)
                 if without.pop(part, None) and self.render([*before, without], options) == wholes[-1]:
                     raise Unusable(f"the chat template does not write an answer's '{part}'")
-        shared = commonprefix([prompt, *wholes])
+        shared = commonprefix([prompt, *wholes])  # noqa: RUF071 (by characters, as is meant)
         if shared != prompt:
             end = f"does not begin an answered dialogue with its own prompt's {prompt[len(shared) :]!r}"
             if not shared.startswith(self.render(x, options)):

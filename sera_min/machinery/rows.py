@@ -123,7 +123,7 @@ def read_json(text: str) -> list[Any]:
     """A JSON list, or a row a line. `datasets` takes some texts for dates, and wants one type in all rows."""
     if text.lstrip().startswith("["):
         return json.loads(text)
-    rows = []
+    rows: list[Any] = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             with naming(f": row {len(rows)}, in line {number}"):
@@ -143,7 +143,7 @@ def read_csv(text: str) -> list[Any]:
                 raise csv.Error(f"expected a cell for each of the columns {', '.join(columns)}, all of different names")
             rows.append(row)
     except csv.Error as error:
-        raise ValueError(f"row {len(rows)}, up to line {reader.line_num}: {error}") from None
+        raise ValueError(f"row {len(rows)}, near line {reader.line_num}: {error}") from None
     return rows
 
 
@@ -244,10 +244,11 @@ def in_context(prompt: str | Messages, answers: list[Any], row: dict[str, Any]) 
     system = field(row, "system", text_of)
     tools = field(row, "tools", from_json)
     options = {"tools": tools} if tools else {}
-    if isinstance(prompt, str) and (system or tools):
-        place = ": 'prompt' is a text, taken as it is, beside a system or tools"
-        raise InputError(f"{place}: write them into the text, or the prompt as messages")
-    if system and prompt[0] != turn("system", system):
+    if isinstance(prompt, str):
+        if system or tools:
+            place = ": 'prompt' is a text, taken as it is, beside a system or tools"
+            raise InputError(f"{place}: write them into the text, or the prompt as messages")
+    elif system and prompt[0] != turn("system", system):
         if prompt[0]["role"] == "system":
             raise Unusable("'system' stands beside a dialogue with its own system turn")
         prompt = [turn("system", system), *prompt]
@@ -335,7 +336,7 @@ def message_of(value: Any) -> Message:
         raise InputError(f": expected a role ({', '.join(ROLES)}) and a content")
     content = message.get("content", message.get("value"))
     if isinstance(content, list):
-        parts = [part.get("text") if isinstance(part, dict) else part for part in content]
+        parts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in content]
         if not all(isinstance(part, str) for part in parts):
             raise InputError(": 'content' has a part that is no text: images and sounds are not read")
         content = "".join(parts)

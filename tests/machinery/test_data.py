@@ -10,7 +10,6 @@ from conftest import CHATML, GEMMA, LLAMA2, ZEPHYR, bpe_tokenizer, unigram_token
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sera_min import playground
 from sera_min.machinery.data import Given, decode, encode, split_by_prompt
 from sera_min.machinery.errors import InputError
 from sera_min.machinery.rows import read_rows

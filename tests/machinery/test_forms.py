@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -376,3 +375,25 @@ def test_messages_that_are_an_answer_alone_are_no_prompt():
     assert preference({"messages": answer, "chosen": asked, "rejected": asked}).prompt == asked[:1]
     with pytest.raises(Unusable, match="without an answer"):
         preference({"messages": answer, "chosen": asked[:1], "rejected": asked})
+
+
+@pytest.mark.parametrize("text, message", [
+    ("prompt,chosen,rejected\na,b,c\na, or b,c,d\n", "row 1, near line 3: expected a cell for each"),
+    ("prompt,chosen,rejected,chosen\na,b,c,d\n", "row 0, .* prompt, chosen, rejected, chosen"),
+    ('prompt,chosen,rejected\n"say "hi" now",b,c\n', "row 0, near line 1: "),
+])  # fmt: skip
+def test_a_csv_of_another_shape_is_refused(text, message, tmp_path):
+    (tmp_path / "d.csv").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_rows(str(tmp_path / "d.csv"), "train")
+
+
+def test_what_a_run_wrote_is_read_to_the_same_ids():
+    """Also where a turn ends with another token than the tokenizer's EOS, and with a line break after an end."""
+    tokenizer = gemma(False)
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    pairs, _ = encoded([{"prompt": [U("red?")], **SAME}], tokenizer, ends)
+    for after in ("", "\n"):
+        chosen, rejected = (y + after for y in decode_responses(tokenizer, pairs[0].prompt, pairs[0][1:], ends[:1]))
+        row = {"prompt": decode(tokenizer, pairs[0].prompt, ends), "chosen": chosen, "rejected": rejected}
+        assert encoded([row], tokenizer, ends)[0] == pairs
