@@ -8,7 +8,9 @@ A row of FILE (JSON, JSONL, CSV, Parquet) has an instruction or a prompt: a text
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -16,13 +18,13 @@ import torch
 import transformers
 
 from sera_min import bootstrap
+from sera_min.machinery.data import Encoder, as_text, decode
 from sera_min.machinery.device import autocast, retry_on_oom, set_precision
-from sera_min.machinery.encoding import decode, encode_prompts
-from sera_min.machinery.errors import InputError, format_counts, in_one_line
+from sera_min.machinery.errors import InputError, Unusable, format_counts, in_one_line
 from sera_min.machinery.folder import write
 from sera_min.machinery.models import check_positions, eos_ids_of, load, pad_id_of
-from sera_min.machinery.rows import read_rows
-from sera_min.pairs import Samples
+from sera_min.machinery.rows import Reading, asked, in_context, naming, read_rows
+from sera_min.pairs import Ids, Samples
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -40,6 +42,34 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=device)
     return parser.parse_args(arguments)
+
+
+def question(row: Any) -> Reading:
+    """A row as a prompt to answer, whose own answers are not read. Raises InputError and Unusable."""
+    prompt, _ = asked(row)
+    if not prompt:
+        raise InputError(": expected 'prompt' or 'instruction'")
+    return in_context(prompt, [], row)
+
+
+def encode_prompts(
+    rows: list[Any], tokenizer: Any, *, name: str, eos_ids: Ids, **limits: int
+) -> tuple[list[str], list[Ids], Counter]:
+    """Prompts to answer, rows of any form without answers: as people read them, as token ids, and the counts.
+
+    Raises InputError where a row is no prompt.
+    """
+    encoder = Encoder(tokenizer, eos_ids, **limits)
+    texts, prompts = [], []
+    for i, row in enumerate(rows):
+        try:
+            with naming(f"{name}, row {i}"):
+                reading = question(row)
+                prompts += encoder.ids(reading)
+        except Unusable as reason:
+            raise InputError(f"{name}, row {i} is no prompt to answer: {reason}") from None
+        texts.append(as_text(reading.prompt))
+    return texts, prompts, Counter({"read": len(rows), **encoder.counts})
 
 
 def main(flags: argparse.Namespace) -> None:

@@ -48,8 +48,8 @@ import train
 from sera_min import bootstrap, logprobs
 from sera_min.machinery import report
 from sera_min.machinery.config import Resolved, resolve
+from sera_min.machinery.data import encode
 from sera_min.machinery.device import autocast
-from sera_min.machinery.encoding import encode
 from sera_min.machinery.models import eos_ids_of, load
 from sera_min.machinery.policies import Policies
 from sera_min.machinery.rows import read_rows

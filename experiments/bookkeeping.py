@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from sera_min.machinery import data
 from sera_min.machinery.config import Config
-from sera_min.machinery.encoding import encode_given
+from sera_min.machinery.data import encode_given
 from sera_min.machinery.errors import format_counts
 from sera_min.machinery.rows import read_rows
 from sera_min.machinery.run import open_run

@@ -47,7 +47,7 @@ from transformers import HfArgumentParser
 from trl import DPOConfig, DPOTrainer
 
 from sera_min.logprobs import score
-from sera_min.machinery import data, encoding, policies
+from sera_min.machinery import data, policies
 from sera_min.machinery.config import Config, Resolved, flag, resolve, seed_of
 from sera_min.machinery.device import retry_on_oom, set_precision
 from sera_min.machinery.errors import InputError, Paused, in_one_line
@@ -269,7 +269,7 @@ def main(flags: Any, args: DPOConfig) -> None:
     config = resolved(flags, args)
     policies = Policies(Path(config.output_dir), config, bool(args.bf16), flags.samples)
     check_positions(policies.get(0), config.max_length, "--max_length")
-    encoding.set_template(policies.tokenizer)
+    data.set_template(policies.tokenizer)
     given = data.preferences(data.read(config, None, policies.tokenizer, policies.eos_ids)["given"])
     first = policies.newest() + 1
     print(f"{PartialState().num_processes} processes; iterations {first} to {config.iterations}")

@@ -1,19 +1,43 @@
-"""What a run trains and evaluates on: read once, and then kept with the run as JSON.
+"""Rows become token ids, read once and kept with the run; and token ids become texts again.
 
-A resume does not read it again: a template may write today's date, and another one tomorrow.
+Dialogues go through the tokenizer's chat template, as TRL's do. A prompt's ids never depend on the
+response: where a token would span the border, the response is tokenised by itself. A response ends
+with exactly one end of sequence, unless it is cut. Every row cut or dropped is counted.
 """
 
+import re
+from collections import Counter
+from functools import lru_cache
+from os.path import commonprefix
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
-from sera_min.machinery import encoding
+from tqdm import tqdm
+
 from sera_min.machinery.config import Resolved
-from sera_min.machinery.encoding import Given
-from sera_min.machinery.errors import InputError, format_counts
-from sera_min.machinery.rows import read_rows
+from sera_min.machinery.errors import InputError, Unusable, format_counts, in_one_line
+from sera_min.machinery.rows import KNOWN, Messages, Reading, naming, preference, read_rows, squeezed
 from sera_min.pairs import Ids, Pair, Preferences
 
+# For tokenizers without a chat template: HH-RLHF's plain form, in which its dialogues stay as they are.
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ {'user': '\n\nHuman: ', 'assistant': '\n\nAssistant: ', 'system': ''}[m['role']] "
+    "+ m['content'] }}{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
+PARTS_OF_AN_ANSWER = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
+
 Data = dict[str, Any]  # "given" and "held_out": lists of Given; "prompts" to be answered, and their "texts"
+
+
+class Given(NamedTuple):
+    """A pair of the user's data, its prompt as people read it, and the number of its row, from 0."""
+
+    pair: Pair
+    text: str
+    row: int
+
+
+# What a run trains and evaluates on. A template may write today's date, so a resume does not read it again.
 
 
 def read(config: Resolved, world: Any, tokenizer: Any, eos_ids: Ids) -> Data:
@@ -25,24 +49,13 @@ def read(config: Resolved, world: Any, tokenizer: Any, eos_ids: Ids) -> Data:
     }
     if config.in_playground:
         made = of_playground(config, world, tokenizer, limits)
-        warn_of_shares(config, len(made["given"]))
-        return made
-    if tokenizer.chat_template.endswith(encoding.PLAIN_TEMPLATE):
-        print("template: the tokenizer has none, so dialogues read '\\n\\nHuman: … \\n\\nAssistant: …'")
-    given, held_out = of_user(config, tokenizer, limits)
-    if not given:
-        raise InputError(f"--dataset_name {config.dataset_name}: no pair is left to train on")
-    warn_of_shares(config, len(given))
-    to_answer = {tuple(one.pair.prompt): one.text for one in held_out or given}
-    first = list(to_answer)[:64]
-    texts = [to_answer[prompt] for prompt in first]
-    return {"given": given, "held_out": held_out, "prompts": [list(x) for x in first], "texts": texts}
-
-
-def warn_of_shares(config: Resolved, n: int) -> None:
+    else:
+        made = of_user(config, tokenizer, limits)
+    n = len(made["given"])
     for name, share in {"keep": config.keep, "bootstrap": config.bootstrap}.items():
         if share > 0 and round(share * n) == 0:
             print(f"--{name} is {share:g}: of {n} pairs that is less than one, so none")
+    return made
 
 
 def of_playground(config: Resolved, world: Any, tokenizer: Any, limits: dict[str, Any]) -> Data:
@@ -50,40 +63,41 @@ def of_playground(config: Resolved, world: Any, tokenizer: Any, limits: dict[str
     part, noise = str(config.eval_split), config.label_noise
     made = world.preferences(config.max_train_pairs, "train", label_noise=noise, seed=config.seed)
     clean = world.preferences(512, part, label_noise=0, seed=config.seed)
-    given, counts = encoding.encode_given(made, tokenizer, name="playground", **limits)
-    held_out, _ = encoding.encode_given(clean, tokenizer, name=f"playground {part}", **limits)
+    given, counts = encode_given(made, tokenizer, name="playground", **limits)
+    held_out, _ = encode_given(clean, tokenizer, name=f"playground {part}", **limits)
     print(f"data: {format_counts(counts)}; {len(held_out)} held out")
     texts = world.prompts(part) * 2
     prompts = tokenizer(texts).input_ids
     return {"given": given, "held_out": held_out, "prompts": prompts, "texts": texts}
 
 
-def of_user(config: Resolved, tokenizer: Any, limits: dict[str, Any]) -> tuple[list[Given], list[Given]]:
-    """The pairs to train on and those to evaluate on. No prompt is in both."""
+def of_user(config: Resolved, tokenizer: Any, limits: dict[str, Any]) -> Data:
+    """The pairs to train on and those to evaluate on, without a common prompt, and up to 64 prompts to answer."""
+    if tokenizer.chat_template.endswith(PLAIN_TEMPLATE):
+        print("template: the tokenizer has none, so dialogues read '\\n\\nHuman: … \\n\\nAssistant: …'")
     name, subset = str(config.dataset_name), config.dataset_config
     rows = read_rows(name, config.dataset_train_split, config.max_train_pairs, subset)
-    given, counts = encoding.encode_given(rows, tokenizer, name=name, **limits)
+    given, counts = encode_given(rows, tokenizer, name=name, **limits)
     if config.eval_split is None:
         given, held_out = split_by_prompt(given, config.eval_fraction, config.seed)
-        few = ""
-        if config.eval_fraction and not held_out:
-            few = " (--eval_fraction of the prompts is less than one)"
-        print(f"data: {format_counts(counts)}; {len(held_out)} of them held out{few}")
-        return given, held_out
-
-    other = config.eval_dataset_name or name
-    if other != name:
-        subset = None
-    rows = read_rows(other, config.eval_split, config=subset)
-    held_out, held_counts = encoding.encode_given(rows, tokenizer, name=other, **limits)
-    known = {tuple(one.pair.prompt) for one in held_out}
-    kept = [one for one in given if tuple(one.pair.prompt) not in known]
-    counts["kept"] = len(kept)
-    counts["dropped: the prompt is in the evaluation data"] = len(given) - len(kept)
-    print(f"data: {format_counts(counts)}\nevaluation data: {format_counts(held_counts)}")
-    if not held_out:
-        raise InputError(f"{other}, split '{config.eval_split}': no pair is left to evaluate on")
-    return kept, held_out
+        print(f"data: {format_counts(counts)}; {len(held_out)} of them held out")
+    else:
+        other = config.eval_dataset_name or name
+        rows = read_rows(other, config.eval_split, config=subset if other == name else None)
+        held_out, held_counts = encode_given(rows, tokenizer, name=other, **limits)
+        known = {tuple(one.pair.prompt) for one in held_out}
+        given = [one for one in given if tuple(one.pair.prompt) not in known]
+        counts["dropped: the prompt is in the evaluation data"] = counts["kept"] - len(given)
+        counts["kept"] = len(given)
+        print(f"data: {format_counts(counts)}\nevaluation data: {format_counts(held_counts)}")
+        if not held_out:
+            raise InputError(f"{other}, split '{config.eval_split}': no pair is left to evaluate on")
+    if not given:
+        raise InputError(f"--dataset_name {name}: no pair is left to train on")
+    to_answer = {tuple(one.pair.prompt): one.text for one in held_out or given}
+    prompts = list(to_answer)[:64]
+    texts = list(to_answer.values())[:64]
+    return {"given": given, "held_out": held_out, "prompts": [list(x) for x in prompts], "texts": texts}
 
 
 def split_by_prompt(given: list[Given], share: float, seed: int) -> tuple[list[Given], list[Given]]:
@@ -101,3 +115,216 @@ def preferences(given: list[Given]) -> Preferences:
         texts.append(text)
         rows.append(row)
     return Preferences(pairs, rows, texts)
+
+
+# From rows to token ids
+
+
+def encode(rows: Any, tokenizer: Any, *, name: str, eos_ids: Ids, **limits: int) -> tuple[list[Pair], Counter]:
+    """Rows of any form as pairs of token ids, and how many were read, kept, cut, and dropped for which reason.
+
+    eos_ids: the tokens that end a response, the tokenizer's first. limits: max_length, max_prompt_length.
+    A text that spells a special token is dropped: it would forge a turn or an end. Raises InputError.
+    """
+    given, counts = encode_given(rows, tokenizer, name=name, eos_ids=eos_ids, **limits)
+    return [one.pair for one in given], counts
+
+
+def encode_given(rows: Any, tokenizer: Any, *, name: str, eos_ids: Ids, **limits: int) -> tuple[list[Given], Counter]:
+    """The same, with each pair's prompt as people read it, and its row."""
+    encoder = Encoder(tokenizer, eos_ids, **limits)
+    given: list[Given] = []
+    for i, row in enumerate(tqdm(rows, f"reading {name}", unit="row", leave=False)):
+        try:
+            with naming(f"{name}, row {i}"):
+                reading = preference(row)
+                ids = encoder.ids(reading)
+        except Unusable as reason:
+            encoder.counts[f"dropped: {reason}"] += 1
+        else:
+            given.append(Given(Pair(*ids), as_text(reading.prompt), i))
+    unread = set().union(*rows) - KNOWN
+    if unread:
+        print(f"{name}: columns that are not read: {', '.join(sorted(unread))}")
+    return given, Counter({"read": len(rows), "kept": len(given), **encoder.counts})
+
+
+class Encoder:
+    """Token ids of what rows say, and the counts of what was cut. An InputError begins where its row's name ends."""
+
+    def __init__(self, tokenizer: Any, eos_ids: Ids, max_length: int, max_prompt_length: int) -> None:
+        set_template(tokenizer)
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.max_prompt_length = max_prompt_length
+        self.counts: Counter = Counter({"prompts cut": 0, "responses cut": 0})
+        self.first = added_before(tokenizer)
+        self.eos = eos_ids[:1]
+        added = tokenizer.added_tokens_decoder.items()
+        special = {i: re.escape(str(token)) for i, token in added if token.special or i in eos_ids}
+        ends = {i: special[i] for i in eos_ids if i in special}  # an ordinary token does not end a given response
+        self.ends = list(ends)
+        self.spelled_end = re.compile(f"(?:{'|'.join(ends.values()) or '(?!)'})\\s*$")
+        forged = list(special.values()) or ["(?!)"]
+        if tokenizer.chat_template.endswith(PLAIN_TEMPLATE):  # others' turns of plain text, as `[INST]`, are not seen
+            forged.append("\n\n(?:Human|Assistant):")
+        self.forged = re.compile("|".join(forged))
+
+    def ids(self, reading: Reading) -> list[Ids]:
+        """Of the prompt and the responses. Raises InputError and Unusable."""
+        texts = self.texts(reading)
+        with in_one_line(": the tokenizer fails"):
+            "".join(texts).encode()  # names half a surrogate pair, as the tokenizer would not
+            prompt, *wholes = self.tokenizer(texts, add_special_tokens=False).input_ids
+        responses = []
+        for text, whole in zip(texts[1:], wholes):
+            y = whole[len(prompt) :]
+            if whole[: len(prompt)] != prompt:  # a token spans the border
+                y = continued(self.tokenizer, text[len(texts[0]) :])
+            responses.append(up_to_end(y, self.ends) or y + self.eos)
+        if isinstance(reading.prompt, str) and prompt[: len(self.first)] != self.first:
+            prompt = self.first + prompt  # the chat template would have written it
+        return self.cut(prompt, responses)
+
+    def texts(self, reading: Reading) -> list[str]:
+        """The prompt, and the prompt with each of its answers, as they are tokenised."""
+        prompt, answers, options = reading
+        if isinstance(prompt, str):  # and may spell a BOS, or be what a template has written
+            bare = [self.spelled_end.sub("", y) for y in answers]
+            self.check(bare, bare)
+            return [prompt, *[prompt + y for y in answers]]
+        answers = [{**y, "content": self.spelled_end.sub("", y["content"])} for y in answers]
+        self.check([prompt, answers, options], [y["content"] or y.get("tool_calls") for y in answers])
+        return self.rendered(prompt, answers, options)
+
+    def check(self, texts: Any, answers: list[Any]) -> None:
+        """No text in lists and objects spells a special token, and each answer says something."""
+        if isinstance(texts, str) and self.forged.search(texts):
+            raise Unusable("a text spells a special token")
+        if isinstance(texts, (list, dict)):
+            for one in texts.values() if isinstance(texts, dict) else texts:
+                self.check(one, answers)
+        if not all(answers):
+            raise Unusable("no token of the prompt or a response")
+
+    def rendered(self, x: Messages, answers: Messages, options: dict[str, Any]) -> list[str]:
+        """The same texts of a dialogue. Raises InputError where the template changes an answer."""
+        before, begun, opening = x, "", "add_generation_prompt"
+        if x[-1]["role"] == "assistant":  # the answers go on with this turn
+            before, begun, opening = x[:-1], x[-1]["content"], "continue_final_message"
+        prompt = self.render(x, {**options, opening: True})
+        wholes = []
+        for y in answers:
+            answer = {**y, "content": begun + y["content"]}
+            wholes.append(self.render([*before, answer], options))
+            for part in PARTS_OF_AN_ANSWER:
+                without = dict(answer)
+                if without.pop(part, None) and self.render([*before, without], options) == wholes[-1]:
+                    raise Unusable(f"the chat template does not write an answer's '{part}'")
+        shared = commonprefix([prompt, *wholes])  # noqa: RUF071 (by characters, as is meant)
+        if shared != prompt:
+            end = f"does not begin an answered dialogue with its own prompt's {prompt[len(shared) :]!r}"
+            if not shared.startswith(self.render(x, options)):
+                raise InputError(f": the chat template {end}")
+            self.counts[f"prompts without their end, as the chat template {end}"] += 1  # as in TRL
+        for y, whole in zip(answers, wholes):
+            if squeezed(y["content"]) not in squeezed(whole[len(shared) :]):
+                part = f"a part of the answer {y['content'][:40]!r}"
+                raise InputError(f": the chat template leaves out or changes {part}: give the tokenizer another")
+        return [shared, *wholes]
+
+    def render(self, turns: Messages, options: dict[str, Any]) -> str:
+        with in_one_line(": the chat template does not take this dialogue"):
+            return self.tokenizer.apply_chat_template(turns, tokenize=False, **options)
+
+    def cut(self, prompt: Ids, responses: list[Ids]) -> list[Ids]:
+        """The end of the prompt, after its BOS if it has one, and of each response what then fits."""
+        kept = prompt
+        excess = len(prompt) - self.max_prompt_length
+        if excess > 0:
+            first = self.first or [self.tokenizer.bos_token_id]
+            if prompt[: len(first)] != first:
+                first = []
+            kept = first + prompt[excess + len(first) :]
+        room = self.max_length - len(kept)
+        short = [y[:room] for y in responses]
+        if not kept or not all(short):
+            raise Unusable("no token of the prompt or a response")
+        if responses and short[0] == short[1]:
+            raise Unusable("chosen equals rejected")
+        self.counts["prompts cut"] += kept != prompt
+        self.counts["responses cut"] += sum(len(y) > room for y in responses)
+        return [kept, *short]
+
+
+def up_to_end(ids: Ids, ends: Ids) -> Ids:
+    """The ids up to the first end of sequence; none where there is no end."""
+    for j, token in enumerate(ids):
+        if token in ends:
+            return ids[: j + 1]
+    return []
+
+
+def continued(tokenizer: Any, text: str) -> Ids:
+    """Token ids of a text that goes on after a line break: SentencePiece puts a space before the first word of all."""
+    before, ids = tokenizer(["\n", "\n" + text], add_special_tokens=False).input_ids
+    if ids[: len(before)] == before:
+        return ids[len(before) :]
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+@lru_cache(1)
+def added_before(tokenizer: Any) -> Ids:
+    """What the tokenizer puts before every text: a BOS, or nothing. TRL puts it before a prompt's text."""
+    ids = tokenizer("a").input_ids
+    own = tokenizer("a", add_special_tokens=False).input_ids
+    return ids[: ids.index(own[0])] if own else ids  # not all know an "a": proteins
+
+
+def set_template(tokenizer: Any) -> None:
+    """A tokenizer without a chat template is given PLAIN_TEMPLATE, and keeps it where it is saved."""
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = "{{ bos_token }}" * len(added_before(tokenizer)) + PLAIN_TEMPLATE
+
+
+# From token ids to texts
+
+
+def decode(tokenizer: Any, ids: Ids, ends: Ids, after: Ids | None = None) -> str:
+    """The text of a prompt, without what the tokenizer puts before it; or of a response, without its end.
+
+    ends: what is taken off a response's end; for TRL only the tokenizer's EOS, which it adds itself.
+    after: the prompt, where `ids` is a response. Alone it would lose the space that SentencePiece begins a word with.
+    """
+    if after is not None:
+        return decode_responses(tokenizer, after, [ids], ends)[0]
+    first = added_before(tokenizer)
+    if ids[: len(first)] == first:
+        ids = ids[len(first) :]
+    return plain_text(tokenizer, ids)
+
+
+def decode_responses(tokenizer: Any, prompt: Ids, responses: list[Ids], ends: Ids) -> list[str]:
+    n = 8  # tokens of the prompt before a response: enough for a space, and more where they begin inside a character
+    while n < len(prompt) and "\ufffd" in plain_text(tokenizer, prompt[-n:]):
+        n *= 2
+    before = plain_text(tokenizer, prompt[-n:])
+    texts = []
+    for y in responses:
+        if y[-1] in ends:
+            y = y[:-1]
+        texts.append(plain_text(tokenizer, prompt[-n:] + y)[len(before) :])
+    return texts
+
+
+def plain_text(tokenizer: Any, ids: Ids) -> str:
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)  # the clean-up would write " ," as ","
+
+
+def as_text(prompt: str | Messages) -> str:
+    """A prompt as people read it: a text or a lone message as it is, otherwise who says what."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)

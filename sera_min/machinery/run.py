@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from sera_min import playground
 from sera_min.machinery import config as configuration
-from sera_min.machinery import data, encoding, folder, report
+from sera_min.machinery import data, folder, report
 from sera_min.machinery.config import Config, Resolved, seed_of
 from sera_min.machinery.device import check_memory, set_precision
 from sera_min.machinery.errors import InputError
@@ -66,7 +66,7 @@ class Run:
         limits = "--max_length or --max_prompt_length + --max_new_tokens"
         check_positions(policy, longest, limits)
 
-        encoding.set_template(self.policies.tokenizer)
+        data.set_template(self.policies.tokenizer)
         if (self.state / "data.json").exists():
             self.data = folder.read_json(self.state / "data.json")
             print(f"data: as read when the run began, {len(self.data['given'])} pairs to train on")
@@ -234,8 +234,8 @@ class Run:
         tokenizer = self.policies.tokenizer
         ends = [tokenizer.eos_token_id]  # which TRL adds itself
         responses = [pair.chosen, pair.rejected]
-        texts = encoding.decode_responses(tokenizer, pair.prompt, responses, ends)
-        prompt = encoding.decode(tokenizer, pair.prompt, ends)
+        texts = data.decode_responses(tokenizer, pair.prompt, responses, ends)
+        prompt = data.decode(tokenizer, pair.prompt, ends)
         return {"prompt": prompt, "chosen": texts[0], "rejected": texts[1]}
 
     def sample_lines(self, samples: Samples, rewards: list[float]) -> Iterator[dict[str, Any]]:
@@ -244,7 +244,7 @@ class Run:
         rewards_left = iter(rewards)
         rows = zip(self.given.pairs, samples)
         for pair, of_prompt in in_view(rows, "decode samples", len(samples)):
-            prompt = encoding.decode(tokenizer, pair.prompt, ends)
+            prompt = data.decode(tokenizer, pair.prompt, ends)
             for y, ended in of_prompt:
                 line: dict[str, Any] = {"prompt": prompt}
                 line["response"] = self.answer_text(pair.prompt, y)
@@ -257,7 +257,7 @@ class Run:
                 yield line
 
     def answer_text(self, prompt: Ids, response: Ids) -> str:
-        return encoding.decode(self.policies.tokenizer, response, self.policies.eos_ids, after=prompt)
+        return data.decode(self.policies.tokenizer, response, self.policies.eos_ids, after=prompt)
 
     def judge(self, t: int, answers: list[Ids]) -> dict[str, Any]:
         """Writes answers.jsonl, counts iteration t's pairs; in the playground the true rewards of both."""

@@ -1,12 +1,16 @@
 """experiments/answer.py: a row of AlpacaEval's for every prompt, in order, and wrong input in one line."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import CHATML, bpe_tokenizer, unigram_tokenizer
 
-from sera_min.machinery.encoding import decode
+from sera_min import playground
+from sera_min.machinery.data import decode, encode
+from sera_min.machinery.errors import InputError
 from sera_min.machinery.models import load
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
@@ -71,3 +75,31 @@ def test_a_row_that_is_no_prompt_is_named(model_dir, tmp_path):
                 "40",
             ]
         )
+
+
+def test_prompts_to_answer():
+    """As a pair's prompt is read, but alone: of a vocabulary that knows no word of ours, where no response has room."""
+    limits = {"eos_ids": [1], "max_length": 17, "max_prompt_length": 16}
+    rows = [{"prompt": "tell me about the fox and the owl"}, {"instruction": "tell me", "input": "about the owl"}]
+    texts, ids, counts = answer.encode_prompts(rows, playground.make_tokenizer(), name="ask", **limits)
+    assert counts == {"read": 2, "prompts cut": 0, "responses cut": 0}
+    assert texts == [rows[0]["prompt"], "tell me\n\nabout the owl"] and len(ids[0]) == 8
+    for tokenizer in (bpe_tokenizer(CHATML), bpe_tokenizer(adds_bos=True), unigram_tokenizer(adds_bos=True)):
+        answered = [{**row, "chosen": "b", "rejected": "c"} for row in rows]
+        pairs, _ = encode(answered, tokenizer, name="d", **{**limits, "max_length": 99})
+        assert answer.encode_prompts(rows, tokenizer, name="ask", **limits)[1] == [x for x, _, _ in pairs]
+    long = [{"prompt": "tell me " * 9}]  # loses its beginning, and that is counted
+    _, [x], counts = answer.encode_prompts(long, playground.make_tokenizer(), name="ask", **limits)
+    assert len(x) == 16 and counts["prompts cut"] == 1
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"chosen": "b"}, "ask, row 1: expected 'prompt' or 'instruction'"),
+    ([], "ask, row 1 is of type list: expected fields"),
+    ({"prompt": 5}, "ask, row 1: 'prompt' is of type int: expected a text"),
+    ({"prompt": " "}, "ask, row 1 is no prompt to answer: a text is empty"),
+])  # fmt: skip
+def test_what_is_no_prompt_to_answer(row, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        limits = {"eos_ids": [1], "max_length": 30, "max_prompt_length": 20}
+        answer.encode_prompts([{"prompt": "a"}, row], bpe_tokenizer(), name="ask", **limits)

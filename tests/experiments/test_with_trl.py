@@ -23,7 +23,7 @@ from tqdm import tqdm  # noqa: E402
 
 import train  # noqa: E402
 from sera_min import logprobs, playground, select  # noqa: E402
-from sera_min.machinery import encoding, models  # noqa: E402
+from sera_min.machinery import data, models  # noqa: E402
 from sera_min.machinery.config import Config, Resolved, resolve, seed_of  # noqa: E402
 from sera_min.machinery.policies import REASON  # noqa: E402
 from sera_min.pairs import Rows  # noqa: E402
@@ -283,7 +283,7 @@ def test_the_review_is_that_of_train(runs, tmp_path):
         models.load(f, "cpu") for f in (runs / "model", tmp_path / "out/iteration-1/policy")
     )
     end = tokenizer.eos_token_id
-    given, _ = encoding.encode_given(
+    given, _ = data.encode_given(
         lines(runs / "pairs.jsonl"), tokenizer, name="rows", eos_ids=[end], max_length=64, max_prompt_length=16
     )
     written = []
@@ -384,7 +384,7 @@ def test_trl_reads_pairs_jsonl_as_it_is(tmp_path, by, tokenizer, rows, added):
     else:
         with_trl.command_line([*(word for k, v in flags.items() for word in (f"--{k}", str(v))), "--pairs_only"])
     limits = {"eos_ids": [tokenizer.eos_token_id], "max_length": 120, "max_prompt_length": 100}
-    ours, _ = encoding.encode(rows, tokenizer, name="rows", **limits)
+    ours, _ = data.encode(rows, tokenizer, name="rows", **limits)
 
     trainer = trl.DPOTrainer(
         str(tmp_path / "model"), processing_class=tokenizer,

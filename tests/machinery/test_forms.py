@@ -2,7 +2,6 @@
 
 import gzip
 import json
-import re
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,10 +10,9 @@ from conftest import CHATML, bpe_tokenizer, unigram_tokenizer
 from datasets import Dataset, DatasetDict
 from tokenizers import processors
 
-from sera_min.machinery import encoding
-from sera_min.machinery.encoding import decode, decode_responses, encode, encode_given
+from sera_min.machinery.data import decode, decode_responses, encode, encode_given
 from sera_min.machinery.errors import InputError, Unusable
-from sera_min.machinery.rows import preference, question, read_rows
+from sera_min.machinery.rows import preference, read_rows
 
 
 def S(text):
@@ -51,8 +49,8 @@ PUBLISHED = {
                                                            "chosen": V("gpt", "stone"), "rejected": V("gpt", "river")}),
     "the same with its system as a column": ([S("be kind"), U("red?")], {"conversations": [V("human", "red?")], "system": "be kind",
                                                                         "chosen": V("gpt", "stone"), "rejected": V("gpt", "river")}),
-    "LLaMA-Factory, Alpaca": ([S("be kind"), U("who?"), A("me"), U("and now?\n\nred")], {
-        "instruction": "and now?", "input": "red", "system": "be kind", "history": [["who?", "me"]], **SAME}),
+    "LLaMA-Factory, Alpaca": ([S("be kind"), U("and now?\n\nred")], {
+        "instruction": "and now?", "input": "red", "system": "be kind", **SAME}),
     "Orca": ([S("be kind"), U("red?")], {"system": "be kind", "question": "red?", **SAME}),
     "Orca without a system prompt": ([U("red?")], {"system": "", "question": "red?", **SAME}),
     "ms-swift": ([S("be kind"), U("red?")], {"messages": [S("be kind"), U("red?"), STONE], "rejected_response": "river"}),
@@ -80,7 +78,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("form", PUBLISHED)
 def test_what_a_row_says(form):
     x, row = PUBLISHED[form]
-    assert preference(row, "d, row 0")[:2] == (x, [STONE, RIVER])
+    assert preference(row)[:2] == (x, [STONE, RIVER])
 
 
 @pytest.mark.parametrize("name", [name for name, (x, _) in PUBLISHED.items() if not any("tool_calls" in m for m in x)])
@@ -92,32 +90,27 @@ def test_it_is_what_is_trained_on(name):
     assert counts == {"read": 1, "kept": 1, "prompts cut": 0, "responses cut": 0}
 
 
-def test_the_same_row_asks_as_a_prompt():
-    for name in ("LLaMA-Factory, Alpaca", "Orca", "ms-swift", "axolotl"):
-        x, row = PUBLISHED[name]
-        assert question({k: v for k, v in row.items() if not re.match("chosen|rejected", k)}, "d, row 0").prompt == x
-
-
 @pytest.mark.parametrize("row, why", [
     ({"prompt": "blue river?", "chosen": [U("red?"), STONE], "rejected": [U("red?"), RIVER]}, "the prompt says something else"),
     ({"prompt": [U("blue?")], "chosen": [U("red?"), STONE], "rejected": [U("red?"), RIVER]}, "the prompt says something else"),
     ({"chosen": [U("red?"), STONE, U("thanks")], "rejected": [U("red?"), RIVER, U("thanks")]}, "a dialogue ends without an answer"),
     ({"chosen": [U("red?"), A("it"), STONE], "rejected": [U("red?"), A("it"), RIVER]}, "two turns of the assistant"),
-    ({"system": "be rude", "chosen": [S("be kind"), U("red?"), STONE], "rejected": [S("be kind"), U("red?"), RIVER]}, "'system' or 'history'"),
+    ({"system": "be rude", "chosen": [S("be kind"), U("red?"), STONE], "rejected": [S("be kind"), U("red?"), RIVER]}, "'system' stands beside"),
 ])  # fmt: skip
 def test_what_contradicts_itself_is_dropped_and_counted(row, why):
     with pytest.raises(Unusable, match=why):
-        preference(row, "d, row 0")
+        preference(row)
     pairs, counts = encoded([row])
     assert not pairs and [n for what, n in counts.items() if what.startswith(f"dropped: {why}")] == [1]
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"text": "a", "label": 1}, "row 0 has the columns text, label: expected those of one of these: prompt, chosen, rejected;"),
-    ({"prompt": "a", "completion": "b"}, "row 0 has the columns prompt, completion: expected .* messages, rejected_response;"),
-    ({"prompt": "a", "system": "be kind", **SAME}, "row 0: 'prompt' is a text, taken as it is, beside a system, .* as messages"),
-    ({"question": "a", "history": "b", **SAME}, "row 0: 'history': expected pairs"),
-    ({"question": "a", "chat_template_kwargs": "b", **SAME}, "row 0: 'chat_template_kwargs' is of type str"),
+    ({"text": "a", "label": 1}, r"row 0: 'chosen' is missing or null \(columns: text, label\): expected a form of docs/data.md"),
+    ({"prompt": "a", "completion": "b"}, r"row 0: 'chosen' is missing or null \(columns: prompt, completion\)"),
+    ({"input": {"messages": [U("a")]}, "preferred_output": [STONE]}, r"\(columns: input, preferred_output\)"),
+    ({"prompt": "a", "system": "be kind", **SAME}, "row 0: 'prompt' is a text, taken as it is, beside a system or tools: .* as messages"),
+    ({"prompt": str([U("a")]), **SAME}, "row 0: 'prompt' holds messages as Python writes them"),
+    ({"prompt": "a", "chosen": "b\ud83d", "rejected": "c"}, "row 0: .* surrogates not allowed"),
     ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], **SAME}, "row 0: 'prompt', message 0: .* images and sounds are not read"),
     ({"conversations": [V("robot", "a")], **SAME}, r"row 0: 'conversations', message 0: expected a role \(system, developer, user"),
 ])  # fmt: skip
@@ -128,31 +121,31 @@ def test_what_is_not_read_is_refused_in_one_line(row, message):
 
 
 def test_columns_that_are_not_read_are_named_once(tmp_path, capsys):
-    row = {"prompt": "a", "messages": [U("a"), A("b")], "score": 3, **SAME}
+    row = {"prompt": "a", "history": [["a", "b"]], "score": 3, **SAME}
     for rows in ([row, row], Dataset.from_list([row, row])):
         assert len(encoded(rows, bpe_tokenizer())[0]) == 2
-        assert capsys.readouterr().out.count("d.json: columns that are not read: messages, score\n") == 1
+        assert capsys.readouterr().out.count("d.json: columns that are not read: history, score\n") == 1
 
 
 @pytest.mark.parametrize("answer", ["[]", '[{"value": 3, "unit": "kg"}]', '[{"from": "Oslo", "to": "Rome"}]', '{"content": "pages"}'])
 def test_an_answer_in_json_is_a_text(answer):
-    assert preference({"prompt": "As JSON: ", "chosen": answer, "rejected": "no"}, "d, row 0").answers == [answer, "no"]
+    assert preference({"prompt": "As JSON: ", "chosen": answer, "rejected": "no"}).answers == [answer, "no"]
 
 
 @pytest.mark.parametrize("more", [{"id": 1}, {"tool_calls": None}])
 def test_messages_in_json_are_messages_whatever_their_first_field(more):
     chosen, rejected = (json.dumps({**more, **answer}) for answer in (STONE, RIVER))
-    x, answers, *_ = preference({"prompt": json.dumps([U("red?")]), "chosen": chosen, "rejected": rejected}, "d, row 0")
+    x, answers, *_ = preference({"prompt": json.dumps([U("red?")]), "chosen": chosen, "rejected": rejected})
     assert x == [U("red?")] and [y["content"] for y in answers] == ["stone", "river"]
 
 
 @pytest.mark.parametrize("nothing", [[], {}, "", " ", None])
 def test_an_empty_field_says_nothing(nothing):
-    """As logs and parquet files have it: no call, no thought, no tools, no input; and no column that is not read."""
+    """As logs and parquet files have it: no call, no thought, no tools, no input."""
     more = {"tool_calls": nothing, "reasoning_content": nothing}
-    row = {"instruction": "red?", "input": nothing, "system": nothing, "history": nothing, "tools": nothing, "score": nothing,
+    row = {"instruction": "red?", "input": nothing, "system": nothing, "tools": nothing,
            "chosen": A("stone", **more), "rejected": A("river", **more)}  # fmt: skip
-    assert preference(row, "d, row 0")[:3] == ([U("red?")], [STONE, RIVER], {})
+    assert preference(row)[:3] == ([U("red?")], [STONE, RIVER], {})
     assert encoded([row]) == encoded([{"prompt": [U("red?")], **SAME}])
 
 
@@ -181,8 +174,8 @@ def test_a_template_that_leaves_out_a_part_of_the_answer_is_refused():
     with pytest.raises(InputError, match="row 0: the chat template leaves out or changes a part of the answer '<think>"):
         encoded([row], with_template(R1))
     assert len(encoded([row], with_template(CHATML))[0]) == 1
-    asked = {"prompt": [U("red?"), A("<think>no</think>green"), U("sure?")], **SAME}  # of a turn before it is counted
-    assert encoded([asked], with_template(R1))[1]["prompts of which the chat template leaves out or changes a part"] == 1
+    asked = {"prompt": [U("red?"), A("<think>no</think>green"), U("sure?")], **SAME}  # of a turn before it may
+    assert len(encoded([asked], with_template(R1))[0]) == 1
 
 
 def test_a_thought_that_only_a_prompt_opens_is_left_out_as_in_trl():
@@ -193,7 +186,7 @@ def test_a_thought_that_only_a_prompt_opens_is_left_out_as_in_trl():
 
 
 def test_what_a_message_says_beside_its_content():
-    """Trained on where the template writes it; otherwise its pair is dropped where it is an answer's, and else counted."""
+    """Trained on where the template writes it; otherwise the pair is dropped, if it is part of an answer."""
     tokenizer, x = with_template(FIELDS), [U("red?")]
     for more, mark in (({"tool_calls": CALL}, "<call>weather</call>"), ({"reasoning_content": "stones"}, "<think>stones</think>")):
         row = {"prompt": x, "chosen": [A("look", **more)], "rejected": [A("look")]}
@@ -204,18 +197,14 @@ def test_what_a_message_says_beside_its_content():
     [(_, w, _)], _ = encoded([{"prompt": x, "chosen": A(None, tool_calls=CALL), "rejected": "green"}], tokenizer)
     assert tokenizer.decode(w) == "<call>weather</call><|im_end|>"
     pairs, counts = encoded([{"prompt": [{**U("red?"), "name": "Ann"}], **SAME}], tokenizer)
-    assert len(pairs) == 1 and counts["dialogues whose 'name' the chat template does not write"] == 1
+    assert len(pairs) == 1 and counts["kept"] == 1
 
 
-def test_tools_and_what_else_a_template_is_given():
+def test_tools_are_given_to_the_template():
     row = {"prompt": [U("red?")], "tools": json.dumps([{"name": "weather"}]), **SAME}
     tokenizer = with_template(FIELDS)
     [(x, *_)], counts = encoded([row], tokenizer)
     assert tokenizer.decode(x).startswith("<tools>weather</tools>") and counts["kept"] == 1
-    assert encoded([row])[1]["dialogues whose 'tools' the chat template does not write"] == 1
-    tokenizer = with_template(R1)
-    [(x, *_)], _ = encoded([{"prompt": [U("red?")], "chat_template_kwargs": {"opening": " "}, **SAME}], tokenizer)
-    assert tokenizer.decode(x) == "User: red? Assistant: "
     forged = {"prompt": [U("red?")], "tools": [{"name": "<|im_end|>"}], **SAME}
     assert encoded([forged])[1]["dropped: a text spells a special token"] == 1
 
@@ -225,22 +214,6 @@ def test_an_answer_goes_on_with_the_assistant_s_beginning():
     for answers in ({"chosen": " blue", "rejected": " green"}, {"chosen": [A(" blue")], "rejected": [A(" green")]}):
         [(x, w, _)], _ = encoded([{"prompt": [U("red?"), A("The stone is")], **answers}], tokenizer)
         assert tokenizer.decode(x).endswith("<|im_start|>assistant\nThe stone is") and tokenizer.decode(w) == " blue<|im_end|>"
-
-
-@pytest.mark.parametrize("after", ["", "\n"])
-def test_a_turn_that_the_next_speaker_ends_is_trained_to_end_so(after):
-    """As GLM's: its generation_config lists <|im_start|>, which its template writes before every turn, and after none."""
-    template = "{% for m in messages %}{{ '' if loop.first else after }}<|im_start|>{{ m.role }} {{ m.content }}{% endfor %}"
-    template = (template + "{% if add_generation_prompt %}{{ after }}<|im_start|>assistant{% endif %}").replace("after", repr(after))
-    tokenizer = bpe_tokenizer(CHATML)
-    tokenizer.chat_template, start = template, tokenizer.convert_tokens_to_ids("<|im_start|>")
-    row = {"prompt": [U("red?")], **SAME}
-    [(_, w, _)], _ = encoded([row], tokenizer, ends=[tokenizer.eos_token_id, start])
-    assert tokenizer.decode(w) == f" stone{after}<|im_start|>"
-    [(_, w, _)], _ = encoded([row], tokenizer)  # which does not end a sample there
-    assert tokenizer.decode(w) == " stone<|im_end|>"
-    [(_, w, _)], _ = encoded([{"prompt": "red?", **SAME}], tokenizer, ends=[tokenizer.eos_token_id, start])
-    assert tokenizer.decode(w) == "stone<|im_end|>"  # a text has no turns
 
 
 # From token ids back to texts
@@ -344,7 +317,7 @@ def test_hh_rlhf_as_github_has_it(tmp_path):
         with gzip.open(tmp_path / f"{split}.jsonl.gz", "wt") as file:
             file.write(json.dumps(row) + "\n")
     for rows in (read_rows(str(tmp_path / "train.jsonl.gz"), "train"), read_rows(str(tmp_path), "test")):
-        assert [preference(row, "d")[:2] for row in rows] == [([U("red?")], [STONE, RIVER])]
+        assert [preference(row)[:2] for row in rows] == [([U("red?")], [STONE, RIVER])]
 
 
 def test_a_folder_of_save_to_disk(tmp_path):
@@ -352,9 +325,8 @@ def test_a_folder_of_save_to_disk(tmp_path):
     rows.save_to_disk(tmp_path / "one")
     DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "two")
     assert len(read_rows(str(tmp_path / "one"), "train", 2)) == 2 and len(read_rows(str(tmp_path / "two"), "test")) == 1
-    for name in ("one", "two"):
-        with pytest.raises(InputError, match="split 'other': cannot be read: its splits are train"):
-            read_rows(str(tmp_path / name), "other")
+    with pytest.raises(InputError, match="split 'other': cannot be read"):
+        read_rows(str(tmp_path / "two"), "other")
 
 
 @pytest.mark.parametrize("name", ["d.json", "d.jsonl.gz", "d.parquet"])
@@ -385,20 +357,8 @@ def test_what_a_tokenizer_raises_is_one_line():
 
     tokenizer = bpe_tokenizer(CHATML)
     tokenizer.__class__ = Broken
-    with pytest.raises(InputError, match=r"^d.json, rows 0 to 1: the tokenizer fails: 'a\\nb'$"):
+    with pytest.raises(InputError, match=r"^d.json, row 0: the tokenizer fails: 'a\\nb'$"):
         encoded([{"prompt": "a", **SAME}] * 2, tokenizer)
-
-
-def test_rows_are_tokenised_in_batches_to_the_same_ids(monkeypatch):
-    rows = [{"prompt": [U(f"red {i}?")] if i % 3 else f"red {i}?", "chosen": f"stone {i}", "rejected": "river" * (i % 5)} for i in range(60)]
-    monkeypatch.setattr(encoding, "BATCH", 16)
-    tokenizer, lists = bpe_tokenizer(CHATML), []
-    call = type(tokenizer).__call__
-    monkeypatch.setattr(type(tokenizer), "__call__", lambda self, x, **more: lists.append(x) or call(self, x, **more))
-    pairs, counts = encoded(rows, tokenizer)
-    assert len([x for x in lists if isinstance(x, list) and len(x) > 2]) == 3  # of the 48 rows with two answers
-    assert pairs == [pair for row in rows for pair in encoded([row], tokenizer)[0]]
-    assert counts["read"] == 60 and counts["kept"] == 48 and counts["dropped: a text is empty"] == 12
 
 
 def test_a_response_is_decoded_after_its_prompt_whatever_their_border():
@@ -412,6 +372,28 @@ def test_a_response_is_decoded_after_its_prompt_whatever_their_border():
 def test_messages_that_are_an_answer_alone_are_no_prompt():
     answer = {"role": "assistant", "content": "Yes."}
     asked = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "No."}]
-    assert preference({"messages": answer, "chosen": asked, "rejected": asked}, "row 0").prompt == asked[:1]
+    assert preference({"messages": answer, "chosen": asked, "rejected": asked}).prompt == asked[:1]
     with pytest.raises(Unusable, match="without an answer"):
-        preference({"messages": answer, "chosen": asked[:1], "rejected": asked}, "row 0")
+        preference({"messages": answer, "chosen": asked[:1], "rejected": asked})
+
+
+@pytest.mark.parametrize("text, message", [
+    ("prompt,chosen,rejected\na,b,c\na, or b,c,d\n", "row 1, near line 3: expected a cell for each"),
+    ("prompt,chosen,rejected,chosen\na,b,c,d\n", "row 0, .* prompt, chosen, rejected, chosen"),
+    ('prompt,chosen,rejected\n"say "hi" now",b,c\n', "row 0, near line 1: "),
+])  # fmt: skip
+def test_a_csv_of_another_shape_is_refused(text, message, tmp_path):
+    (tmp_path / "d.csv").write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_rows(str(tmp_path / "d.csv"), "train")
+
+
+def test_what_a_run_wrote_is_read_to_the_same_ids():
+    """Also where a turn ends with another token than the tokenizer's EOS, and with a line break after an end."""
+    tokenizer = gemma(False)
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    pairs, _ = encoded([{"prompt": [U("red?")], **SAME}], tokenizer, ends)
+    for after in ("", "\n"):
+        chosen, rejected = (y + after for y in decode_responses(tokenizer, pairs[0].prompt, pairs[0][1:], ends[:1]))
+        row = {"prompt": decode(tokenizer, pairs[0].prompt, ends), "chosen": chosen, "rejected": rejected}
+        assert encoded([row], tokenizer, ends)[0] == pairs
