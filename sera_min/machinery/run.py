@@ -54,7 +54,7 @@ class Run:
         self.out = Path(config.output_dir)
         self.state = self.out / "state"
         self.policies = Policies(self.out, config)
-        if self.policies.newest() < 0:  # in the playground, which makes its own π_θ0
+        if config.in_playground and self.policies.newest() < 0:
             with self.policies.timed("SFT"):
                 policy, tokenizer = world.make_sft_policy(config.seed, config.device)
             self.policies.hold(0, policy, tokenizer)
