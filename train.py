@@ -179,7 +179,7 @@ def train_step(
     reference: Tensor,
     config: Resolved,
     variant: "Variant",
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """One optimizer step on the mean loss of b pairs, in micro-batches of `max_tokens` tokens."""
     b = len(pairs)
     losses = torch.empty(b)
@@ -203,6 +203,7 @@ def train_step(
         "logps/chosen": logps[:, 0].mean().item(),
         "logps/rejected": logps[:, 1].mean().item(),
         "grad_norm": norm.item(),
+        "losses": losses.tolist(),  # to name the pair whose loss is not a number
     }
 
 
@@ -293,7 +294,7 @@ class Variant:
     review: Callable[..., Review] = review
     batches_of: Callable[..., list[list[int]]] = batches_of
     world: Any = playground  # where prompts, pairs and π_ref come from if the user gives none
-    report: bool = True  # whether report.md, figures and TensorBoard's curves are written
+    report: bool = True  # whether report.md and figures are written
 
 
 SERA = Variant()

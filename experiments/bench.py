@@ -46,7 +46,6 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 import train
 from sera_min import bootstrap, logprobs
-from sera_min.machinery import report
 from sera_min.machinery.config import Resolved, resolve
 from sera_min.machinery.data import encode
 from sera_min.machinery.device import autocast
@@ -636,8 +635,9 @@ def noise(values: dict[str, torch.Tensor]) -> list[float]:
 
 
 def rank_correlations(margins: dict[str, torch.Tensor]) -> list[float]:
-    orders = {side: m.argsort().tolist() for side, m in margins.items()}
-    return [report.spearman(orders[side], orders["float32"]) for side in ("ours", "other")]
+    """Spearman's: the correlation of the places that the pairs have in two orders."""
+    places = {side: m.argsort().argsort().double() for side, m in margins.items()}
+    return [torch.corrcoef(torch.stack([places[side], places["float32"]]))[0, 1].item() for side in ("ours", "other")]
 
 
 def ratios(what: str, seconds: dict[str, list[float]], grew: dict[str, float]) -> list[tuple]:

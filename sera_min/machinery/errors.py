@@ -35,5 +35,4 @@ def in_one_line(doing: str) -> Iterator[None]:
 
 
 def format_counts(counts: Counter) -> str:
-    parts = [f"{count} {name}" for name, count in counts.items()]
-    return ", ".join(parts) or "none"
+    return ", ".join(f"{count} {name}" for name, count in counts.items()) or "none"

@@ -1,20 +1,13 @@
 """Files that are whole or not there, and a folder that belongs to one process.
 
-output_dir/
-  config.json                    every flag, and the name of the variant
-  metrics.jsonl                  one line a step ("train") and one an evaluation ("eval", "final")
-  iteration-<t>/pairs.jsonl      what π_θt was trained on
-                dropped.jsonl    the given pairs that were not selected, smallest margin first
-                samples.jsonl, answers.jsonl
-  policy/                        the final policy and its tokenizer, for `from_pretrained`
-  report.md, review.png, curves.png
-  state/                         until the run ends; what is there is read, not computed again
-    data.json                    the pairs and prompts as token ids
-    metrics.jsonl                the same lines, in our own keeping
-    policy-<t>/                  π_θt, of the last two iterations
-    checkpoint-<t>.pt            within the training of π_θt
-    logps-<i>-<key>.json         log-probs under π_θi of the rows that the key stands for
-    samples-<i>-<key>.jsonl      samples from π_θi; prompts-<i>-<key>.json asks an engine for them
+What a run leaves in output_dir is in docs/data.md. Until it ends, state/ holds what a resume reads
+and does not compute again:
+  data.json                    the pairs and prompts as token ids
+  metrics.jsonl                a copy of the lines, in our own keeping
+  policy-<t>/                  π_θt, of the last two iterations
+  checkpoint-<t>.pt            within the training of π_θt
+  logps-<i>-<key>.json         log-probs under π_θi of the rows that the key stands for
+  samples-<i>-<key>.jsonl      samples from π_θi; prompts-<i>-<key>.json asks an engine for them
 """
 
 import json
@@ -26,7 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sera_min.machinery.errors import InputError
+from tqdm import tqdm
+
+from sera_min.machinery.errors import InputError, one_line
 
 
 @contextmanager
@@ -38,10 +33,9 @@ def writing(path: Path) -> Iterator[Path]:
         yield beside
         beside.replace(path)
     except Exception as error:  # safetensors and torch raise their own kinds
-        if beside.is_dir():
-            shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(beside, ignore_errors=True)  # of a folder; nothing if it is a file
         beside.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written: {first_line(error)}") from None
+        raise OSError(f"{path} cannot be written: {one_line(error)}") from None
 
 
 @contextmanager
@@ -49,12 +43,7 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # json and torch raise their own kinds
-        raise InputError(f"{path} cannot be read: {first_line(error)}") from None
-
-
-def first_line(error: Exception) -> str:  # torch's errors go on with a trace
-    lines = str(error).splitlines() or [type(error).__name__]
-    return lines[0]
+        raise InputError(f"{path} cannot be read: {one_line(error)}") from None
 
 
 def write(file: Path, text: str) -> None:
@@ -69,22 +58,21 @@ def read_json(file: Path) -> Any:
 
 def write_jsonl(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     with writing(file) as beside, open(beside, "w", encoding="utf-8") as lines:
-        for row in rows:
+        for row in tqdm(rows, f"write {file.name}", delay=5, leave=False):
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    with reading(file):
-        lines = file.read_text(encoding="utf-8").split("\n")
-        return [json.loads(line) for line in lines if line]
+    with reading(file), open(file, encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
 
 
 def existing(path: Path) -> Path:
     """The path itself, or the nearest folder above it that is there."""
-    for folder in (path, *path.absolute().parents):
-        if folder.exists():
-            break
-    return folder
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
 
 
 def check_free(out: Path) -> None:
@@ -94,10 +82,11 @@ def check_free(out: Path) -> None:
         raise InputError(f"--output_dir {out}: cannot write to {there}")
     if (out / "config.json").exists():
         check_not_ended(out)
-        raise InputError(f"{out} already holds a run: --resume_from_checkpoint {out}, or another --output_dir")
-    for name in ("policy", "state", "metrics.jsonl"):
+    for name in ("config.json", "policy", "state", "metrics.jsonl"):
         if (out / name).exists():
-            raise InputError(f"{out} already holds a {name}, which a run would write")
+            raise InputError(
+                f"{out} already holds a run, or its {name}: --resume_from_checkpoint {out}, or another --output_dir"
+            )
 
 
 def check_not_ended(out: Path) -> None:
@@ -135,10 +124,10 @@ def signals_noted() -> Iterator[list[int]]:
             raise KeyboardInterrupt
         noted.append(number)
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # as under nohup: whoever started us wants it ignored
-            signal.signal(number, note)
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup: whoever started us wants it ignored
+            before[number] = signal.signal(number, note)
     try:
         yield noted
     finally:

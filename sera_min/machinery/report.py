@@ -1,16 +1,8 @@
-"""What people look at: report.md, review.png and curves.png of a run, and TensorBoard's curves.
+"""What people look at: report.md, review.png and curves.png, made of the files that the run wrote."""
 
-The report is made of the files that the run wrote: metrics.jsonl and, of every iteration,
-pairs.jsonl, dropped.jsonl, samples.jsonl and answers.jsonl.
-"""
-
-import json
-import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
+from typing import Any
 
 from sera_min.machinery.errors import one_line
 from sera_min.machinery.folder import read_jsonl, write, writing
@@ -23,122 +15,98 @@ COLUMNS = {  # of the table: heading -> the name in metrics.jsonl, and what it m
     "their precision": ("bootstrap/precision", "the same share of those, ties ½"),
     "true reward": ("gold/reward", "mean over fresh answers to evaluation prompts"),
     "win rate": ("gold/win_rate", "how often it beats that of the SFT policy's answer, ties ½"),
-    "KL": (
-        "kl",
-        "mean over fresh answers to evaluation prompts of log π_θ(y|x) − log π_ref(y|x), nats: "
-        "how far the policy has gone from the reference, at temperature 1; an estimate, so it "
-        "may be below 0 at first",
-    ),
+    "KL": ("kl", "mean of log π_θ(y|x) − log π_ref(y|x) over such answers, nats: how far π_θ has gone from π_ref"),
     "words": ("gold/length", "mean length of these answers"),
     "accuracy": ("eval_rewards/accuracies", "share of evaluation pairs with margin > 0, ties ½"),
     "β·margin": ("eval_rewards/margins", "β times their mean implicit reward margin"),
-    "seconds": ("seconds", "review, training and evaluation, in this process"),
 }
 CURVES = ("loss", "rewards/accuracies", "rewards/margins")  # in curves.png
-COLOURS = {"right label": "C0", "flipped label": "C1", "kept": "C2", "not kept": "0.75"}
+GROUPS = {"given": "C0", "right label": "C0", "flipped label": "C1", "bootstrapped": "C2"}  # in review.png
 SHOWN = 400  # characters of a text; a longer one loses its middle
 
 Line = dict[str, Any]  # of a JSONL file
 IsFlipped = Callable[[Line], bool] | None  # whether a label is wrong; None where nobody knows
 
 
-class Curves:
-    """TensorBoard's curves, where it is installed: one an iteration, and one of the evaluations."""
-
-    def __init__(self, out: Path) -> None:
-        self.folder = out / "tensorboard"
-        self.writers: dict[str, Any] = {}
-        self.is_off = False
-
-    def add(self, line: Line) -> None:
-        """Add a line of metrics.jsonl. A curve's first replaces those of an earlier process."""
-        if self.is_off:
-            return
-        try:
-            self.write_events(line)
-        except Exception as error:  # not installed; or broken, which may raise anything
-            self.is_off = True
-            if not isinstance(error, ImportError):
-                print(f"no TensorBoard: {one_line(error)}")
-
-    def write_events(self, line: Line) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        is_step = line["phase"] == "train"
-        curve = f"iteration-{line['iteration']}" if is_step else "evaluation"
-        at = line["step"] if is_step else line["iteration"]
-        if curve not in self.writers:
-            self.writers[curve] = SummaryWriter(str(self.folder / curve), purge_step=at)
-        for name, value in line.items():
-            if isinstance(value, float):
-                self.writers[curve].add_scalar(name, value, at)
-        self.writers[curve].flush()
-
-    def close(self) -> None:
-        for writer in self.writers.values():
-            writer.close()
-
-
-def write_report(out: Path, seconds: dict[int, float], prompts: dict[int, str], is_flipped: IsFlipped) -> None:
+def write_report(out: Path, prompts: dict[int, str], is_flipped: IsFlipped) -> None:
     """Write report.md and the figures, and print all but the reviewed pairs.
 
-    seconds: by iteration, what this process spent on it. prompts: of the given pairs, by the
-    number of their row, as people read them.
+    prompts: of the given pairs, by the number of their row, as people read them.
     """
     metrics = read_jsonl(out / "metrics.jsonl")
-    steps = [line for line in metrics if line["phase"] == "train"]
-    evaluations = [line for line in metrics if line["phase"] != "train"]
-    for line in evaluations:
-        if line["iteration"] in seconds:
-            line["seconds"] = round(seconds[line["iteration"]])
+    evaluations = having(metrics, "phase", "eval", "final")
     last = evaluations[-1]["iteration"]
     answers = read_jsonl(out / f"iteration-{last}" / "answers.jsonl")
-    results = describe_results(evaluations, answers)
-    print("\n" + "\n".join(results) + "\n")
+    parts = ["# Results", describe_results(evaluations, answers[:5])]
+    print(f"\n{parts[-1]}\n")
 
-    reviews: list[Reviewed] = []
-    pairs = []
+    reviews: dict[int, list[Line]] = {}
+    kept_before: set[int] = set()
     for t in range(1, last + 1):
-        folder = out / f"iteration-{t}"
-        if not (folder / "dropped.jsonl").exists():  # t = 1, which takes all given pairs
+        here = out / f"iteration-{t}"
+        if not (here / "dropped.jsonl").exists():  # t = 1, which takes all given pairs
             continue
-        before = reviews[-1] if reviews else None
-        reviews.append(read_review(folder, t, is_flipped))
-        summary = summarise(reviews[-1], before)
+        reviews[t] = read_review(here, is_flipped)
+        given = having(reviews[t], "source", "offline")
+        own = having(reviews[t], "source", "bootstrap")
+        kept = {pair["row"] for pair in having(given, "kept", True)}
+        summary = summarise(given, kept, kept_before)
+        kept_before = kept
         print(f"iteration {t}: {summary}")
-        pairs += describe_review(reviews[-1], summary, prompts)
-    title = ["", "## What the review saw"] if reviews else []
-    parts = [f"# {out.name}", "", *results, *title, *pairs, ""]
-    for name in draw_figures(out, steps, reviews):
+        parts += [f"## The review of iteration {t}", f"{summary}."]
+        parts += describe_pairs("The given pairs with the smallest margins:", given[:5], prompts)
+        parts += describe_pairs("The given pairs with the largest margins:", given[::-1][:5], prompts)
+        parts += describe_pairs("Pairs of its own samples:", own[::-1][:3], prompts)
+    for name in draw_figures(out, having(metrics, "phase", "train"), reviews):
         parts.append(f"![{name}]({name})")
-    write(out / "report.md", "\n".join(parts) + "\n")
+    write(out / "report.md", "\n\n".join(parts) + "\n")
 
 
-def describe_results(evaluations: list[Line], answers: list[Line]) -> list[str]:
-    """The table, what its columns mean, and five answers."""
-    parts = [table(evaluations), ""]
-    header = parts[0].split("\n")[0]
-    for heading, (_, meaning) in COLUMNS.items():
-        if f" {heading} " in header:
-            parts.append(f"- {heading}: {meaning}")
-    for line in answers[:5]:
-        texts = {"prompt": line["prompt"], "before": line["reference"], "after": line["answer"]}
-        parts += ["", block(texts)]
-    return parts
+def having(lines: list[Line], name: str, *values: Any) -> list[Line]:
+    return [line for line in lines if line[name] in values]
 
 
-def table(evaluations: list[Line]) -> str:
-    """The iterations as a Markdown table, of the columns that any evaluation has."""
-    columns = []
-    for heading, (name, _) in COLUMNS.items():
+def read_review(here: Path, is_flipped: IsFlipped) -> list[Line]:
+    """The pairs of a review, smallest margin first: with whether they were kept, and one of GROUPS."""
+    pairs = []
+    for name in ("pairs", "dropped"):
+        for pair in read_jsonl(here / f"{name}.jsonl"):
+            group = "given"
+            if pair["source"] == "bootstrap":
+                group = "bootstrapped"
+            elif is_flipped is not None:
+                group = "flipped label" if is_flipped(pair) else "right label"
+            pairs.append({**pair, "kept": name == "pairs", "group": group})
+    return sorted(pairs, key=lambda pair: pair["margin"])
+
+
+def summarise(given: list[Line], kept: set[int], before: set[int]) -> str:
+    """One line about the given pairs of a review; before: those that the review before it kept, if there was one."""
+    n = len(given)
+    negative = sum(pair["margin"] < 0 for pair in given) / n
+    line = f"{len(kept)} of {n} given pairs kept, {n - len(kept)} not selected; "
+    line += f"{negative:.0%} of the margins are negative"
+    if kept and before:
+        line += f"; {len(kept & before) / len(kept):.0%} of the kept were kept the time before"
+    return line
+
+
+def describe_results(evaluations: list[Line], answers: list[Line]) -> str:
+    """The table of the columns that any evaluation has, what they mean, and the answers."""
+    columns, legend = [], []
+    for heading, (name, meaning) in COLUMNS.items():
         cells = [format_cell(line.get(name)) for line in evaluations]
         if set(cells) == {"–"}:
             continue
         width = max(map(len, [heading, *cells]))
         ruled = [heading, "-" * (width - 1) + ":", *cells]
         columns.append([cell.rjust(width) for cell in ruled])
-    lines = [f"| {' | '.join(row)} |" for row in zip(*columns)]
-    return "\n".join(lines)
+        legend.append(f"- {heading}: {meaning}")
+    rows = [f"| {' | '.join(row)} |" for row in zip(*columns)]
+    parts = ["\n".join(rows), "\n".join(legend)]
+    for line in answers:
+        parts.append(block({"prompt": line["prompt"], "before": line["reference"], "after": line["answer"]}))
+    return "\n\n".join(parts)
 
 
 def format_cell(value: Any) -> str:
@@ -147,96 +115,12 @@ def format_cell(value: Any) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-class Reviewed(NamedTuple):
-    """What the review of iteration t made of the given pairs and of its samples, by row."""
-
-    t: int
-    given: list[Line]  # all of them, smallest margin first
-    margins: dict[int, float]  # of the given pairs, in the same order, nats
-    kept: set[int]
-    flipped: set[int]  # whose label is wrong, where that is known
-    bootstrapped: list[Line]  # pairs of samples that were kept
-    sampled: dict[int, float]  # margins of all pairs of samples
-
-
-def read_review(folder: Path, t: int, is_flipped: IsFlipped) -> Reviewed:
-    pairs = read_jsonl(folder / "pairs.jsonl")
-    given = [pair for pair in pairs if pair["source"] == "offline"]
-    kept = {pair["row"] for pair in given}
-    given += read_jsonl(folder / "dropped.jsonl")
-    given.sort(key=lambda pair: pair["margin"])
-    margins = {pair["row"]: pair["margin"] for pair in given}
-    flipped = {pair["row"] for pair in given if is_flipped and is_flipped(pair)}
-    bootstrapped = [pair for pair in pairs if pair["source"] == "bootstrap"]
-    sampled = sampled_margins(folder / "samples.jsonl", sorted(margins))
-    return Reviewed(t, given, margins, kept, flipped, bootstrapped, sampled)
-
-
-def sampled_margins(file: Path, rows: list[int]) -> dict[int, float]:
-    """By row the largest reward of the samples of its prompt minus the smallest, if they differ.
-
-    The file has the same number of samples of every prompt, in the order of the rows.
-    """
-    if not file.exists():
-        return {}
-    values = []
-    with open(file, encoding="utf-8") as lines:  # line by line: they may be many
-        for line in lines:
-            reward = json.loads(line)["reward"]
-            if reward is None:
-                reward = math.nan
-            values.append(reward)
-    rewards = torch.tensor(values, dtype=torch.float64).view(len(rows), -1)  # (P, n)
-    largest = rewards.nan_to_num(-math.inf).amax(1)
-    smallest = rewards.nan_to_num(math.inf).amin(1)
-    margins = (largest - smallest).tolist()
-    return {row: margin for row, margin in zip(rows, margins) if margin > 0}
-
-
-def summarise(review: Reviewed, before: Reviewed | None) -> str:
-    """One line about a review, and how it differs from the one `before` it."""
-    n = len(review.given)
-    k = len(review.kept)
-    negative = sum(margin < 0 for margin in review.margins.values()) / n
-    line = f"{k} of {n} given pairs kept, {n - k} not selected; "
-    line += f"{negative:.0%} of the margins are negative"
-    if before is None:
-        return line
-    again = len(review.kept & before.kept) / max(1, k)
-    alike = spearman(list(review.margins), list(before.margins))
-    return (
-        f"{line}; {again:.0%} of the kept were kept the time before; Spearman's correlation "
-        f"of all margins with those then {alike:.2f}"
-    )
-
-
-def spearman(now: list[int], then: list[int]) -> float:
-    """The correlation of the places that the same N things have in two orders."""
-    if len(now) < 2:
-        return 1.0
-    places = torch.tensor([now, then]).argsort().double()  # (2, N): of each thing its place
-    return torch.corrcoef(places)[0, 1].item()
-
-
-def describe_review(review: Reviewed, summary: str, prompts: dict[int, str]) -> list[str]:
-    """The part of report.md about one review."""
-    shown = {
-        "The given pairs with the smallest margins": review.given[:5],
-        "The given pairs with the largest margins": review.given[::-1][:5],
-        "Pairs of its own samples": review.bootstrapped[:3],
-    }
-    parts = ["", f"### Iteration {review.t}", "", f"{summary}."]
-    for title, pairs in shown.items():
-        if pairs:
-            parts += ["", f"{title}:"]
-        for pair in pairs:
-            row = pair["row"]
-            margin = f"{pair['margin']:.2f}, row {row}"
-            if pair["source"] == "offline" and row in review.flipped:
-                margin += "; the label is flipped"
-            texts = {"margin": margin, "prompt": prompts[row]}
-            texts |= {"chosen": pair["chosen"], "rejected": pair["rejected"]}
-            parts += ["", block(texts)]
+def describe_pairs(title: str, pairs: list[Line], prompts: dict[int, str]) -> list[str]:
+    parts = [title] if pairs else []
+    for pair in pairs:
+        margin = f"{pair['margin']:.2f}, row {pair['row']}, {pair['group']}"
+        texts = {"margin": margin, "prompt": prompts[pair["row"]]}
+        parts.append(block({**texts, "chosen": pair["chosen"], "rejected": pair["rejected"]}))
     return parts
 
 
@@ -245,40 +129,31 @@ def block(texts: dict[str, str]) -> str:
     width = max(map(len, texts))
     lines = []
     for name, text in texts.items():
-        indented = shortened(text).replace("\n", "\n" + " " * (4 + width + 2))
+        text = text.strip()
+        if len(text) > SHOWN:
+            text = f"{text[: SHOWN // 2]} … {len(text) - SHOWN} characters … {text[-SHOWN // 2 :]}"
+        indented = text.replace("\n", "\n" + " " * (4 + width + 2))
         lines.append(f"    {name:>{width}}: {indented}")
     return "\n".join(lines)
 
 
-def shortened(text: str) -> str:
-    text = text.strip()
-    left_out = len(text) - SHOWN
-    if left_out <= 0:
-        return text
-    return f"{text[: SHOWN // 2]} … {left_out} characters … {text[-SHOWN // 2 :]}"
-
-
-def draw_figures(out: Path, steps: list[Line], reviews: list[Reviewed]) -> list[str]:
+def draw_figures(out: Path, steps: list[Line], reviews: dict[int, list[Line]]) -> list[str]:
     """Draw review.png, where there was a review, and curves.png; returns the names."""
     try:
         from matplotlib.figure import Figure
     except Exception as error:  # not installed, or broken, which may raise anything
         print(f"no figures: {one_line(error)}")
         return []
-    curves = Figure((11, 3), layout="constrained")
-    draw_curves(curves, steps)
-    save(curves, out / "curves.png")
-    if not reviews:
-        return ["curves.png"]
-    picture = Figure((max(7, 3.5 * len(reviews)), 5), layout="constrained")
-    draw_reviews(picture, reviews)
-    save(picture, out / "review.png")
-    return ["review.png", "curves.png"]
-
-
-def save(figure: Any, file: Path) -> None:
-    with writing(file) as beside:
-        figure.savefig(beside, format="png")
+    figures = {}
+    if reviews:
+        figures["review.png"] = Figure((max(7, 3.5 * len(reviews)), 3), layout="constrained")
+        draw_reviews(figures["review.png"], reviews)
+    figures["curves.png"] = Figure((11, 3), layout="constrained")
+    draw_curves(figures["curves.png"], steps)
+    for name, figure in figures.items():
+        with writing(out / name) as beside:
+            figure.savefig(beside, format="png")
+    return list(figures)
 
 
 def draw_curves(figure: Any, steps: list[Line]) -> None:
@@ -291,46 +166,26 @@ def draw_curves(figure: Any, steps: list[Line]) -> None:
     panels[-1].legend(fontsize="small")
 
 
-def draw_reviews(figure: Any, reviews: list[Reviewed]) -> None:
-    """A column a review: above all given pairs, below all pairs of its samples."""
-    above, below = figure.subplots(2, len(reviews), squeeze=False)
-    for review, upper, lower in zip(reviews, above, below):
-        histogram(upper, review.margins, review.kept, review.flipped)
-        counts = f"{len(review.kept)} of {len(review.margins)}"
-        upper.set_title(f"iteration {review.t}: {counts} given pairs kept", fontsize="medium")
-        taken = {pair["row"] for pair in review.bootstrapped}
-        histogram(lower, review.sampled, taken, set())
-        counts = f"{len(taken)} of {len(review.sampled)}"
-        lower.set_title(f"iteration {review.t}: {counts} new pairs kept", fontsize="medium")
-    for axes in (above[0], below[0]):
-        axes.set_ylabel("pairs")
+def draw_reviews(figure: Any, reviews: dict[int, list[Line]]) -> None:
+    """The margins of the given pairs and, on top of them, of the bootstrapped ones; a line where selection cut."""
+    panels = figure.subplots(1, len(reviews), squeeze=False)[0]
+    for axes, (t, pairs) in zip(panels, reviews.items()):
+        margins, colours, labels = [], [], []
+        for name, colour in GROUPS.items():
+            of_group = margins_of(pairs, "group", name)
+            if of_group:
+                margins.append(of_group)
+                colours.append(colour)
+                labels.append(f"{name}: {len(of_group)}")
+        axes.hist(margins, bins=50, stacked=True, color=colours, label=labels)
+        given = having(pairs, "source", "offline")
+        kept = margins_of(given, "kept", True)
+        others = margins_of(given, "kept", False)
+        if kept and others and max(others) <= min(kept):
+            axes.axvline(min(kept), color="black", linestyle="--", label=f"right of it {len(kept)} given pairs kept")
+        axes.set(title=f"iteration {t}", xlabel="implicit reward margin, nats", ylabel="pairs")
+        axes.legend(fontsize="small")
 
 
-def histogram(axes: Any, margins: dict[int, float], kept: set[int], flipped: set[int]) -> None:
-    """Of margins by row; a line at the smallest one kept, where none above it was left out."""
-    inside, outside = split(margins, kept)
-    groups = {"kept": inside, "not kept": outside}
-    if flipped:
-        wrong, right = split(margins, flipped)
-        groups = {"right label": right, "flipped label": wrong}
-    values = list(margins.values()) or [0.0]
-    is_cut = bool(inside and outside) and max(outside) <= min(inside)
-    edge = min(inside) if is_cut else min(values)  # no bar has pairs on both sides of it
-    width = (max(values) - min(values)) / min(50, len(values)) or 1.0
-    first = math.floor((min(values) - edge) / width)
-    last = math.ceil((max(values) - edge) / width) + 1
-    bins = [edge + k * width for k in range(first, last + 1)]
-    colours = list(map(COLOURS.get, groups))
-    labels = [f"{name}: {len(group)}" for name, group in groups.items()]
-    axes.hist(list(groups.values()), bins, stacked=True, color=colours, label=labels)
-    if is_cut:
-        axes.axvline(edge, color="black", linestyle="--", label="kept: right of it")
-    axes.set_ylim(top=1.4 * axes.get_ylim()[1])  # room for the legend
-    axes.set_xlabel("implicit reward margin, nats")
-    axes.legend(fontsize="small")
-
-
-def split(margins: dict[int, float], rows: set[int]) -> tuple[list[float], list[float]]:
-    """The margins of these rows, and those of the others."""
-    others = margins.keys() - rows
-    return [margins[row] for row in margins.keys() & rows], [margins[row] for row in others]
+def margins_of(pairs: list[Line], name: str, value: Any) -> list[float]:
+    return [pair["margin"] for pair in having(pairs, name, value)]

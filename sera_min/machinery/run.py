@@ -4,8 +4,7 @@ import json
 import math
 import os
 import shutil
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from sera_min.machinery.device import check_memory, set_precision
 from sera_min.machinery.errors import InputError
 from sera_min.machinery.models import check_before_training, check_positions
 from sera_min.machinery.policies import REASON, Policies, check_finite
-from sera_min.pairs import Ids, Review, Samples, TrainingSet
+from sera_min.pairs import Ids, Pair, Review, Samples, TrainingSet
 
 
 @contextmanager
@@ -55,16 +54,14 @@ class Run:
         self.out = Path(config.output_dir)
         self.state = self.out / "state"
         self.policies = Policies(self.out, config)
-        self.made_here = config.in_playground and self.policies.newest() < 0
-        if self.made_here:
+        if config.in_playground and self.policies.newest() < 0:
             with self.policies.timed("SFT"):
                 policy, tokenizer = world.make_sft_policy(config.seed, config.device)
             self.policies.hold(0, policy, tokenizer)
         policy = self.policies.get(max(self.policies.newest(), 0))
         check_memory(policy, config.device)
         longest = max(config.max_length, config.max_prompt_length + config.max_new_tokens)
-        limits = "--max_length or --max_prompt_length + --max_new_tokens"
-        check_positions(policy, longest, limits)
+        check_positions(policy, longest, "--max_length or --max_prompt_length + --max_new_tokens")
 
         data.set_template(self.policies.tokenizer)
         if (self.state / "data.json").exists():
@@ -90,39 +87,30 @@ class Run:
             )
 
     def begin(self, variant: str) -> None:
-        """What an interrupted write has left goes; flags, data and π_ref are written."""
-        for beside in self.state.glob(".*-*"):
-            if beside.is_dir():
-                shutil.rmtree(beside)
-            else:
-                beside.unlink()
-        config_json = configuration.config_json(self.config, variant)
-        folder.write(self.out / "config.json", config_json)
+        """Flags, data and π_ref are written, and metrics.jsonl ends where the run goes on."""
+        folder.write(self.out / "config.json", configuration.config_json(self.config, variant))
         if not (self.state / "data.json").exists():
             folder.write(self.state / "data.json", json.dumps(self.data))
-        if self.made_here:
+        if self.policies.newest() < 0:
             self.policies.save(0, self.policies.policy)
         self.restore_metrics()
-        self.curves = report.Curves(self.out)
-        self.seconds: dict[int, float] = {}  # of each iteration, in this process
-        self.began = time.monotonic()
 
     # Steps that survive a kill
-
-    def checkpoint(self, t: int) -> Path:
-        return self.state / f"checkpoint-{t}.pt"
 
     def steps(self, t: int, batches: list[list[int]], policy: Any, optimizer: Any) -> Iterator[tuple[int, list[int]]]:
         """(step, batch), from the last checkpoint on, which policy and optimizer are set to.
 
         Every `save_steps` steps, and when a signal asks to stop, a checkpoint is written.
         """
-        done = self.restore(t, policy, optimizer)
+        state = self.read_checkpoint(t)
+        done = state["step"]
+        if done > 0:
+            policy.load_state_dict(state["policy"])
+            optimizer.load_state_dict(state["optimizer"])
+        del state  # which is as large as both
         self.policies.forget()
-        desc = f"iteration {t}: train"
-        self.bar = tqdm(batches[done:], desc, initial=done, total=len(batches), unit="step")
-        began = time.monotonic()
-        with folder.signals_noted() as signals:
+        self.bar = tqdm(batches[done:], f"iteration {t}: train", initial=done, total=len(batches), unit="step")
+        with folder.signals_noted() as signals, self.policies.timed("training"):
             for step, batch in enumerate(self.bar, done + 1):
                 yield step, batch
                 due = step % self.config.save_steps == 0 and step < len(batches)
@@ -130,24 +118,15 @@ class Run:
                     self.save_checkpoint(t, step, policy, optimizer)
                 if signals:
                     raise KeyboardInterrupt
-        self.policies.seconds["training"] += time.monotonic() - began  # type: ignore[assignment]
 
     def save_checkpoint(self, t: int, step: int, policy: Any, optimizer: Any) -> None:
         check_finite(policy, f"iteration {t}, step {step}")
         state = {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
-        with folder.writing(self.checkpoint(t)) as beside:
+        with folder.writing(self.state / f"checkpoint-{t}.pt") as beside:
             torch.save(state, beside)
 
-    def restore(self, t: int, policy: Any, optimizer: Any) -> int:
-        """Sets both to the last checkpoint, and returns the number of steps that it has seen."""
-        state = self.read_checkpoint(t)
-        if state["step"] > 0:
-            policy.load_state_dict(state["policy"])
-            optimizer.load_state_dict(state["optimizer"])
-        return state["step"]
-
     def read_checkpoint(self, t: int) -> dict[str, Any]:
-        file = self.checkpoint(t)
+        file = self.state / f"checkpoint-{t}.pt"
         if not file.exists():
             return {"step": 0}
         with folder.reading(file):
@@ -157,53 +136,48 @@ class Run:
 
     def restore_metrics(self) -> None:
         """metrics.jsonl anew: the lines of all steps before the point where the run goes on."""
-        newest = self.policies.newest()
-        done = self.read_checkpoint(newest + 1)["step"]
         ours = self.state / "metrics.jsonl"
-        self.logged: set[tuple] = set()
+        written = ""
+        if ours.exists():
+            written = ours.read_text(encoding="utf-8")
+        t = self.policies.newest() + 1
+        goes_on = (t, self.read_checkpoint(t)["step"])
         lines = []
-        for line in complete_lines(ours):
-            t = line["iteration"]
-            if t <= newest or (t == newest + 1 and line.get("step", 0) <= done):
+        for text in written.split("\n")[:-1]:  # a kill may have cut off the last line
+            line = json.loads(text)
+            if (line["iteration"], line.get("step", 0)) <= goes_on:
                 lines.append(line)
-                self.logged.add(place_of(line))
+        self.evaluated = {line["iteration"] for line in lines if line["phase"] != "train"}
         folder.write_jsonl(ours, lines)
         folder.write_jsonl(self.out / "metrics.jsonl", lines)
 
     def log(self, line: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl, unless it is there from before a resume."""
-        if place_of(line) in self.logged:
-            return
-        self.logged.add(place_of(line))
         text = json.dumps(line) + "\n"
         for file in (self.state / "metrics.jsonl", self.out / "metrics.jsonl"):
             with open(file, "a", encoding="utf-8") as lines:
                 lines.write(text)
-        if self.wants_report:
-            self.curves.add(line)
-        if line["phase"] == "train":
-            shown = "loss {loss:.3f}, accuracy {rewards/accuracies:.3f}, margin {rewards/margins:.3f}"
-            self.bar.set_postfix_str(shown.format_map(line))
 
-    def log_step(self, t: int, step: int, batch: list[int], metrics: dict[str, float]) -> None:
-        """A line of metrics.jsonl. Raises FloatingPointError where loss or gradient is not finite."""
+    def log_step(self, t: int, step: int, batch: list[int], metrics: dict[str, Any]) -> None:
+        """A line of metrics.jsonl. Raises FloatingPointError where a pair's loss or the gradient is not finite."""
+        losses = metrics.pop("losses")
         self.log({"phase": "train", "iteration": t, "step": step, **metrics})
-        loss, norm = metrics["loss"], metrics["grad_norm"]
-        if not math.isfinite(loss) or not math.isfinite(norm):
-            lines = sorted(i + 1 for i in batch)
+        shown = "loss {loss:.3f}, accuracy {rewards/accuracies:.3f}, margin {rewards/margins:.3f}"
+        self.bar.set_postfix_str(shown.format_map(metrics))
+        bad = [i + 1 for i, loss in zip(batch, losses) if not math.isfinite(loss)]
+        norm = metrics["grad_norm"]
+        if bad or not math.isfinite(norm):
+            lines = sorted(bad) or sorted(i + 1 for i in batch)
             raise FloatingPointError(
-                f"iteration {t}, step {step}, pairs.jsonl lines {lines}: the loss is {loss:.3g}, "
+                f"iteration {t}, step {step}, pairs.jsonl lines {lines}: the loss is {metrics['loss']:.3g}, "
                 f"its gradient {norm:.3g}"
             )
 
     def log_evaluation(self, t: int, metrics: dict[str, Any]) -> dict[str, Any]:
-        phase = "eval"
-        if t == self.config.iterations:
-            phase = "final"
-        line = {"phase": phase, "iteration": t} | metrics
-        self.log(line)
-        now = time.monotonic()
-        self.seconds[t], self.began = now - self.began, now
+        """A line of metrics.jsonl, unless it is there from before a resume."""
+        phase = "final" if t == self.config.iterations else "eval"
+        line = {"phase": phase, "iteration": t, **metrics}
+        if t not in self.evaluated:
+            self.log(line)
         return line
 
     # What people read
@@ -225,43 +199,44 @@ class Run:
 
     def pair_lines(self, chosen: TrainingSet) -> Iterator[dict[str, Any]]:
         """Pairs as TRL reads them to the same token ids; `row` is that of the user's data."""
-        rows = zip(chosen.pairs, chosen.margins.tolist(), chosen.sources, chosen.numbers)
-        for pair, margin, source, i in in_view(rows, "decode pairs", len(chosen.pairs)):
+        margins = chosen.margins.tolist()
+        for pair, margin, source, i in zip(chosen.pairs, margins, chosen.sources, chosen.numbers):
             texts = self.pair_texts(pair)
             yield {**texts, "margin": margin, "source": source, "row": self.given.file_rows[i]}
 
-    def pair_texts(self, pair: Any) -> dict[str, str]:
+    def pair_texts(self, pair: Pair) -> dict[str, str]:
         tokenizer = self.policies.tokenizer
         ends = [tokenizer.eos_token_id]  # which TRL adds itself
-        responses = [pair.chosen, pair.rejected]
-        texts = data.decode_responses(tokenizer, pair.prompt, responses, ends)
         prompt = data.decode(tokenizer, pair.prompt, ends)
-        return {"prompt": prompt, "chosen": texts[0], "rejected": texts[1]}
+        responses = [pair.chosen, pair.rejected]
+        chosen, rejected = data.decode_responses(tokenizer, pair.prompt, responses, ends)
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
     def sample_lines(self, samples: Samples, rewards: list[float]) -> Iterator[dict[str, Any]]:
         """The lines of samples.jsonl. A sample is usable if it ended and has a reward."""
-        tokenizer, ends = self.policies.tokenizer, self.policies.eos_ids
-        rewards_left = iter(rewards)
-        rows = zip(self.given.pairs, samples)
-        for pair, of_prompt in in_view(rows, "decode samples", len(samples)):
-            prompt = data.decode(tokenizer, pair.prompt, ends)
+        rewards_left = iter(rewards)  # those of samples that ended
+        for pair, of_prompt in zip(self.given.pairs, samples):
+            prompt = data.decode(self.policies.tokenizer, pair.prompt, self.policies.eos_ids)
             for y, ended in of_prompt:
-                line: dict[str, Any] = {"prompt": prompt}
-                line["response"] = self.answer_text(pair.prompt, y)
-                reward = math.nan
-                if ended:
-                    reward = next(rewards_left)
-                line |= {"finish_reason": REASON[ended], "usable": True, "reward": reward}
-                if math.isnan(reward):
-                    line |= {"usable": False, "reward": None}
-                yield line
+                reward: float | None = next(rewards_left) if ended else None
+                if reward != reward:  # NaN
+                    reward = None
+                line = {"prompt": prompt, "response": self.answer_text(pair.prompt, y)}
+                yield {**line, "finish_reason": REASON[ended], "usable": reward is not None, "reward": reward}
 
     def answer_text(self, prompt: Ids, response: Ids) -> str:
         return data.decode(self.policies.tokenizer, response, self.policies.eos_ids, after=prompt)
 
     def judge(self, t: int, answers: list[Ids]) -> dict[str, Any]:
         """Writes answers.jsonl, counts iteration t's pairs; in the playground the true rewards of both."""
-        rows = self.answer_lines(answers)
+        seed = seed_of(self.config.seed, 0, "reference answers")
+        references = self.policies.sample(0, self.prompts, 1, seed)
+        rows = []
+        for text, x, y, of_prompt in zip(self.data["texts"], self.prompts, answers, references):
+            row = {"prompt": text, "answer": self.answer_text(x, y)}
+            row["reference"] = self.answer_text(x, of_prompt[0][0])
+            row["finish_reason"] = REASON[y[-1] in self.policies.eos_ids]
+            rows.append(row)
         here = self.out / f"iteration-{t}"
         folder.write_jsonl(here / "answers.jsonl", rows)
         judged: dict[str, Any] = {}
@@ -275,19 +250,6 @@ class Run:
             judged |= self.count_pairs(folder.read_jsonl(here / "pairs.jsonl"))
         return judged
 
-    def answer_lines(self, answers: list[Ids]) -> list[dict[str, Any]]:
-        """Of every evaluation prompt the answer, and the SFT policy's."""
-        seed = seed_of(self.config.seed, 0, "reference answers")
-        references = self.policies.sample(0, self.prompts, 1, seed)
-        lines = []
-        for text, x, y, of_prompt in zip(self.data["texts"], self.prompts, answers, references):
-            y_reference, _ = of_prompt[0]
-            line = {"prompt": text, "answer": self.answer_text(x, y)}
-            line["reference"] = self.answer_text(x, y_reference)
-            line["finish_reason"] = REASON[y[-1] in self.policies.eos_ids]
-            lines.append(line)
-        return lines
-
     def count_pairs(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
         """Given and bootstrapped ones; in the playground the share of each that is right."""
         counts: dict[str, Any] = {}
@@ -295,42 +257,17 @@ class Run:
             of_source = [pair for pair in pairs if pair["source"] == source]
             counts[f"{name}/pairs"] = len(of_source)
             if self.config.in_playground:
-                counts[f"{name}/precision"] = None
-            if self.config.in_playground and of_source:
-                counts[f"{name}/precision"] = self.world.precision(of_source)
+                counts[f"{name}/precision"] = self.world.precision(of_source) if of_source else None
         return counts
-
-    def write_report(self) -> None:
-        is_flipped = None
-        if self.config.in_playground:
-            is_flipped = self.world.is_flipped
-        prompts = dict(zip(self.given.file_rows, self.given.texts))
-        report.write_report(self.out, self.seconds, prompts, is_flipped)
 
     def finish(self) -> None:
         """The report; the last policy becomes policy/; state/ goes, nothing is left to resume."""
-        self.curves.close()
         if self.wants_report:
-            self.write_report()
+            prompts = dict(zip(self.given.file_rows, self.given.texts))
+            is_flipped = self.world.is_flipped if self.config.in_playground else None
+            report.write_report(self.out, prompts, is_flipped)
         spent = [f"{s:.0f} {phase}" for phase, s in self.policies.seconds.most_common()]
         print("Seconds:", ", ".join(spent))
         (self.state / f"policy-{self.config.iterations}").rename(self.out / "policy")
         shutil.rmtree(self.state)
         print(f"The policy is in {self.out / 'policy'}, the rest of the run in {self.out}.")
-
-
-def in_view(rows: Iterable, desc: str, count: int) -> Iterable:
-    """With a progress bar, where there are many."""
-    return tqdm(rows, desc, count, disable=count < 10_000)
-
-
-def complete_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file of ours; the last may be cut off by a kill."""
-    if not file.exists():
-        return
-    for line in file.read_text(encoding="utf-8").split("\n")[:-1]:
-        yield json.loads(line)
-
-
-def place_of(line: dict[str, Any]) -> tuple:
-    return line["phase"], line["iteration"], line.get("step")

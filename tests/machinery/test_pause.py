@@ -52,7 +52,6 @@ def flags(tmp_path, monkeypatch) -> Config:
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, some_rows(18, random.Random(3)))))
     monkeypatch.chdir(tmp_path)  # where output_dir is a relative path
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
     sys.modules["vllm"].LLM, sys.modules["vllm"].SamplingParams = Engine, dict
     return Config(

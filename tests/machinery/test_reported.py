@@ -24,8 +24,7 @@ def sft():
 @pytest.fixture
 def world(sft, monkeypatch):
     """The playground with an SFT policy of a few seconds, and fewer prompts to evaluate on; no figures."""
-    for module in ("matplotlib.figure", "torch.utils.tensorboard"):
-        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     functions = {
         "make_sft_policy": lambda *_: (copy.deepcopy(sft[0]), sft[1]),
         "prompts": lambda part: playground.prompts(part)[: 60 if part == "test" else None],
