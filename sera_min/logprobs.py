@@ -74,7 +74,7 @@ def token_logprobs(model, prompts: list[Ids], responses: list[Ids]) -> tuple[Ten
     for h, y in zip(hidden.split(size), targets.split(size)):  # (r, H), (r,)
         chunk = checkpoint(head_logprobs, model, body, output_type, h, y, use_reentrant=False)
         logps.append(chunk)  # (r,)
-    lengths = [len(y) for y in responses]
+    lengths = list(map(len, responses))
     return torch.cat(logps).split(lengths)  # (R,) -> B of (|y|,)
 
 
@@ -137,7 +137,7 @@ def score(
             y = [responses[i] for i in batch]
             of_batch, _ = sequence_logprobs(model, x, y)
             sums[batch] = of_batch.cpu()
-    counts = torch.tensor([len(y) for y in responses], dtype=torch.int64)
+    counts = torch.tensor(list(map(len, responses)), dtype=torch.int64)
     return sums, counts
 
 

@@ -23,10 +23,7 @@ STEPS = 8  # tokens that the check samples, no more than bootstrap.STRIDE: no ro
 
 
 def load(path: str | Path, device: str) -> tuple[Any, Any]:
-    """A policy in float32, on `device` and without noise, and its tokenizer. Raises InputError.
-
-    Only safetensors are read, and no code that comes with the model is run.
-    """
+    """A policy in float32, on `device` and without noise, and its tokenizer. Raises InputError."""
     if not Path(path).exists() and is_path(str(path)):
         raise InputError(f"{path}: no such folder")
     for file in sorted(Path(path).glob("*.*")):
@@ -42,25 +39,22 @@ def load(path: str | Path, device: str) -> tuple[Any, Any]:
 
 
 def read_model(path: str | Path) -> tuple[Any, Any]:
+    """Only safetensors are read, and no code that comes with the model is run."""
     if find_adapter_config_file(str(path)):
         raise InputError("a LoRA adapter, not a model: merge it first, with PEFT's merge_and_unload")
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if getattr(config, "quantization_config", None):
         raise InputError("its weights are quantised: give the model that was quantised")
-    options: dict[str, Any] = {"config": config, "dtype": torch.float32, "use_safetensors": True}
-    options |= {"trust_remote_code": False, "output_loading_info": True}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(path, **options)
+    options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
     policy, info = loaded
     # Old folders of GPT-2 hold a constant, masked_bias.
     unexpected = [name for name in info["unexpected_keys"] if not name.endswith("masked_bias")]
-    problems = {
-        "its weights lack": info["missing_keys"],
-        "its files hold tensors that the model has no place for:": unexpected,
-    }
+    problems = {"lack": info["missing_keys"], "hold tensors that the model has no place for:": unexpected}
     for problem, names in problems.items():
         if names:
-            raise InputError(f"{problem} {', '.join(sorted(names)[:3])}")
+            raise InputError(f"its files {problem} {', '.join(sorted(names)[:3])}")
     if tokenizer.eos_token_id is None:
         raise InputError("its tokenizer has no EOS token: no response could end")
     size = policy.get_input_embeddings().num_embeddings
@@ -118,22 +112,30 @@ def check_positions(policy: Any, longest: int, flags: str) -> None:
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     if rope.get("rope_type") != "longrope":
         return
-    # As of Phi-3: all rows of a batch are rotated by the length of the longest.
+    # Phi-3 and its like: all rows of a batch are rotated by the length of the longest.
     limit = rope.get("original_max_position_embeddings") or config.original_max_position_embeddings
     if longest > limit:
         dependence = f"beyond {limit} tokens this model's log-probs depend on the batch"
         raise InputError(f"{flags} is {longest}: {dependence}")
 
 
+@torch.no_grad()
 def check_before_training(policy: Any, pair: Pair, ends: list[int]) -> None:
-    """log π(y|x) is the same as the logits say, trained and sampled. Raises InputError.
+    """log π(y|x) is as the logits of a row alone say, trained and sampled. Raises InputError.
 
     It differs for a model that has noise in training, looks at what comes after a token, reads
     padding, or continues its cache wrongly.
     """
     name = type(policy).__name__
+    x, y = rows_of([pair])
     try:
-        differences = differences_of(policy, pair, ends)
+        policy.train()
+        trained, _ = sequence_logprobs(policy, x, y)  # (2,), side by side
+        policy.eval()
+        differences = {
+            "log π(y|x) differs from its logits'": difference(policy, trained, x, y),
+            "log π(y|x) as it is sampled differs from its logits'": sampled_difference(policy, pair.prompt, ends),
+        }
     except Exception as error:  # from the model's own code
         raise InputError(f"{name} cannot be trained here: {one_line(error)}") from None
     allowed = 1e-4 if policy.device.type == "cpu" else 1e-3  # nats a token
@@ -143,19 +145,6 @@ def check_before_training(policy: Any, pair: Pair, ends: list[int]) -> None:
     print("check: log π(y|x) is the logits', as it is trained and as samples are drawn")
 
 
-@torch.no_grad()
-def differences_of(policy: Any, pair: Pair, ends: list[int]) -> dict[str, float]:
-    prompts, responses = rows_of([pair])
-    policy.train()
-    trained, _ = sequence_logprobs(policy, prompts, responses)  # (2,), side by side
-    policy.eval()
-    sampled = sampling_difference(policy, pair.prompt, ends)
-    return {
-        "log π(y|x) differs from its logits'": difference(policy, trained, prompts, responses),
-        "log π(y|x) as it is sampled differs from its logits'": sampled,
-    }
-
-
 def difference(policy: Any, logps: Tensor, prompts: list[Ids], responses: list[Ids]) -> float:
     """The largest difference of logps (R,) from those of each row alone, in nats a token; NaN where one is."""
     alone = torch.stack([plain_logprob(policy, x, y) for x, y in zip(prompts, responses)])  # (R,)
@@ -163,7 +152,7 @@ def difference(policy: Any, logps: Tensor, prompts: list[Ids], responses: list[I
     return ((logps - alone).abs().cpu() / lengths).max().item()
 
 
-def sampling_difference(policy: Any, prompt: Ids, ends: list[int]) -> float:
+def sampled_difference(policy: Any, prompt: Ids, ends: list[int]) -> float:
     """What four samples drawn side by side are drawn from, against each row alone.
 
     They are of two prompts of unlike length, so that one is padded. Padding is masked and may

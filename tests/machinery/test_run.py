@@ -867,7 +867,7 @@ WRONG = [
     (["--output_dir", "HOLDS-POLICY"], "already holds a policy"),
     (["--model_name_or_path", "TRUNCATED", "--dataset_name", "DATA"], "TRUNCATED: "),
     (["--model_name_or_path", "MISMATCHED", "--dataset_name", "DATA"], "MISMATCHED: "),
-    (["--model_name_or_path", "HEADLESS", "--dataset_name", "DATA"], "HEADLESS: its weights lack lm_head.weight"),
+    (["--model_name_or_path", "HEADLESS", "--dataset_name", "DATA"], "HEADLESS: its files lack lm_head.weight"),
     (["--beta", "many"], "invalid float value: 'many'"),
     (["--spelled_wrong", "1"], "unrecognized arguments: --spelled_wrong"),
     (["--loss_type", "ipo", "--label_smoothing", "0.1"], "--label_smoothing is of dpo alone"),
