@@ -163,7 +163,7 @@ def sampled_difference(policy: Any, prompt: Ids, ends: list[int]) -> float:
     long, short = (prompt * STEPS)[: STEPS + 3], (prompt * 2)[:2]
     ordinary = max(set(range(max(prompt))) - set(prompt), default=0)  # not in the prompts
     options: Any = {"max_new_tokens": STEPS, "temperature": 1.0, "top_p": 1.0, "seed": 0}
-    options |= {"eos_token_id": ends, "pad_token_id": ordinary}
+    options |= {"eos_token_id": ends, "pad_token_id": ordinary, "max_tokens": 4 * (len(long) + STEPS)}  # one batch
     of_long, of_short = sample_responses(policy, [long, short], 2, **options)
     hook.remove()
 
