@@ -27,7 +27,7 @@ def read(config: Resolved, world: Any, tokenizer: Any, eos_ids: Ids) -> Data:
         made = of_playground(config, world, tokenizer, limits)
         warn_of_shares(config, len(made["given"]))
         return made
-    if tokenizer.chat_template.endswith(encoding.PLAIN_TEMPLATE):
+    if str(tokenizer.chat_template).endswith(encoding.PLAIN_TEMPLATE):
         print("template: the tokenizer has none, so dialogues read '\\n\\nHuman: … \\n\\nAssistant: …'")
     given, held_out = of_user(config, tokenizer, limits)
     if not given:

@@ -500,6 +500,13 @@ def test_out_of_memory_in_scoring_halves_the_batch_and_changes_nothing(tmp_path,
         held.score(0, rows)
 
 
+def test_gradient_checkpointing_where_the_model_has_none(tmp_path):
+    held, model = Policies(tmp_path, resolve(small(tmp_path, gradient_checkpointing=True))), tiny_model()
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(InputError, match=r"^--gradient_checkpointing: LlamaForCausalLM does not support gradient checkpointing"):
+        held.hold(0, model, bpe_tokenizer())
+
+
 def test_what_a_model_or_a_tokenizer_raises_is_one_line(tmp_path):
     """In scoring and in sampling; a tokenizer's are in test_forms.py, those of the first check in test_models.py."""
     def fail(*_, **__):
