@@ -127,6 +127,8 @@ def score(
 
     In batches of at most `max_tokens` tokens, padding included. Returns CPU tensors in the order of
     the rows: float32 (N,) sums in nats, int64 (N,) numbers of tokens. `desc` shows a progress bar.
+    A row longer than the `original_max_position_embeddings` of a rope "longrope" (Phi-3) changes the
+    log-probs of its batch: score such rows one at a time.
     """
     lengths = [len(x) + len(y) for x, y in zip(prompts, responses, strict=True)]
     batches = token_batches(lengths, max_tokens)
