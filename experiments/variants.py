@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train
-from sera_min.logprobs import alone_if_long, eval_mode, implicit_reward, token_batches, token_logprobs
+from sera_min.logprobs import eval_mode, implicit_reward, token_batches, token_logprobs
 from sera_min.machinery.config import Config, Resolved, command_line, seed_of
 from sera_min.machinery.device import autocast, retry_on_oom
 from sera_min.machinery.errors import InputError
@@ -113,7 +113,7 @@ def least_likely(rows: Rows, policies: Policies, config: Resolved) -> Tensor:
 
     def attempt(max_tokens: int) -> Tensor:
         least = torch.empty(len(lengths))
-        for batch in token_batches(alone_if_long(policy, lengths, max_tokens), max_tokens):
+        for batch in token_batches(lengths, max_tokens):
             prompts = [rows.prompts[i] for i in batch]
             responses = [rows.responses[i] for i in batch]
             logps = token_logprobs(policy, prompts, responses)  # (|y|,) of each response

@@ -14,12 +14,11 @@ From sera_min 0.1.0, Apache-2.0; SeRA, arXiv:2410.09362.
 import math
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from unittest.mock import patch
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 Ids = list[int]  # token ids
@@ -65,7 +64,9 @@ def sample_responses(
     draw_next = DrawNext(temperature, top_p)
     samples: list[list[Sample]] = [[] for _ in prompts]
     bar = tqdm(total=len(prompts), desc=desc, unit="prompt", disable=desc is None)
-    with our_settings(model, ends, pad_token_id), our_seed(model.device, seed), bar:
+    gpus = [model.device] if model.device.type == "cuda" else []
+    with our_settings(model, ends, pad_token_id), torch.random.fork_rng(gpus), bar:
+        torch.manual_seed(seed)
         for batch in prompt_batches(prompts, n, max_new_tokens, room):
             x = [prompts[i] for i in batch]
             written = continue_all(model, x, n, max_new_tokens, ends, pad_token_id, draw_next)
@@ -98,9 +99,7 @@ def ended_responses(samples: list[list[Sample]]) -> tuple[list[int], list[Ids], 
     return prompt_of, responses, cut_off
 
 
-def best_worst_pairs(
-    prompt_of: list[int], responses: list[Ids], rewards: Tensor
-) -> tuple[Tensor, Tensor, Counter]:  # fmt: skip
+def best_worst_pairs(prompt_of: list[int], responses: list[Ids], rewards: Tensor) -> tuple[Tensor, Tensor, Counter]:
     """argmax and argmin of the reward over each prompt's different responses, where these differ.
 
     prompt_of, responses, rewards: of R rows the number of the prompt, the token ids, and the reward
@@ -110,25 +109,23 @@ def best_worst_pairs(
     reward", and "prompts without a pair" (fewer than two different rewards are left).
     Raises ValueError where lengths differ or a reward is infinite, TypeError for other types.
     """
-    check_rows(prompt_of, responses, rewards)
     values = rewards.tolist()
-    rows_of_prompt: dict[int, list[int]] = {}
-    seen: set[tuple[int, ...]] = set()
+    rows_of_prompt: dict[int, dict[tuple, int]] = {}  # of each prompt: different response -> row
     dropped: Counter = Counter()
-    for row, i in enumerate(prompt_of):
-        rows = rows_of_prompt.setdefault(i, [])
-        response = (i, *responses[row])
-        if math.isnan(values[row]):
+    for row, (i, y, reward) in enumerate(zip(prompt_of, responses, values, strict=True)):
+        check_row(row, y, reward)
+        different = rows_of_prompt.setdefault(i, {})
+        if math.isnan(reward):
             dropped["samples without a reward"] += 1
-        elif response in seen:
+        elif tuple(y) in different:
             dropped["identical samples"] += 1
         else:
-            rows.append(row)
-            seen.add(response)
+            different[tuple(y)] = row
 
     best: list[int] = []
     worst: list[int] = []
-    for rows in rows_of_prompt.values():
+    for different in rows_of_prompt.values():
+        rows = list(different.values())
         if len({values[row] for row in rows}) < 2:
             dropped["prompts without a pair"] += 1
             continue
@@ -138,8 +135,8 @@ def best_worst_pairs(
 
 
 # ------------------------------------------------------------------------------------------------
-# You may skip what follows: it makes sampling fast, and checks arguments. The samples are those of
-# model.generate(do_sample=True, top_k=0, num_return_sequences=n, …), drawn in another way:
+# You may skip what follows: it checks arguments and makes sampling fast. It draws from what
+# model.generate(do_sample=True, top_k=0, num_return_sequences=n, …) draws from, in another way:
 #   - a prompt is read once for its n samples;
 #   - samples that have ended leave the batch;
 #   - a token costs one random number, not one for every word of the vocabulary.
@@ -150,20 +147,12 @@ STRIDE = 32  # tokens after which samples that have ended leave the batch
 KEYS_AND_VALUES = {"DynamicLayer", "DynamicSlidingWindowLayer"}  # caches of nothing else
 
 
-def check_rows(prompt_of: list[int], responses: list[Ids], rewards: Tensor) -> None:
-    if not isinstance(rewards, Tensor):
-        raise TypeError(f"rewards must be a tensor, not a {type(rewards).__name__}")
-    rows = len(responses)
-    if len(prompt_of) != rows:
-        raise ValueError(f"prompt_of has {len(prompt_of)} entries, but there are {rows} responses")
-    if rewards.shape != (rows,):
-        raise ValueError(f"rewards must be ({rows},), one a response, not {tuple(rewards.shape)}")
-    for row, response in enumerate(responses):
-        if not isinstance(response, list):
-            kind = type(response).__name__
-            raise TypeError(f"row {row}: the response is a {kind}, expected a list of token ids")
-    for row in rewards.isinf().nonzero().flatten().tolist():
-        raise ValueError(f"row {row}: the reward is {rewards[row].item()}")
+def check_row(row: int, response: Ids, reward: float) -> None:
+    if not isinstance(response, list):
+        kind = type(response).__name__
+        raise TypeError(f"row {row}: the response is a {kind}, expected a list of token ids")
+    if math.isinf(reward):
+        raise ValueError(f"row {row}: the reward is {reward}")
 
 
 def prompt_batches(prompts: list[Ids], n: int, max_new_tokens: int, room: int) -> list[list[int]]:
@@ -175,27 +164,12 @@ def prompt_batches(prompts: list[Ids], n: int, max_new_tokens: int, room: int) -
 
 
 @contextmanager
-def our_seed(device: torch.device, seed: int) -> Iterator[None]:
-    """Random numbers of this seed; afterwards the generators are where they were."""
-    gpus = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(gpus):
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
 def our_settings(model, ends: list[int], pad: int) -> Iterator[None]:
     """Eval mode, and nothing of the model's generation_config, whose top_k may be 50 by default."""
     config = model.generation_config
     modes = [(part, part.training) for part in model.modules()]
-    model.generation_config = type(config)(
-        do_sample=False,
-        repetition_penalty=1.0,
-        num_beams=1,
-        eos_token_id=ends,
-        pad_token_id=pad,
-        return_dict_in_generate=True,
-    )
+    greedy = {"do_sample": False, "repetition_penalty": 1.0, "num_beams": 1, "return_dict_in_generate": True}
+    model.generation_config = type(config)(eos_token_id=ends, pad_token_id=pad, **greedy)
     model.eval()
     try:
         yield
@@ -263,36 +237,33 @@ def continue_all(
     mask = mask.repeat_interleave(n, 0)  # (b·n, P)
     written: list[Ids] = [[] for _ in ids]
     rows = list(range(len(ids)))  # those that have not ended, B of them
-    with keys_like_values(cache):
-        for start in range(0, max_new_tokens, STRIDE):
-            stride = min(STRIDE, max_new_tokens - start)
-            inputs = {"input_ids": ids, "attention_mask": mask, **cache}
-            output = model.generate(**inputs, max_new_tokens=stride, logits_processor=[draw_next])
-            cache = cache_of(output)
-            new = output.sequences[:, ids.shape[1] :]  # (B, stride)
-            for row, tokens in zip(rows, new.tolist()):
-                written[row] += up_to_end(tokens, ends)
+    for start in range(0, max_new_tokens, STRIDE):
+        stride = min(STRIDE, max_new_tokens - start)
+        inputs = {"input_ids": ids, "attention_mask": mask, **cache}
+        output = model.generate(**inputs, max_new_tokens=stride, logits_processor=[draw_next])
+        cache = cache_of(output)
+        new = output.sequences[:, ids.shape[1] :]  # (B, stride)
+        for row, tokens in zip(rows, new.tolist()):
+            written[row] += up_to_end(tokens, ends)
 
-            going_on = [k for k, row in enumerate(rows) if written[row][-1] not in ends]
-            if not going_on:
-                break
-            rows = [rows[k] for k in going_on]
-            kept = torch.tensor(going_on, device=model.device)
-            ids = output.sequences[kept]  # (B, P + stride) of a smaller B
-            mask = torch.cat([mask[kept], torch.ones_like(new[kept])], 1)
-            for keys_and_values in cache.values():
-                keys_and_values.batch_select_indices(kept)
+        going_on = [k for k, row in enumerate(rows) if written[row][-1] not in ends]
+        if not going_on:
+            break
+        rows = [rows[k] for k in going_on]
+        kept = torch.tensor(going_on, device=model.device)
+        ids = output.sequences[kept]  # (B, P + stride) of a smaller B
+        mask = torch.cat([mask[kept], torch.ones_like(new[kept])], 1)
+        for keys_and_values in cache.values():
+            keys_and_values.batch_select_indices(kept)
     return written
 
 
 def pad_left(prompts: list[Ids], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, int64 (b, P): all rows go on from the same column."""
-    width = max(map(len, prompts))
-    ids = torch.full((len(prompts), width), pad)
-    mask = torch.zeros_like(ids)
-    for row, x in enumerate(prompts):
-        ids[row, width - len(x) :] = torch.tensor(x)
-        mask[row, width - len(x) :] = 1
+    rows = [torch.tensor(x) for x in prompts]
+    ones = [torch.ones_like(row) for row in rows]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
+    mask = pad_sequence(ones, batch_first=True, padding_value=0, padding_side="left")
     return ids.to(device), mask.to(device)
 
 
@@ -327,23 +298,3 @@ def cache_of(output) -> dict:
     if not kinds or not kinds <= KEYS_AND_VALUES or not cache.get_seq_length():
         return {}
     return {name: cache}
-
-
-@contextmanager
-def keys_like_values(cache: dict) -> Iterator[None]:
-    """While this is open, the cache holds its keys in the type of its values.
-
-    Under autocast rotary positions make keys float32, beside values in bfloat16. Attention would
-    convert all of them at every token, so this saves time and memory and changes no number.
-    """
-    with ExitStack() as patches:
-        for keys_and_values in cache.values():
-            for layer in keys_and_values.layers:
-                layer.keys = layer.keys.to(layer.values.dtype)
-                update = partial(update_like_values, layer.update)
-                patches.enter_context(patch.object(layer, "update", update))
-        yield
-
-
-def update_like_values(update, keys: Tensor, values: Tensor, *args, **kwargs):
-    return update(keys.to(values.dtype), values, *args, **kwargs)

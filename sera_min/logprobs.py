@@ -10,7 +10,6 @@ Copy this file alone: it needs torch and tqdm, and a causal language model of tr
 From sera_min 0.1.0, Apache-2.0; SeRA, arXiv:2410.09362.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -60,12 +59,10 @@ def token_logprobs(model, prompts: list[Ids], responses: list[Ids]) -> tuple[Ten
     """
     head = model.get_output_embeddings().weight  # (V, H)
     check_token_ids(prompts, responses, vocab_size=head.shape[0])
-    inputs, needed = pad_right(prompts, responses)  # (B, T), (B, T)
+    inputs, positions = pad_right(prompts, responses)  # (B, T), (R,) of B·T, where R = Σ|y|
     body = body_of(model)
     output = body(input_ids=inputs.to(model.device), use_cache=False, return_dict=True)
 
-    # Of B·T positions the R = Σ|y| that predict a response's token go on.
-    positions = needed.flatten().nonzero().squeeze(1)  # (R,)
     hidden = output.last_hidden_state.flatten(0, 1)  # (B·T, H)
     hidden = hidden.index_select(0, positions.to(model.device)).to(head.dtype)  # (R, H)
     targets = torch.cat([torch.tensor(y) for y in responses]).to(model.device)  # (R,)
@@ -75,18 +72,34 @@ def token_logprobs(model, prompts: list[Ids], responses: list[Ids]) -> tuple[Ten
     logps = []
     size = max(1, HEAD_LOGITS.get(model.device.type, 2**26) // head.shape[0])
     for h, y in zip(hidden.split(size), targets.split(size)):  # (r, H), (r,)
-        chunk = checkpoint(head_logprobs, model, output_type, h, y, use_reentrant=False)
+        chunk = checkpoint(head_logprobs, model, body, output_type, h, y, use_reentrant=False)
         logps.append(chunk)  # (r,)
-    lengths = [len(y) for y in responses]
+    lengths = list(map(len, responses))
     return torch.cat(logps).split(lengths)  # (R,) -> B of (|y|,)
 
 
-def head_logprobs(model, output_type: type, hidden: Tensor, targets: Tensor) -> Tensor:
-    """log π of r tokens from the hidden states that predict them: (r, H), (r,) -> (r,)."""
+def body_of(model):
+    """The part of the model that embeds tokens and makes the hidden states that the head reads."""
+    embeddings = model.get_input_embeddings()
+    for part in (model.get_decoder(), *model.children()):  # of llama4 the decoder is all of it
+        if part not in (None, model) and embeddings in part.modules():
+            return part
+    raise ValueError(f"{type(model).__name__} has no body: no part of it embeds the tokens")
+
+
+def head_logprobs(model, body, output_type: type, hidden: Tensor, targets: Tensor) -> Tensor:
+    """log π of r tokens from the hidden states that predict them: (r, H), (r,) -> (r,).
+
+    model(...) is head(body(...)). We already have the hidden states, so for this one call the body
+    computes nothing and returns them. The model then runs its head alone, with all else that it
+    does to logits: soft caps (gemma2), scaling (cohere, granite), biases (phi). Meanwhile the model
+    is of no use to another thread.
+    """
     output = output_type(last_hidden_state=hidden[None])  # (1, r, H)
+    body_returns = patch.object(body, "forward", lambda *args, **kwargs: output)
     outside_autocast = torch.autocast(hidden.device.type, enabled=False)
-    with body_returns(body_of(model), output), outside_autocast:
-        # Of the ids only the shape counts: the body returns `output`, whatever it is given.
+    with body_returns, outside_autocast:
+        # Of the ids only the shape counts: nothing reads them.
         logits = model(input_ids=targets[None], use_cache=False, return_dict=True).logits[0]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (r, V)
     of_targets = logits.gather(1, targets[:, None]).squeeze(1)  # (r,)
@@ -114,9 +127,11 @@ def score(
 
     In batches of at most `max_tokens` tokens, padding included. Returns CPU tensors in the order of
     the rows: float32 (N,) sums in nats, int64 (N,) numbers of tokens. `desc` shows a progress bar.
+    A row longer than the `original_max_position_embeddings` of a rope "longrope" (Phi-3) changes the
+    log-probs of its batch: score such rows one at a time.
     """
     lengths = [len(x) + len(y) for x, y in zip(prompts, responses, strict=True)]
-    batches = token_batches(alone_if_long(model, lengths, max_tokens), max_tokens)
+    batches = token_batches(lengths, max_tokens)
     sums = torch.empty(len(prompts))
     with eval_mode(model):
         for batch in tqdm(batches, desc=desc, unit="batch", disable=desc is None):
@@ -124,7 +139,7 @@ def score(
             y = [responses[i] for i in batch]
             of_batch, _ = sequence_logprobs(model, x, y)
             sums[batch] = of_batch.cpu()
-    counts = torch.tensor([len(y) for y in responses], dtype=torch.int64)
+    counts = torch.tensor(list(map(len, responses)), dtype=torch.int64)
     return sums, counts
 
 
@@ -134,21 +149,17 @@ def token_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     Rows of like length need next to no padding, and a batch that is too large for the memory is the
     first. A row longer than `max_tokens` is alone.
     """
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batches:
-            batch = batches[-1]
-            longest = lengths[batch[0]]
-            if (len(batch) + 1) * longest <= max_tokens:
-                batch.append(i)
-                continue
-        batches.append([i])
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches = []
+    while order:
+        longest = max(1, lengths[order[0]])
+        rows = max(1, max_tokens // longest)
+        batches.append(order[:rows])
+        order = order[rows:]
     return batches
 
 
-def implicit_reward(
-    policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor | None = None
-) -> Tensor:  # fmt: skip
+def implicit_reward(policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor | None = None) -> Tensor:
     """r(x, y) = log π_θ(y|x) − log π_ref(y|x) in nats; r/|y| where `lengths`, the |y|, are given.
 
     Tensors of one shape, differentiable in both log-probs. For a reward without a reference
@@ -163,7 +174,7 @@ def implicit_reward(
 
 
 # ------------------------------------------------------------------------------------------------
-# You may skip what follows: checks, padding, and how a model is called in two halves.
+# You may skip what follows: checks, padding, and eval mode.
 # ------------------------------------------------------------------------------------------------
 
 # Logits at a time: enough to keep a GPU busy, few enough for the cache of a CPU.
@@ -189,42 +200,17 @@ def check_same_shape(one: Tensor, other: Tensor) -> None:
 
 
 def pad_right(prompts: list[Ids], responses: list[Ids]) -> tuple[Tensor, Tensor]:
-    """What the body reads, int64 (B, T), and where it predicts a response's token, bool (B, T).
+    """What the body reads, int64 (B, T); and where, of B·T positions, a response's token is predicted.
 
     The last token of a row is left out: it predicts nothing that is needed.
     """
     rows = [torch.tensor((x + y)[:-1]) for x, y in zip(prompts, responses)]
     inputs = pad_sequence(rows, batch_first=True)  # (B, T)
-    needed = torch.zeros_like(inputs, dtype=torch.bool)
+    positions: list[int] = []
     for row, (x, y) in enumerate(zip(prompts, responses)):
-        first = len(x) - 1  # predicts y_1
-        needed[row, first : first + len(y)] = True
-    return inputs, needed
-
-
-def body_of(model):
-    """The part of the model that embeds tokens and makes the hidden states that the head reads."""
-    body = model.get_decoder() or model.base_model
-    embeddings = model.get_input_embeddings()
-    if body is not model and embeddings in body.modules():
-        return body
-    for part in model.children():  # llama4, modernbert-decoder
-        if embeddings in part.modules():
-            return part
-    raise ValueError(f"{type(model).__name__} has no body: no part of it embeds the tokens")
-
-
-@contextmanager
-def body_returns(body, output) -> Iterator[None]:
-    """While this is open, `body(...)` computes nothing and returns `output`.
-
-    model(...) is head(body(...)). We already have the hidden states, so we make the body return
-    them, and calling the model runs the head alone, with all else that the model does to logits:
-    soft caps (gemma2), scaling (cohere, granite), biases (phi). While this is open, use the model
-    from one thread only. Models of PEFT and of `torch.compile` give the same numbers.
-    """
-    with patch.object(body, "forward", lambda *args, **kwargs: output):
-        yield
+        first = row * inputs.shape[1] + len(x) - 1  # predicts y_1
+        positions += range(first, first + len(y))
+    return inputs, torch.tensor(positions)  # (R,)
 
 
 @contextmanager
@@ -236,32 +222,3 @@ def eval_mode(model) -> Iterator[None]:
     finally:
         for part, mode in modes:  # not model.train(): a part may have been in eval mode before
             part.training = mode
-
-
-def alone_if_long(model, lengths: list[int], max_tokens: int) -> list[int]:
-    """Row lengths for `token_batches`, where a row beyond `rope_limit` fills a batch by itself."""
-    limit = rope_limit(model.config)
-    filled = list(lengths)
-    for row, length in enumerate(lengths):
-        if length > limit:
-            filled[row] = max(length, max_tokens)
-    return filled
-
-
-def rope_limit(config) -> float:
-    """Length in tokens of the longest row that does not change other rows of its batch.
-
-    Beyond it, the rope types "longrope" and "dynamic" rotate the positions of all rows by the
-    length of the longest.
-    """
-    config = config.get_text_config()  # the language model's part, where there are others
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    limits = [math.inf]
-    for part in (rope, *rope.values()):  # some models have one for each type of layer
-        kind = part.get("rope_type") if isinstance(part, dict) else None
-        if kind == "longrope":
-            own = part.get("original_max_position_embeddings")
-            limits.append(own or config.original_max_position_embeddings)
-        if kind == "dynamic":
-            limits.append(config.max_position_embeddings)
-    return min(limits)

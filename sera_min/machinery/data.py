@@ -73,7 +73,7 @@ def of_playground(config: Resolved, world: Any, tokenizer: Any, limits: dict[str
 
 def of_user(config: Resolved, tokenizer: Any, limits: dict[str, Any]) -> Data:
     """The pairs to train on and those to evaluate on, without a common prompt, and up to 64 prompts to answer."""
-    if tokenizer.chat_template.endswith(PLAIN_TEMPLATE):
+    if str(tokenizer.chat_template).endswith(PLAIN_TEMPLATE):
         print("template: the tokenizer has none, so dialogues read '\\n\\nHuman: … \\n\\nAssistant: …'")
     name, subset = str(config.dataset_name), config.dataset_config
     rows = read_rows(name, config.dataset_train_split, config.max_train_pairs, subset)
@@ -166,7 +166,7 @@ class Encoder:
         self.ends = list(ends)
         self.spelled_end = re.compile(f"(?:{'|'.join(ends.values()) or '(?!)'})\\s*$")
         forged = list(special.values()) or ["(?!)"]
-        if tokenizer.chat_template.endswith(PLAIN_TEMPLATE):  # others' turns of plain text, as `[INST]`, are not seen
+        if str(tokenizer.chat_template).endswith(PLAIN_TEMPLATE):  # others' turns of plain text, as `[INST]`, are not seen
             forged.append("\n\n(?:Human|Assistant):")
         self.forged = re.compile("|".join(forged))
 

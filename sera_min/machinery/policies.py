@@ -79,7 +79,8 @@ class Policies:
         self.eos_ids = eos_ids_of(policy, tokenizer)  # the tokens that end a response
         self.vocabulary_size = policy.get_input_embeddings().num_embeddings
         if self.config.gradient_checkpointing:
-            policy.gradient_checkpointing_enable({"use_reentrant": False})
+            with in_one_line("--gradient_checkpointing"):  # not every model has it
+                policy.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forget(self) -> None:
         """The policy in memory is no longer one of these: it is being trained, or makes room."""

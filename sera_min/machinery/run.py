@@ -77,7 +77,7 @@ class Run:
         policy = self.policies.policy
         if self.policies.newest() < 1:
             eos_ids, first = self.policies.eos_ids, self.given.pairs[0]
-            check_before_training(policy, first, eos_ids, self.config.gradient_checkpointing)
+            check_before_training(policy, first, eos_ids)
         set_precision(self.config.device)  # after the check, which is in float32
         needed = 10 * sum(p.nbytes for p in policy.parameters())  # four policies, two checkpoints
         free = shutil.disk_usage(folder.existing(self.out)).free

@@ -10,13 +10,12 @@ from sera_min import bootstrap
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 import families
 
-RIGHT = ["mamba", "falcon_h1", "lfm2", "qwen3_next", "jamba", "llama4_text", "modernbert-decoder", "gemma3"]
+RIGHT = ["mamba", "falcon_h1", "lfm2", "qwen3_next", "jamba", "llama4_text", "modernbert-decoder", "gemma3", "hrm_text"]
 REFUSED = {
     "rwkv": "as it is sampled differs from its logits'",  # no padding on the left
     "minimax": "as it is sampled differs from its logits'",
     "recurrent_gemma": "as it is sampled differs from its logits'",
     "bert": "differs from its logits'",  # it looks to the right
-    "hrm_text": "it has frozen weights: model.z_L_init",
 }
 
 

@@ -492,6 +492,13 @@ def test_out_of_memory_in_scoring_halves_the_batch_and_changes_nothing(tmp_path,
         held.score(0, rows)
 
 
+def test_gradient_checkpointing_where_the_model_has_none(tmp_path):
+    held, model = Policies(tmp_path, resolve(small(tmp_path, gradient_checkpointing=True))), tiny_model()
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(InputError, match="^--gradient_checkpointing: LlamaForCausalLM does not support"):
+        held.hold(0, model, bpe_tokenizer())
+
+
 def test_what_a_model_or_a_tokenizer_raises_is_one_line(tmp_path):
     """In scoring and in sampling; a tokenizer's are in test_forms.py, those of the first check in test_models.py."""
     def fail(*_, **__):
@@ -854,27 +861,26 @@ WRONG = [
     (["--ensemble_gamma", "nan"], "--ensemble_gamma is nan: expected between 0 and 1"),
     (["--keep", "0", "--bootstrap", "0"], "no pair would be left"),
     (["--iterations", "0"], "--iterations is 0: expected at least 1"),
-    (["--seed", "99999999999999999999"], "--seed is 99999999999999999999: expected at least 0 and below"),
     (["--model_name_or_path", "", "--dataset_name", "DATA"], "error: "),
     (["--output_dir", "HOLDS-POLICY"], "already holds a run, or its policy"),
     (["--model_name_or_path", "TRUNCATED", "--dataset_name", "DATA"], "TRUNCATED: "),
     (["--model_name_or_path", "MISMATCHED", "--dataset_name", "DATA"], "MISMATCHED: "),
-    (["--model_name_or_path", "HEADLESS", "--dataset_name", "DATA"], "HEADLESS: its weights lack lm_head.weight"),
+    (["--model_name_or_path", "HEADLESS", "--dataset_name", "DATA"], "HEADLESS: its files lack lm_head.weight"),
     (["--beta", "many"], "invalid float value: 'many'"),
     (["--spelled_wrong", "1"], "unrecognized arguments: --spelled_wrong"),
-    (["--loss_type", "ipo", "--label_smoothing", "0.1"], "--label_smoothing is of dpo alone"),
-    (["--dataset_name", "d.jsonl"], "--dataset_name and its like need --model_name_or_path"),
+    (["--loss_type", "ipo", "--label_smoothing", "0.1"], "--label_smoothing has no effect on ipo"),
+    (["--dataset_name", "d.jsonl"], "--dataset_name has no effect in the playground: --model_name_or_path is missing"),
     (["--model_name_or_path", "MODEL"], "--model_name_or_path needs --dataset_name"),
     (["--max_length", "16"], "--max_length is not above --max_prompt_length"),
     (["--model_name_or_path", "MODEL", "--dataset_name", "DATA"], "is 1024: the model has 128 positions"),
-    (["--eval_split", "dev"], "--eval_split is 'dev': the playground has test and validation prompts"),
-    (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--eval_split", "test"], "DATA.jsonl is a file: it has no splits"),
-    (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--dataset_train_split", "x"], "DATA.jsonl is a file: it has no splits"),
-    (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--label_noise", "0"], "--label_noise is the playground's"),
+    (["--eval_split", "dev"], "--eval_split is 'dev': expected one of test, validation"),
+    (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--label_noise", "0"], "--label_noise has no effect on data of your own"),
     (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--eval_dataset_name", "ALIKE", *SHORT], "no pair is left to evaluate on"),
-    (["--eval_fraction", "0.5"], "--eval_fraction holds out pairs of your own data"),
-    (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--eval_dataset_name", "DATA", "--eval_fraction", "0.5"], "--eval_fraction holds out"),
-    (["--dataset_train_split", "x"], "--dataset_name and its like need --model_name_or_path"),
+    (["--eval_fraction", "0.5"], "--eval_fraction has no effect where other pairs are evaluated on"),
+    (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--eval_dataset_name", "DATA", "--eval_fraction", "0.5"], "--eval_fraction has no effect"),
+    (["--dataset_train_split", "x"], "--dataset_train_split has no effect in the playground"),
+    (["--samples_per_prompt", "1"], "--samples_per_prompt is 1: the best of them is paired with the worst"),
+    (["--label_smoothing", "0.5"], "--label_smoothing is 0.5: expected from 0 to below 0.5"),
     (["--output_dir", "ENDED"], "already holds a run that has ended"),
     (["--token_floor", "0.1"], "unrecognized arguments: --token_floor 0.1"),
     (["--resume_from_checkpoint", "TAKEN", "--output_dir", "other"], "TAKEN was begun with output_dir"),
@@ -947,6 +953,13 @@ def test_as_a_command():
     """Exit status 1 and one line on stderr."""
     wrong = subprocess.run([sys.executable, ROOT / "train.py", "--keep", "7"], capture_output=True, text=True)
     assert (wrong.returncode, wrong.stdout, wrong.stderr) == (1, "", "error: --keep is 7.0: expected between 0 and 1\n")
+
+
+def test_a_whole_number_is_a_share_too():
+    """From Python, where nothing makes 0 a 0.0."""
+    assert resolve(Config(model_name_or_path="m", dataset_name="d", eval_fraction=0, keep=1)).eval_fraction == 0
+    with pytest.raises(InputError, match="--save_steps is 0: expected at least 1"):
+        resolve(Config(save_steps=0))
 
 
 def test_help_names_every_flag_and_the_five_that_matter_first(capsys):

@@ -2,7 +2,6 @@
 
 import random
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from sera_min import bootstrap, logprobs
 from sera_min.logprobs import (
     implicit_reward,
     plain_logprob,
-    rope_limit,
     score,
     sequence_logprobs,
     token_batches,
@@ -327,19 +325,6 @@ def test_all_that_is_made_is_on_the_model_s_device(monkeypatch):
     sums, counts = sequence_logprobs(model, *ragged())
     sums.sum().backward()
     assert {sums.device, counts.device, *inputs} == {torch.device("meta")}
-
-
-def test_the_rope_limit_is_found_where_each_version_of_transformers_writes_it():
-    def limit(**settings):
-        config = SimpleNamespace(original_max_position_embeddings=64, **settings)
-        config.get_text_config = lambda: config
-        return rope_limit(config)
-
-    long, own = {"rope_type": "longrope"}, {"rope_type": "longrope", "original_max_position_embeddings": 32}
-    assert (
-        limit(rope_parameters=long) == limit(rope_scaling=long) == limit(rope_parameters=None, rope_scaling=long) == 64
-    )
-    assert limit(rope_parameters=own) == limit(rope_scaling=own) == limit(rope_parameters={"full_attention": own}) == 32
 
 
 @pytest.mark.parametrize("what", ["score", "sample"])
