@@ -94,6 +94,11 @@ class Resolved(Config):
     def in_playground(self) -> bool:
         return self.model_name_or_path is None
 
+    @property
+    def compiles(self) -> bool:
+        """Whether layers are compiled: not for the playground, whose run is as short as that takes."""
+        return self.device != "cpu" and not self.in_playground
+
 
 GROUPS = {  # of --help, by the flag that each begins with
     "keep": "the five that matter most",

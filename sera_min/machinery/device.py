@@ -31,7 +31,7 @@ def has_bfloat16(device: str) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def prepare(device: str) -> None:
+def set_precision(device: str) -> None:
     """torch's settings for a GPU, set once."""
     if torch.device(device).type != "cuda":
         return
