@@ -19,7 +19,7 @@ import transformers
 
 from sera_min import bootstrap
 from sera_min.machinery.data import Encoder, as_text, decode
-from sera_min.machinery.device import autocast, retry_on_oom, set_precision
+from sera_min.machinery.device import autocast, prepare, retry_on_oom
 from sera_min.machinery.errors import InputError, Unusable, format_counts, in_one_line
 from sera_min.machinery.folder import write
 from sera_min.machinery.models import check_positions, eos_ids_of, load, pad_id_of
@@ -84,7 +84,7 @@ def main(flags: argparse.Namespace) -> None:
     limits = {"max_length": longest, "max_prompt_length": flags.max_prompt_length}
     texts, prompts, counts = encode_prompts(rows, tokenizer, name=flags.prompt_file, eos_ids=ends, **limits)
     print(f"prompts: {format_counts(counts)}")
-    set_precision(flags.device)
+    prepare(flags.device)
 
     def attempt(max_tokens: int) -> Samples:
         with autocast(flags.device), in_one_line("the model fails"):

@@ -49,7 +49,7 @@ from trl import DPOConfig, DPOTrainer
 from sera_min.logprobs import score
 from sera_min.machinery import data, policies
 from sera_min.machinery.config import Config, Resolved, flag, resolve, seed_of
-from sera_min.machinery.device import retry_on_oom, set_precision
+from sera_min.machinery.device import prepare, retry_on_oom
 from sera_min.machinery.errors import InputError, Paused, in_one_line
 from sera_min.machinery.folder import write
 from sera_min.machinery.models import check_before_training, check_positions, load
@@ -276,7 +276,7 @@ def main(flags: Any, args: DPOConfig) -> None:
     check_samples(flags, first, config, given, policies)
     if first == 1:
         check_before_training(policies.get(0), given.pairs[0], policies.eos_ids)
-    set_precision(config.device)
+    prepare(config.device)
     run = SharedRun(config, policies, given)
     for t in range(first, config.iterations + 1):
         reviewed = SERA.review(t, given, policies, config, SERA)

@@ -63,7 +63,7 @@ class Config:
     label_smoothing: float = flag(0.0, "ε, dpo: the share of labels expected to be flipped")
     epochs_per_iteration: int = flag(1, "epochs over an iteration's pairs")
     per_device_train_batch_size: int = flag(32, "pairs per optimizer step")
-    max_tokens: int = flag(16384, "tokens in memory at a time: lower it if memory runs out")
+    max_tokens: int = flag(None, "tokens in memory at a time (16384; on a GPU as many as fit, at most 32768)")
     gradient_checkpointing: bool = flag(False, "less memory for activations, a third more time")
     save_steps: int = flag(500, "steps between checkpoints within an iteration")
     device: str = flag(None, "cuda, cuda:1 or cpu (cuda where there is one)")
@@ -97,6 +97,8 @@ def resolve(flags: Config) -> Resolved:
     if flags.loss_type == "simpo":
         values["beta"] = 2.0
     values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if (flags.device or values["device"]) == "cpu":
+        values["max_tokens"] = 16384
     if flags.in_playground or flags.eval_dataset_name:
         values["eval_split"] = "test"
     values |= {name: value for name, value in asdict(flags).items() if value is not None}

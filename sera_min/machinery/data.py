@@ -166,7 +166,7 @@ class Encoder:
         self.ends = list(ends)
         self.spelled_end = re.compile(f"(?:{'|'.join(ends.values()) or '(?!)'})\\s*$")
         forged = list(special.values()) or ["(?!)"]
-        if str(tokenizer.chat_template).endswith(PLAIN_TEMPLATE):  # others' turns of plain text, as `[INST]`, are not seen
+        if str(tokenizer.chat_template).endswith(PLAIN_TEMPLATE):  # not others' plain text, as `[INST]`
             forged.append("\n\n(?:Human|Assistant):")
         self.forged = re.compile("|".join(forged))
 

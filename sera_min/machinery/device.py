@@ -9,8 +9,14 @@ from weakref import WeakKeyDictionary
 import torch
 from tqdm import tqdm
 
-from sera_min.machinery.errors import InputError, in_one_line
+from sera_min.bootstrap import CACHE_TOKENS
+from sera_min.logprobs import sequence_logprobs
+from sera_min.machinery.errors import InputError, in_one_line, one_line
 from sera_min.pairs import padded_tokens
+
+FEW_TOKENS = 8192  # a pass of fewer leaves a GPU idle: gradient checkpointing costs less
+MOST_TOKENS = 32768  # of more a pass is no faster
+MOST_CACHED = 2**20  # tokens in the key-value cache; nor is sampling
 
 
 def autocast(device: str) -> torch.autocast:
@@ -27,14 +33,47 @@ def has_bfloat16(device: str) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def set_precision(device: str) -> None:
-    """The head's float32 products, which autocast leaves alone, may use TF32: 10 bits, and fast."""
+def prepare(device: str) -> None:
+    """torch's settings for a GPU, set once."""
     if torch.device(device).type != "cuda":
         return
+    # The head's float32 products, which autocast leaves alone, may use TF32: 10 bits, and fast.
     torch.backends.cuda.matmul.allow_tf32 = True
+    # cuDNN's attention would build a plan, up to half a second of work, for every new shape, and
+    # nearly every batch of ours has a shape of its own.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if not has_bfloat16(device):
         name = torch.cuda.get_device_name(device)
         print(f"{name} has no bfloat16: all products are float32, which is slow")
+
+
+def compile_layers(policy: Any, backend: str = "inductor") -> None:
+    """The model's layers as compiled code: a third of the kernels, and two thirds of the memory.
+
+    All layers have the same code, so it is compiled once, for rows of any number and length, in
+    about half a minute. The environment's TORCHDYNAMO_DISABLE=1 does without.
+    """
+    layers = policy._no_split_modules or []  # transformers' names for their classes
+    for part in policy.modules():
+        if type(part).__name__ in layers:
+            part.compile(dynamic=True, backend=backend)
+
+
+def can_compile(device: str) -> bool:
+    """torch.compile needs Triton and a C compiler. On a CPU it gains little."""
+    if torch.device(device).type != "cuda":
+        return False
+    try:
+        torch.compile(torch.sin)(torch.ones(8, device=device))
+    except Exception as error:
+        print(f"layers are not compiled, and a step takes longer: {one_line(error)}")
+        return False
+    return True
+
+
+def uncompiled() -> Any:
+    """While this is open, layers compute as they are written: sampling's cache has a new shape a token."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def check_memory(policy: Any, device: str) -> None:
@@ -55,6 +94,46 @@ def check_memory(policy: Any, device: str) -> None:
             f"{there / 1e9:.0f} GB. Take a smaller model, or experiments/with_trl.py on several "
             "GPUs with FSDP"
         )
+
+
+def training_tokens(policy: Any, device: str) -> int:
+    """How many tokens a training pass has room for, by the memory that two small passes take."""
+    peaks = {}
+    policy.train()
+    for rows in (2, 2, 8):  # the first one compiles, and makes the gradients
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        with autocast(device):
+            logps, _ = sequence_logprobs(policy, [[0] * 256] * rows, [[0] * 256] * rows)
+        logps.sum().backward()
+        peaks[512 * rows] = torch.cuda.max_memory_allocated(device) - before
+    policy.zero_grad()
+    policy.eval()
+    few, more = peaks
+    each = (peaks[more] - peaks[few]) / (more - few)
+    fixed = peaks[few] - few * each
+    optimizer = 12 * sum(p.numel() for p in policy.parameters())  # gradients and two moments
+    room = 0.9 * free_memory(device) - optimizer - fixed  # a tenth is lost between blocks
+    return int(room / each)
+
+
+def sampling_tokens(policy: Any, longest: int, device: str) -> int:
+    """How many tokens the key-value cache may hold while rows of at most `longest` are sampled."""
+    if torch.device(device).type != "cuda":
+        return CACHE_TOKENS["cpu"]
+    config = policy.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    of_cache = 2 * 4 * config.num_hidden_layers * heads * size  # keys and values, float32 at most
+    of_row = 40 * config.vocab_size  # logits, probabilities and their float64 sums
+    tokens = int(0.5 * free_memory(device) / (of_cache + of_row / longest))
+    return min(tokens, MOST_CACHED)
+
+
+def free_memory(device: str) -> int:
+    """Bytes that this process can still have."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def retry_on_oom(attempt: Callable[[int], Any], tokens: int, least: int, where: str = "") -> tuple[Any, int]:

@@ -15,6 +15,7 @@ from transformers.utils import find_adapter_config_file
 
 from sera_min.bootstrap import sample_responses
 from sera_min.logprobs import plain_logprob, sequence_logprobs
+from sera_min.machinery.device import uncompiled
 from sera_min.machinery.errors import InputError, one_line
 from sera_min.machinery.rows import is_lfs_pointer, is_path
 from sera_min.pairs import Ids, Pair, rows_of
@@ -120,11 +121,11 @@ def check_positions(policy: Any, longest: int, flags: str) -> None:
 
 
 @torch.no_grad()
-def check_before_training(policy: Any, pair: Pair, ends: list[int]) -> None:
+def check_before_training(policy: Any, pair: Pair, ends: list[int], allowed: float | None = None) -> None:
     """log π(y|x) is as the logits of a row alone say, trained and sampled. Raises InputError.
 
     It differs for a model that has noise in training, looks at what comes after a token, reads
-    padding, or continues its cache wrongly.
+    padding, or continues its cache wrongly. allowed: nats a token, by default those of float32.
     """
     name = type(policy).__name__
     x, y = rows_of([pair])
@@ -138,7 +139,8 @@ def check_before_training(policy: Any, pair: Pair, ends: list[int]) -> None:
         }
     except Exception as error:  # from the model's own code
         raise InputError(f"{name} cannot be trained here: {one_line(error)}") from None
-    allowed = 1e-4 if policy.device.type == "cpu" else 1e-3  # nats a token
+    if allowed is None:
+        allowed = 1e-4 if policy.device.type == "cpu" else 1e-3
     for problem, nats in differences.items():
         if not nats <= allowed:  # NaN is not
             raise InputError(f"{problem}, by {nats:.3g} nats a token: {name} cannot be trained here")
@@ -147,7 +149,8 @@ def check_before_training(policy: Any, pair: Pair, ends: list[int]) -> None:
 
 def difference(policy: Any, logps: Tensor, prompts: list[Ids], responses: list[Ids]) -> float:
     """The largest difference of logps (R,) from those of each row alone, in nats a token; NaN where one is."""
-    alone = torch.stack([plain_logprob(policy, x, y) for x, y in zip(prompts, responses)])  # (R,)
+    with torch.autocast(policy.device.type, enabled=False), uncompiled():
+        alone = torch.stack([plain_logprob(policy, x, y) for x, y in zip(prompts, responses)])  # (R,)
     lengths = torch.tensor([len(y) for y in responses])
     return ((logps - alone).abs().cpu() / lengths).max().item()
 
@@ -164,7 +167,8 @@ def sampled_difference(policy: Any, prompt: Ids, ends: list[int]) -> float:
     ordinary = max(set(range(max(prompt))) - set(prompt), default=0)  # not in the prompts
     options: Any = {"max_new_tokens": STEPS, "temperature": 1.0, "top_p": 1.0, "seed": 0}
     options |= {"eos_token_id": ends, "pad_token_id": ordinary, "max_tokens": 4 * (len(long) + STEPS)}  # one batch
-    of_long, of_short = sample_responses(policy, [long, short], 2, **options)
+    with uncompiled():
+        of_long, of_short = sample_responses(policy, [long, short], 2, **options)
     hook.remove()
 
     responses = [y for y, _ in of_long + of_short]

@@ -1,4 +1,4 @@
-"""The policies π_θ0 = π_ref, π_θ1, …: one in memory, the others in folders. And what they say.
+"""The policies π_θ0 = π_ref, π_θ1, …: two in memory, the others in folders. And what they say.
 
 train.py asks five things of this object: get, save, newest, log_prob and sample. What has been
 computed is kept on disk under a key made of the policy's number and all the token ids, so a
@@ -22,7 +22,7 @@ from torch import Tensor
 from sera_min import bootstrap
 from sera_min.logprobs import score
 from sera_min.machinery.config import Resolved
-from sera_min.machinery.device import autocast, retry_on_oom
+from sera_min.machinery.device import autocast, compile_layers, retry_on_oom, sampling_tokens, uncompiled
 from sera_min.machinery.errors import InputError, Paused, in_one_line
 from sera_min.machinery.folder import read_json, read_jsonl, write, write_jsonl, writing
 from sera_min.machinery.models import eos_ids_of, load, pad_id_of
@@ -41,13 +41,14 @@ def key_of(*rows: Ids) -> str:
 
 class Policies:
     bars = True  # whether sampling shows its progress
+    most = 2  # policies in memory at a time; while one is trained it is alone
 
     def __init__(self, out: Path, config: Resolved) -> None:
         self.config = config
         self.state = out / "state"
         self.seconds: Counter = Counter()  # of this process
-        self.number = -1  # of the policy in memory
-        self.policy: Any = None
+        self.compiled = False  # whether the layers of those that are loaded are compiled
+        self.held: dict[int, Any] = {}  # the policies in memory, the one used last at the end
         self.tokenizer: Any = None
 
     def folder(self, i: int) -> Path | str:
@@ -67,24 +68,36 @@ class Policies:
         return newest
 
     def get(self, i: int) -> Any:
-        """π_θi, from its folder unless it is the one in memory."""
-        if self.number != i:
-            self.forget()
-            policy, tokenizer = load(self.folder(i), self.config.device)
-            self.hold(i, policy, tokenizer)
-        return self.policy
+        """π_θi, from its folder unless it is in memory."""
+        if i in self.held:
+            policy = self.held.pop(i)
+        else:
+            if len(self.held) == self.most:
+                oldest = next(iter(self.held))
+                del self.held[oldest]
+            policy, self.tokenizer = load(self.folder(i), self.config.device)
+            self.make_ready(policy)
+        self.held[i] = policy
+        return policy
 
     def hold(self, i: int, policy: Any, tokenizer: Any) -> None:
-        self.number, self.policy, self.tokenizer = i, policy, tokenizer
-        self.eos_ids = eos_ids_of(policy, tokenizer)  # the tokens that end a response
+        """π_θi is this one."""
+        self.tokenizer = tokenizer
+        self.make_ready(policy)
+        self.held[i] = policy
+
+    def make_ready(self, policy: Any) -> None:
+        self.eos_ids = eos_ids_of(policy, self.tokenizer)  # the tokens that end a response
         self.vocabulary_size = policy.get_input_embeddings().num_embeddings
         if self.config.gradient_checkpointing:
             with in_one_line("--gradient_checkpointing"):  # not every model has it
                 policy.gradient_checkpointing_enable({"use_reentrant": False})
+        if self.compiled:
+            compile_layers(policy)
 
     def forget(self) -> None:
-        """The policy in memory is no longer one of these: it is being trained, or makes room."""
-        self.number, self.policy = -1, None
+        """None in memory is one of these any longer: one is being trained, and needs the room."""
+        self.held.clear()
 
     def save(self, i: int, policy: Any) -> None:
         """Keep a policy as π_θi, and remove what nothing will ask for any more."""
@@ -92,7 +105,7 @@ class Policies:
         with writing(self.state / f"policy-{i}") as beside:
             policy.save_pretrained(beside)
             self.tokenizer.save_pretrained(beside)
-        self.hold(i, policy, self.tokenizer)
+        self.held[i] = policy
         for checkpoint in self.state.glob("checkpoint-*"):
             checkpoint.unlink()
         if i > 2:
@@ -154,7 +167,7 @@ class Policies:
             bar = desc
 
         def attempt(max_tokens: int) -> Samples:
-            with autocast(config.device), in_one_line("the model fails"):
+            with autocast(config.device), uncompiled(), in_one_line("the model fails"):
                 return bootstrap.sample_responses(
                     policy,
                     prompts,
@@ -169,9 +182,9 @@ class Policies:
                     desc=bar,
                 )
 
-        cache = bootstrap.CACHE_TOKENS[torch.device(config.device).type]
-        least = n * (config.max_prompt_length + config.max_new_tokens)
-        samples, _ = retry_on_oom(attempt, cache, least, f"{desc}: ")
+        longest = config.max_prompt_length + config.max_new_tokens
+        cache = sampling_tokens(policy, longest, config.device)
+        samples, _ = retry_on_oom(attempt, cache, n * longest, f"{desc}: ")
         return samples
 
     # Samples of another engine

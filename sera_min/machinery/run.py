@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from tqdm import tqdm
 
 from sera_min import playground
 from sera_min.machinery import config as configuration
-from sera_min.machinery import data, folder, report
+from sera_min.machinery import data, device, folder, report
 from sera_min.machinery.config import Config, Resolved, seed_of
-from sera_min.machinery.device import check_memory, set_precision
+from sera_min.machinery.device import autocast, check_memory, has_bfloat16, prepare, uncompiled
 from sera_min.machinery.errors import InputError
 from sera_min.machinery.models import check_before_training, check_positions
 from sera_min.machinery.policies import REASON, Policies, check_finite
@@ -54,6 +55,7 @@ class Run:
         self.out = Path(config.output_dir)
         self.state = self.out / "state"
         self.policies = Policies(self.out, config)
+        self.policies.compiled = not config.in_playground and device.can_compile(config.device)
         if config.in_playground and self.policies.newest() < 0:
             with self.policies.timed("SFT"):
                 policy, tokenizer = world.make_sft_policy(config.seed, config.device)
@@ -74,11 +76,18 @@ class Run:
         self.prompts = self.data["prompts"]  # to be answered at every evaluation
 
     def check(self) -> None:
-        policy = self.policies.policy
-        if self.policies.newest() < 1:
-            eos_ids, first = self.policies.eos_ids, self.given.pairs[0]
-            check_before_training(policy, first, eos_ids)
-        set_precision(self.config.device)  # after the check, which is in float32
+        policy = self.policies.get(max(self.policies.newest(), 0))
+        first, eos_ids = self.given.pairs[0], self.policies.eos_ids
+        begins = self.policies.newest() < 1
+        if begins:
+            with uncompiled():
+                check_before_training(policy, first, eos_ids)
+        prepare(self.config.device)  # after the check, which is in float32
+        if begins and has_bfloat16(self.config.device):
+            with autocast(self.config.device):  # as the run computes
+                check_before_training(policy, first, eos_ids, allowed=0.2)
+        if self.config.max_tokens is None:
+            self.find_max_tokens(policy)
         needed = 10 * sum(p.nbytes for p in policy.parameters())  # four policies, two checkpoints
         free = shutil.disk_usage(folder.existing(self.out)).free
         if free < needed and not (self.out / "config.json").exists():
@@ -86,13 +95,27 @@ class Run:
                 f"--output_dir {self.out}: {free / 1e9:.1f} GB free, and checkpoints take {needed / 1e9:.1f}"
             )
 
+    def find_max_tokens(self, policy: Any) -> None:
+        """As many as the GPU has room for; with gradient checkpointing where those would be few."""
+        config = self.config
+        tokens = device.training_tokens(policy, config.device)
+        if tokens < device.FEW_TOKENS and not config.gradient_checkpointing and policy.supports_gradient_checkpointing:
+            config = replace(config, gradient_checkpointing=True)
+            self.policies.config = config
+            self.policies.make_ready(policy)
+            tokens = device.training_tokens(policy, config.device)
+        tokens = min(tokens, device.MOST_TOKENS)
+        self.config = self.policies.config = replace(config, max_tokens=max(tokens, 2 * config.max_length))
+        with_checkpointing = ", with gradient checkpointing" if config.gradient_checkpointing else ""
+        print(f"--max_tokens {self.config.max_tokens} fit into the GPU's memory{with_checkpointing}")
+
     def begin(self, variant: str) -> None:
         """Flags, data and π_ref are written, and metrics.jsonl ends where the run goes on."""
         folder.write(self.out / "config.json", configuration.config_json(self.config, variant))
         if not (self.state / "data.json").exists():
             folder.write(self.state / "data.json", json.dumps(self.data))
         if self.policies.newest() < 0:
-            self.policies.save(0, self.policies.policy)
+            self.policies.save(0, self.policies.get(0))
         self.restore_metrics()
 
     # Steps that survive a kill

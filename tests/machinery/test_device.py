@@ -10,7 +10,7 @@ from conftest import tiny_model, word_tokenizer
 from sera_min import bootstrap
 from sera_min.machinery import policies
 from sera_min.machinery.config import Config, resolve
-from sera_min.machinery.device import autocast, check_memory, has_bfloat16, set_precision
+from sera_min.machinery.device import autocast, check_memory, has_bfloat16, prepare
 from sera_min.machinery.errors import InputError
 
 
@@ -35,9 +35,9 @@ def test_a_gpu_without_bfloat16_is_said_at_the_start(bfloat16, monkeypatch, caps
     matmul = SimpleNamespace(allow_tf32=False)
     monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"Card {device}")
-    set_precision("cpu")
+    prepare("cpu")
     assert not matmul.allow_tf32
-    set_precision("cuda:1")
+    prepare("cuda:1")
     says = "" if bfloat16 else "Card cuda:1 has no bfloat16: all products are float32, which is slow\n"
     assert matmul.allow_tf32 and capsys.readouterr().out == says
 
