@@ -146,7 +146,7 @@ def draw_figures(out: Path, steps: list[Line], reviews: dict[int, list[Line]]) -
         return []
     figures = {}
     if reviews:
-        figures["review.png"] = Figure((max(7, 3.5 * len(reviews)), 3), layout="constrained")
+        figures["review.png"] = Figure((max(7, 3.5 * len(reviews)), 4), layout="constrained")
         draw_reviews(figures["review.png"], reviews)
     figures["curves.png"] = Figure((11, 3), layout="constrained")
     draw_curves(figures["curves.png"], steps)
@@ -182,8 +182,10 @@ def draw_reviews(figure: Any, reviews: dict[int, list[Line]]) -> None:
         kept = margins_of(given, "kept", True)
         others = margins_of(given, "kept", False)
         if kept and others and max(others) <= min(kept):
-            axes.axvline(min(kept), color="black", linestyle="--", label=f"right of it {len(kept)} given pairs kept")
-        axes.set(title=f"iteration {t}", xlabel="implicit reward margin, nats", ylabel="pairs")
+            axes.axvline(min(kept), color="black", linestyle="--", label="given pairs kept: right of it")
+        axes.set_title(f"iteration {t}: {len(kept)} of {len(given)} given pairs kept", fontsize="medium")
+        axes.set_ylim(top=1.6 * axes.get_ylim()[1])  # room for the legend
+        axes.set(xlabel="implicit reward margin, nats", ylabel="pairs")
         axes.legend(fontsize="small")
 
 

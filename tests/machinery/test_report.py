@@ -84,8 +84,8 @@ def test_the_picture_has_every_pair_and_the_cut(folder, reviews):
         assert [[sum(bar.get_height() for bar in group) for group in bars_of(axes)] for axes in figure.axes] == counts
         assert [[line.get_xdata()[0] for line in axes.lines] for axes in figure.axes] == [[1.0], [2.0]]
         legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-        assert sorted(legend) == sorted([*names, "right of it 2 given pairs kept"])
-        assert [axes.get_title() for axes in figure.axes] == ["iteration 2", "iteration 3"]
+        assert sorted(legend) == sorted([*names, "given pairs kept: right of it"])
+        assert [axes.get_title() for axes in figure.axes] == [f"iteration {t}: 2 of 4 given pairs kept" for t in shown]
 
 
 def bars_of(axes):
