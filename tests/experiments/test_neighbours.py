@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model
+from shared import tiny_model
 
 import train
 from sera_min import playground

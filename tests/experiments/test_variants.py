@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORDS, read, some_rows, tiny_model, word_tokenizer
+from shared import WORDS, read, some_rows, tiny_model, word_tokenizer
 from safetensors.torch import load_file
 
 import train

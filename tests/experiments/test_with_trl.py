@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import CHATML, LLAMA2, bpe_tokenizer, tiny_model, unigram_tokenizer
+from shared import CHATML, LLAMA2, bpe_tokenizer, tiny_model, unigram_tokenizer
 
 trl = pytest.importorskip("trl")
 

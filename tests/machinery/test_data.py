@@ -6,7 +6,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from conftest import CHATML, GEMMA, LLAMA2, ZEPHYR, bpe_tokenizer, unigram_tokenizer, wordpiece_tokenizer
+from shared import CHATML, GEMMA, LLAMA2, ZEPHYR, bpe_tokenizer, unigram_tokenizer, wordpiece_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

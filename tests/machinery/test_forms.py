@@ -7,7 +7,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from conftest import CHATML, bpe_tokenizer, unigram_tokenizer
+from shared import CHATML, bpe_tokenizer, unigram_tokenizer
 from datasets import Dataset, DatasetDict
 from tokenizers import processors
 

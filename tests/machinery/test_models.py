@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import CHATML, bpe_tokenizer, tiny_model
+from shared import CHATML, bpe_tokenizer, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicLayer

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import WORDS, read, some_rows, tiny_model, word_tokenizer
+from shared import WORDS, read, some_rows, tiny_model, word_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import train

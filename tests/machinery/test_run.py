@@ -23,7 +23,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import WORDS, bpe_tokenizer, read, some_rows, tiny_model, word_tokenizer
+from shared import WORDS, bpe_tokenizer, read, some_rows, tiny_model, word_tokenizer
 from datasets import load_dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel

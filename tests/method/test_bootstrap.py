@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
+from shared import FAMILIES, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import TopPLogitsWarper

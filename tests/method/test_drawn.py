@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import Drawn, read, tiny_model, word_tokenizer
+from shared import Drawn, read, tiny_model, word_tokenizer
 from transformers import AutoModelForCausalLM
 
 import train

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import WORDS, Drawn, read, some_rows, tiny_model, word_tokenizer
+from shared import WORDS, Drawn, read, some_rows, tiny_model, word_tokenizer
 from naive_sera import NaiveSera
 from safetensors.torch import load_file
 
