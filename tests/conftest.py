@@ -1,10 +1,17 @@
 """The fixtures that tests share. Heavy imports are inside: pytest-xdist loads this file once more before its workers start."""
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: a collection of garbage need not look at it, which takes half a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

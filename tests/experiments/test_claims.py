@@ -1,6 +1,5 @@
 """What is said of results is what experiments/claims.py wrote, and what it writes is what its runs did."""
 
-import functools
 import json
 import re
 import statistics
@@ -220,14 +219,14 @@ def put_back_what_a_quick_run_changes(monkeypatch):
         monkeypatch.setattr(claims, name, getattr(claims, name))
 
 
-def test_quick_and_smaller(tmp_path, monkeypatch, capsys):
+def test_quick_and_smaller(sft, tmp_path, monkeypatch, capsys):
     """Two studies from end to end: shared runs go on from one iteration 1, and end as runs of their own would."""
-    every, made, pairs = playground.prompts, playground.make_sft_policy, playground.preferences
+    every, pairs = playground.prompts, playground.preferences
     monkeypatch.setattr(playground, "prompts", lambda part: every(part)[:6])
     monkeypatch.setattr(
         playground, "preferences", lambda n, part, **of: pairs(min(n, 32 if part == "train" else 8), part, **of)
     )
-    monkeypatch.setattr(playground, "make_sft_policy", functools.partial(made, steps=20))
+    monkeypatch.setattr(playground, "make_sft_policy", lambda *_: sft)
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
     monkeypatch.setattr(claims, "ProcessPoolExecutor", InThisProcess)
     put_back_what_a_quick_run_changes(monkeypatch)

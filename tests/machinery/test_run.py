@@ -58,9 +58,9 @@ def figures():
 
 
 @pytest.fixture(scope="module")
-def world():
+def world(sft):
     """The playground with an SFT policy of a few seconds, and fewer prompts and pairs to evaluate on."""
-    policy, tokenizer = playground.make_sft_policy(0, "cpu", steps=60)
+    policy, tokenizer = sft
     functions = {
         "make_sft_policy": lambda seed, device: (copy.deepcopy(policy), tokenizer),
         "prompts": lambda part: playground.prompts(part)[:20],
