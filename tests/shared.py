@@ -4,6 +4,7 @@ No network, nothing from a hub. Fixtures are in conftest.py.
 """
 
 import json
+import random
 import string
 import sys
 
@@ -138,6 +139,19 @@ def some_rows(count, rng):
     prompts = [words(1, 4) for _ in range(count)]
     prompts[2::3] = prompts[1 : count - 1 : 3]
     return [{"prompt": x, "chosen": words(1, 6), "rejected": words(1, 6)} for x in prompts]
+
+
+def words_world(here):
+    """For runs beside naive_sera.py: a model with dropout in its config, a tokenizer of whole words, D, and rows held out."""
+    tokenizer = word_tokenizer(WORDS)
+    tokenizer.save_pretrained(here / "model")
+    model = tiny_model("llama", vocab_size=len(tokenizer), attention_dropout=0.5, num_hidden_layers=1)
+    model.save_pretrained(here / "model")
+    rng = random.Random(3)
+    rows = {"D": some_rows(13, rng), "held_out": some_rows(3, rng)}
+    for name, some in rows.items():
+        (here / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
+    return here, rows
 
 
 def read(file):

@@ -258,6 +258,7 @@ def small_world(tmp_path_factory, sft):
             playground, "preferences", lambda n, part, **of: rows(min(n, 16 if part == "train" else 8), part, **of)
         )
         patch.setattr(playground, "make_sft_policy", lambda *_: sft)
+        patch.setitem(playground.DEFAULTS, "max_new_tokens", 12)  # up to two sentences
         claims.sft(work / "sft-0", 0)
         yield work
 

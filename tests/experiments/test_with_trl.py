@@ -181,7 +181,8 @@ def test_samples_of_another_engine_and_an_end_at_the_pairs(runs, tmp_path, capsy
     assert len(lines(out / "iteration-2/samples.jsonl")) == 4 * PAIRS
     pairs = [row for row in lines(out / "iteration-2/pairs.jsonl") if row["source"] == "bootstrap"]
     texts = {" the fox is lovely .", " the owl seems rude . the barn is ugly ."}
-    assert len(pairs) == 0.3 * PAIRS and all({row["chosen"], row["rejected"]} == texts for row in pairs)  # never the cut-off one
+    assert len(pairs) == 0.3 * PAIRS
+    assert all({row["chosen"], row["rejected"]} == texts for row in pairs)  # never the cut-off one
 
     by_samples = (out / "iteration-2/pairs.jsonl").read_bytes()
     shutil.copy(file, asked.with_name(asked.name.replace("prompts", "samples") + "l"))  # where it is looked for

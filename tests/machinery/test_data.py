@@ -6,9 +6,9 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from shared import CHATML, GEMMA, LLAMA2, ZEPHYR, bpe_tokenizer, unigram_tokenizer, wordpiece_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from shared import CHATML, GEMMA, LLAMA2, ZEPHYR, bpe_tokenizer, unigram_tokenizer, wordpiece_tokenizer
 
 from sera_min import playground
 from sera_min.machinery.data import split_by_prompt

@@ -7,8 +7,8 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from shared import CHATML, bpe_tokenizer, unigram_tokenizer
 from datasets import Dataset, DatasetDict
+from shared import CHATML, bpe_tokenizer, unigram_tokenizer
 from tokenizers import processors
 
 from sera_min.machinery import encoding

@@ -5,8 +5,8 @@ import weakref
 
 import pytest
 import torch
-from shared import CHATML, bpe_tokenizer, tiny_model
 from safetensors.torch import load_file, save_file
+from shared import CHATML, bpe_tokenizer, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicLayer
 

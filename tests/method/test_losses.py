@@ -48,8 +48,8 @@ def test_gradcheck_and_direction(name):
 def trl_case(tmp_path_factory):
     """A trainer of TRL's on four pairs, its policy moved away from the reference, and the same pairs as token ids."""
     trl = pytest.importorskip("trl")
-    from shared import bpe_tokenizer
     from datasets import Dataset
+    from shared import bpe_tokenizer
 
     tokenizer = bpe_tokenizer()
     rows = [
