@@ -1,6 +1,5 @@
 """What is said of results is what experiments/claims.py wrote, and what it writes is what its runs did."""
 
-import functools
 import json
 import re
 import statistics
@@ -23,33 +22,38 @@ RESULTS = ROOT / "experiments/results"
 RUNS, _ = claims.read(RESULTS / "claims.json")
 WORDS = RESULTS / "claims-in-words.md"
 WRITTEN = (RESULTS / "claims.md").read_text()
-SHOWN = claims.blocks(RUNS)
 
 
-def test_every_block_is_what_the_runs_say():
+@pytest.fixture(scope="module")
+def shown():
+    """Every table and sentence by its name; made here, as it takes seconds and every worker collects this file."""
+    return claims.blocks(RUNS)
+
+
+def test_every_block_is_what_the_runs_say(shown):
     """Tables stand in claims.md, sentences with numbers in blocks of claims-in-words.md: claims.py writes both."""
-    assert {*claims.TITLES, "sentence:noise40", "sentence:clean"} < SHOWN.keys()  # every study has been run
+    assert {*claims.TITLES, "sentence:noise40", "sentence:clean"} < shown.keys()  # every study has been run
     assert WRITTEN == claims.all_tables(RUNS) and WRITTEN.count("## ") == len(claims.TITLES)
     text = WORDS.read_text()
-    assert claims.filled(text, SHOWN) == text
+    assert claims.filled(text, shown) == text
     assert len(claims.BLOCK.findall(text)) == text.count("<!-- claims:")  # each has its end
     names = re.findall("<!-- claims: (.+?) -->", text)
-    assert {*names} == {name for name in SHOWN if name.startswith("sentence:")}
+    assert {*names} == {name for name in shown if name.startswith("sentence:")}
     with pytest.raises(KeyError, match="unheard of"):
-        claims.filled("<!-- claims: unheard of --> <!-- end -->", SHOWN)
+        claims.filled("<!-- claims: unheard of --> <!-- end -->", shown)
     for name in ("sentence:headline", "sentence:frontier"):  # what is copied wrongly is seen, and mended
         begins = re.compile(rf"(<!-- claims: {name} -->.*?\d\.\d)(\d)", re.DOTALL)
         changed = begins.sub(lambda match: match[1] + str(9 - int(match[2])), text)
-        assert changed != text and claims.filled(changed, SHOWN) == text
+        assert changed != text and claims.filled(changed, shown) == text
     within = "- <!-- claims: sentence:clean -->0.5<!-- end --> So much for that."
-    assert claims.filled(within, SHOWN) == within.replace("0.5", SHOWN["sentence:clean"])
+    assert claims.filled(within, shown) == within.replace("0.5", shown["sentence:clean"])
     assert (
-        claims.filled("<!-- claims: main --><!-- end -->", SHOWN)
-        == f"<!-- claims: main -->\n{SHOWN['main']}\n<!-- end -->"
+        claims.filled("<!-- claims: main --><!-- end -->", shown)
+        == f"<!-- claims: main -->\n{shown['main']}\n<!-- end -->"
     )
 
 
-def test_write_fills_the_blocks_and_runs_nothing(tmp_path, monkeypatch, capsys):
+def test_write_fills_the_blocks_and_runs_nothing(shown, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
     monkeypatch.setattr(claims, "make", lambda *_: pytest.fail("a run is made"))
     monkeypatch.setattr(claims, "draw_frontier", lambda *_: None)
@@ -59,7 +63,9 @@ def test_write_fills_the_blocks_and_runs_nothing(tmp_path, monkeypatch, capsys):
     words.write_text("# A\n<!-- claims: near -->\nold\n<!-- end -->\nB\n")
     claims.main(["--write"])
     assert (tmp_path / "claims.md").read_text() == WRITTEN
-    assert words.read_text() == f"# A\n<!-- claims: near -->\n{SHOWN['near']}\n<!-- end -->\nB\n"
+    assert words.read_text() == f"# A\n<!-- claims: near -->\n{shown['near']}\n<!-- end -->\nB\n"
+    monkeypatch.setattr(claims, "all_tables", lambda _: WRITTEN)  # as was seen: they take seconds
+    monkeypatch.setattr(claims, "blocks", lambda _: shown)
     words.write_text("<!-- claims: far -->\nold\n<!-- end -->")
     with pytest.raises(SystemExit, match="nothing to put into its block 'far'"):
         claims.main(["--write"])
@@ -220,14 +226,15 @@ def put_back_what_a_quick_run_changes(monkeypatch):
         monkeypatch.setattr(claims, name, getattr(claims, name))
 
 
-def test_quick_and_smaller(tmp_path, monkeypatch, capsys):
+def test_quick_and_smaller(sft, tmp_path, monkeypatch, capsys):
     """Two studies from end to end: shared runs go on from one iteration 1, and end as runs of their own would."""
-    every, made, pairs = playground.prompts, playground.make_sft_policy, playground.preferences
+    every, pairs = playground.prompts, playground.preferences
     monkeypatch.setattr(playground, "prompts", lambda part: every(part)[:6])
     monkeypatch.setattr(
         playground, "preferences", lambda n, part, **of: pairs(min(n, 32 if part == "train" else 8), part, **of)
     )
-    monkeypatch.setattr(playground, "make_sft_policy", functools.partial(made, steps=20))
+    monkeypatch.setattr(playground, "make_sft_policy", lambda *_: sft)
+    monkeypatch.setitem(playground.DEFAULTS, "max_new_tokens", 12)  # up to two sentences
     monkeypatch.setattr(claims, "RESULTS", tmp_path)
     monkeypatch.setattr(claims, "ProcessPoolExecutor", InThisProcess)
     put_back_what_a_quick_run_changes(monkeypatch)

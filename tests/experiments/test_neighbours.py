@@ -1,6 +1,5 @@
 """The related methods of experiments/neighbours.py: their equations on numbers worked by hand, and a small run of each."""
 
-import functools
 import inspect
 import math
 import random
@@ -11,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model
+from shared import tiny_model
 
 import train
 from sera_min import playground
@@ -250,15 +249,16 @@ def test_spin_sets_the_chosen_against_samples_of_two_rounds():
 
 
 @pytest.fixture(scope="module")
-def small_world(tmp_path_factory):
-    every, made, rows = playground.prompts, playground.make_sft_policy, playground.preferences
+def small_world(tmp_path_factory, sft):
+    every, rows = playground.prompts, playground.preferences
     work = tmp_path_factory.mktemp("sft")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(playground, "prompts", lambda part: every(part)[:6])
         patch.setattr(
-            playground, "preferences", lambda n, part, **of: rows(min(n, 32 if part == "train" else 8), part, **of)
+            playground, "preferences", lambda n, part, **of: rows(min(n, 16 if part == "train" else 8), part, **of)
         )
-        patch.setattr(playground, "make_sft_policy", functools.partial(made, steps=60))
+        patch.setattr(playground, "make_sft_policy", lambda *_: sft)
+        patch.setitem(playground.DEFAULTS, "max_new_tokens", 12)  # up to two sentences
         claims.sft(work / "sft-0", 0)
         yield work
 
@@ -296,7 +296,7 @@ def test_quick_makes_the_tables_and_writes_nothing(small_world, monkeypatch, cap
 
     def smaller():
         make_quick()
-        claims.EVERY.update(max_train_pairs=32, steps_per_iteration=1)
+        claims.EVERY.update(max_train_pairs=16, steps_per_iteration=1)
         claims.GRID["dpo"] = ([1.0], [1e-3])
 
     monkeypatch.setattr(claims, "make_quick", smaller)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import random
 import re
 import sys
 from dataclasses import replace
@@ -10,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import WORDS, read, some_rows, tiny_model, word_tokenizer
 from safetensors.torch import load_file
+from shared import read, words_world
 
 import train
 from sera_min.machinery.config import Config, command_line
@@ -39,15 +38,7 @@ SCENARIOS = {  # variant -> its flags, and what the naive run calls it
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    here = tmp_path_factory.mktemp("world")
-    tokenizer = word_tokenizer(WORDS)
-    tokenizer.save_pretrained(here / "model")
-    tiny_model("llama", vocab_size=len(tokenizer), attention_dropout=0.5).save_pretrained(here / "model")
-    rng = random.Random(3)
-    rows = {"D": some_rows(13, rng), "held_out": some_rows(3, rng)}
-    for name, of_file in rows.items():
-        (here / f"{name}.jsonl").write_text("\n".join(map(json.dumps, of_file)))
-    return here, rows
+    return words_world(tmp_path_factory.mktemp("world"))
 
 
 def flags_of(world, out, **flags):

@@ -9,12 +9,13 @@ import shutil
 import socket
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import CHATML, LLAMA2, bpe_tokenizer, tiny_model, unigram_tokenizer
+from shared import CHATML, LLAMA2, bpe_tokenizer, tiny_model, unigram_tokenizer
 
 trl = pytest.importorskip("trl")
 
@@ -33,7 +34,7 @@ FORK = multiprocessing.get_context("fork")
 sys.path.insert(0, str(ROOT / "experiments"))
 import with_trl  # noqa: E402
 
-PAIRS = 80  # more than a chunk, so that two processes have a share each
+PAIRS, CHUNK = 20, 8  # three chunks, so that two processes have a share each, and not the same
 SIZES = {"max_length": 64, "max_prompt_length": 16}
 LIMITS = ["--max_length", "64", "--max_prompt_length", "16"]
 
@@ -48,9 +49,10 @@ def write(file: Path, rows: list[dict]) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_gpu():
+def no_gpu_and_small_chunks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ACCELERATE_USE_CPU", "true")
+        patch.setattr(with_trl, "CHUNK", CHUNK)
         yield
 
 
@@ -69,10 +71,10 @@ def one_of_two(rank: int, arguments: list[str], out: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, sft):
     """A run of three iterations by one process, and the same by two."""
     out = tmp_path_factory.mktemp("trl")
-    model, tokenizer = playground.make_sft_policy(0, "cpu", steps=40)
+    model, tokenizer = sft
     model.save_pretrained(out / "model")
     tokenizer.save_pretrained(out / "model")
     write(out / "pairs.jsonl", playground.preferences(PAIRS, "train", label_noise=0.3, seed=0))
@@ -82,6 +84,7 @@ def runs(tmp_path_factory):
         where = ["--dataset_name", str(out / "pairs.jsonl"), "--output_dir", str(out / name)]
         return [*flags, *where, "--per_device_train_batch_size", str(batch)]
 
+    with_trl.command_line(arguments("one", 4))  # first: two forks need not import again what it has imported
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         (out / "port").write_text(str(free.getsockname()[1]))
@@ -89,7 +92,6 @@ def runs(tmp_path_factory):
     try:
         for process in two:
             process.start()
-        with_trl.command_line(arguments("one", 4))
         for process in two:
             process.join(timeout=200)
     finally:
@@ -179,7 +181,8 @@ def test_samples_of_another_engine_and_an_end_at_the_pairs(runs, tmp_path, capsy
     assert len(lines(out / "iteration-2/samples.jsonl")) == 4 * PAIRS
     pairs = [row for row in lines(out / "iteration-2/pairs.jsonl") if row["source"] == "bootstrap"]
     texts = {" the fox is lovely .", " the owl seems rude . the barn is ugly ."}
-    assert len(pairs) == 24 and all({row["chosen"], row["rejected"]} == texts for row in pairs)  # never the cut-off one
+    assert len(pairs) == 0.3 * PAIRS
+    assert all({row["chosen"], row["rejected"]} == texts for row in pairs)  # never the cut-off one
 
     by_samples = (out / "iteration-2/pairs.jsonl").read_bytes()
     shutil.copy(file, asked.with_name(asked.name.replace("prompts", "samples") + "l"))  # where it is looked for
@@ -191,9 +194,9 @@ def test_samples_of_another_engine_and_an_end_at_the_pairs(runs, tmp_path, capsy
         (write(tmp_path / "other.jsonl", other), "other.jsonl, line 1: prompt is not the ids of this prompt"),
         (
             write(tmp_path / "broken.jsonl", [*samples[:-1], {"prompt": samples[-1]["prompt"]}]),
-            "line 80: expected 4 responses",
+            f"line {PAIRS}: expected 4 responses",
         ),
-        (write(tmp_path / "empty.jsonl", []), "empty.jsonl: 0 lines, expected one for each of 80 prompts"),
+        (write(tmp_path / "empty.jsonl", []), f"empty.jsonl: 0 lines, expected one for each of {PAIRS} prompts"),
     ]:
         with pytest.raises(SystemExit, match=message):
             with_trl.command_line([*flags, "--samples", str(file)])
@@ -299,7 +302,7 @@ def test_the_review_is_that_of_train(runs, tmp_path):
     offline = with_trl.data.preferences(given)
     result = train.review(2, offline, Kept([reference, policy], four), config, train.SERA).training_set
     assert [row["margin"] for row in pairs] == pytest.approx(result.margins.tolist(), abs=1e-4)
-    assert [row["source"] for row in pairs] == result.sources == ["offline"] * 40 + ["bootstrap"] * 16
+    assert [row["source"] for row in pairs] == result.sources == ["offline"] * 10 + ["bootstrap"] * 4
     for row, pair in zip(pairs, result.pairs):
         assert [*tokenizer(row["chosen"]).input_ids, end] == pair.chosen
         assert [*tokenizer(row["rejected"]).input_ids, end] == pair.rejected
@@ -358,42 +361,41 @@ def messages(n: int) -> list[dict]:
              "rejected": say("assistant", row["rejected"])} for row in texts(n)]  # fmt: skip
 
 
-@pytest.mark.parametrize("by", ["train.py", "with_trl.py"])
 @pytest.mark.parametrize(
     "tokenizer, rows, added",
     [
-        (bpe_tokenizer(adds_bos=True), texts(8), []), (bpe_tokenizer(LLAMA2, adds_bos=True), messages(8), []),
-        (unigram_tokenizer(adds_bos=True), spaced(8), []), (unigram_tokenizer(LLAMA2, adds_bos=True), messages(8), []),
-        (bpe_tokenizer(CHATML), messages(8), []), (bpe_tokenizer(CHATML, adds_bos=True), messages(8), [2]),
+        (bpe_tokenizer(adds_bos=True), texts(4), []), (bpe_tokenizer(LLAMA2, adds_bos=True), messages(4), []),
+        (unigram_tokenizer(adds_bos=True), spaced(4), []), (unigram_tokenizer(LLAMA2, adds_bos=True), messages(4), []),
+        (bpe_tokenizer(CHATML), messages(4), []), (bpe_tokenizer(CHATML, adds_bos=True), messages(4), [2]),
     ],
     ids=["text", "Llama-2", "SentencePiece text", "SentencePiece Llama-2", "ChatML", "ChatML without the tokenizer's BOS"],
 )  # fmt: skip
-def test_trl_reads_pairs_jsonl_as_it_is(tmp_path, by, tokenizer, rows, added):
+def test_trl_reads_pairs_jsonl_as_it_is(tmp_path, tokenizer, rows, added):
     """TRL's token ids are those that sera_min scores and trains on, and a training step on them is taken.
 
-    The last is the limit of a text: TRL puts the tokenizer's BOS before it, where the template writes none.
+    train.py and with_trl.py write one and the same file. The last is the limit of a text: TRL puts the tokenizer's BOS before it, where the template writes none.
     """
     model = tiny_model("llama", vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    file, out = write(tmp_path / "pairs.jsonl", rows), tmp_path / "out"
-    flags = {"model_name_or_path": str(tmp_path / "model"), "dataset_name": str(file), "output_dir": str(out),
-             "max_length": 120, "max_prompt_length": 100, "iterations": 1}  # fmt: skip
-    if by == "train.py":
-        train.main(train.Config(**flags, device="cpu", eval_fraction=0.0))
-    else:
-        with_trl.command_line([*(word for k, v in flags.items() for word in (f"--{k}", str(v))), "--pairs_only"])
+    file, ours, theirs = write(tmp_path / "pairs.jsonl", rows), tmp_path / "ours", tmp_path / "theirs"
+    flags = {"model_name_or_path": str(tmp_path / "model"), "dataset_name": str(file), "max_length": 120,
+             "max_prompt_length": 100, "iterations": 1}  # fmt: skip
+    config = train.Config(**flags, output_dir=str(ours), device="cpu", eval_fraction=0.0)
+    train.main(config, replace(train.SERA, report=False))
+    flags["output_dir"] = str(theirs)
+    with_trl.command_line([*(word for k, v in flags.items() for word in (f"--{k}", str(v))), "--pairs_only"])
+    pairs = theirs / "iteration-1/pairs.jsonl"
+    assert lines(pairs) == lines(ours / "iteration-1/pairs.jsonl")
     limits = {"eos_ids": [tokenizer.eos_token_id], "max_length": 120, "max_prompt_length": 100}
-    ours, _ = data.encode(rows, tokenizer, name="rows", **limits)
+    encoded, _ = data.encode(rows, tokenizer, name="rows", **limits)
 
     trainer = trl.DPOTrainer(
         str(tmp_path / "model"), processing_class=tokenizer,
-        train_dataset=load_dataset("json", data_files=str(out / "iteration-1/pairs.jsonl"), split="train", cache_dir=str(tmp_path)),
+        train_dataset=load_dataset("json", data_files=str(pairs), split="train", cache_dir=str(tmp_path)),
         args=trl.DPOConfig(output_dir=str(tmp_path / "trl"), max_steps=1, report_to="none", use_cpu=True, bf16=False, save_strategy="no"),
     )  # fmt: skip
-    theirs = trainer.train_dataset
-    assert list(zip(theirs["prompt_ids"], theirs["chosen_ids"], theirs["rejected_ids"])) == [
-        (added + x, w, l) for x, w, l in ours
-    ]
+    columns = (trainer.train_dataset[name] for name in ("prompt_ids", "chosen_ids", "rejected_ids"))
+    assert list(zip(*columns)) == [(added + x, w, l) for x, w, l in encoded]
     assert trainer.train().global_step == 1
     assert not torch.equal(model.get_input_embeddings().weight, trainer.model.get_input_embeddings().weight)

@@ -6,9 +6,9 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from conftest import CHATML, GEMMA, LLAMA2, ZEPHYR, bpe_tokenizer, unigram_tokenizer, wordpiece_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from shared import CHATML, GEMMA, LLAMA2, ZEPHYR, bpe_tokenizer, unigram_tokenizer, wordpiece_tokenizer
 
 from sera_min.machinery.data import Given, decode, encode, split_by_prompt
 from sera_min.machinery.errors import InputError

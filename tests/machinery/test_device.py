@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model, word_tokenizer
+from shared import tiny_model, word_tokenizer
 
 from sera_min import bootstrap
 from sera_min.machinery import policies

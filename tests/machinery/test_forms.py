@@ -6,8 +6,8 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-from conftest import CHATML, bpe_tokenizer, unigram_tokenizer
 from datasets import Dataset, DatasetDict
+from shared import CHATML, bpe_tokenizer, unigram_tokenizer
 from tokenizers import processors
 
 from sera_min.machinery.data import decode, decode_responses, encode, encode_given

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import CHATML, bpe_tokenizer, tiny_model
 from safetensors.torch import load_file, save_file
+from shared import CHATML, bpe_tokenizer, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicLayer
 

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from conftest import WORDS, read, some_rows, tiny_model, word_tokenizer
+from shared import WORDS, read, some_rows, tiny_model, word_tokenizer
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import train
@@ -48,7 +48,7 @@ class Engine:
 def flags(tmp_path, monkeypatch) -> Config:
     tokenizer = word_tokenizer(WORDS)
     tokenizer.save_pretrained(tmp_path / "model")
-    tiny_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tiny_model(vocab_size=len(tokenizer), num_hidden_layers=1).save_pretrained(tmp_path / "model")
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, some_rows(18, random.Random(3)))))
     monkeypatch.chdir(tmp_path)  # where output_dir is a relative path
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

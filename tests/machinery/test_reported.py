@@ -7,29 +7,33 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from conftest import read
+from shared import read
 
 import train
 from sera_min import playground
 from sera_min.machinery.config import Config, resolve
 
-T = 3
+T, PAIRS = 3, 100
 
 
 @pytest.fixture(scope="module")
-def sft():
-    return playground.make_sft_policy(0, "cpu", steps=100)
-
-
-@pytest.fixture
-def world(sft, monkeypatch):
-    """The playground with an SFT policy of a few seconds, and fewer prompts to evaluate on; no figures."""
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+def world(sft):
+    """The playground with an SFT policy of a few seconds, and fewer prompts and pairs to evaluate on; no figures."""
     functions = {
         "make_sft_policy": lambda *_: (copy.deepcopy(sft[0]), sft[1]),
-        "prompts": lambda part: playground.prompts(part)[: 60 if part == "test" else None],
+        "prompts": lambda part: playground.prompts(part)[: None if part == "train" else 60],
+        "preferences": lambda n, part, **of: playground.preferences(n if part == "train" else 64, part, **of),
     }
-    return SimpleNamespace(**{**vars(playground), **functions})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        yield SimpleNamespace(**{**vars(playground), **functions})
+
+
+@pytest.fixture(scope="module")
+def run(world, tmp_path_factory):
+    """The folder of a run of three iterations, and what it returned."""
+    out = tmp_path_factory.mktemp("reported") / "run"
+    return out, run_in(world, config_of(out))
 
 
 def run_in(world, flags):
@@ -37,7 +41,7 @@ def run_in(world, flags):
 
 
 def config_of(out, **changed):
-    return Config(**{"output_dir": str(out), "device": "cpu", "max_train_pairs": 200, "learning_rate": 1e-3, "iterations": T, **changed})
+    return Config(**{"output_dir": str(out), "device": "cpu", "max_train_pairs": PAIRS, "learning_rate": 1e-3, "iterations": T, **changed})
 
 
 def true_reward(prompt, response):
@@ -62,9 +66,8 @@ def share_right(pairs):
     return sum(1.0 if w > l else 0.5 if w == l else 0.0 for w, l in wins) / len(wins) if wins else None
 
 
-def test_what_the_playground_reports(world, tmp_path):
-    out = tmp_path / "run"
-    final = run_in(world, config_of(out))
+def test_what_the_playground_reports(world, run):
+    out, final = run
     metrics = read(out / "metrics.jsonl")
     evaluations = [m for m in metrics if m["phase"] != "train"]
     assert [m["iteration"] for m in evaluations] == [0, 1, 2, T] and evaluations[-1] == final
@@ -91,36 +94,35 @@ def test_what_the_playground_reports(world, tmp_path):
             for other in others:
                 assert sum(a["answer"] == b for a, b in zip(answers, other)) < 0.2 * len(answers)
     assert ties > 10  # else ½ is not seen
-    assert len(given) == 200 and 0.6 < share_right(given) < 0.8  # 30 % of the labels are flipped
+    assert len(given) == PAIRS and 0.6 < share_right(given) < 0.8  # 30 % of the labels are flipped
 
 
-def test_the_table_is_what_the_metrics_say(world, tmp_path):
-    out = tmp_path / "run"
-    run_in(world, config_of(out, iterations=2))
+def test_the_table_is_what_the_metrics_say(run):
+    out, _ = run
     lines = [line.strip("| ").split("|") for line in (out / "report.md").read_text().splitlines() if line.startswith("|")]
     table = [dict(zip([cell.strip() for cell in lines[0]], [cell.strip() for cell in line])) for line in lines[2:]]
     evaluations = [m for m in read(out / "metrics.jsonl") if m["phase"] != "train"]
-    assert len(table) == len(evaluations) == 3
+    assert len(table) == len(evaluations) == T + 1
     for row, shown in zip(table, evaluations):
         for heading, name in {"true reward": "gold/reward", "win rate": "gold/win_rate", "words": "gold/length",
                               "accuracy": "eval_rewards/accuracies", "β·margin": "eval_rewards/margins"}.items():  # fmt: skip
             assert float(row[heading]) == pytest.approx(shown[name], abs=5e-4), heading
     assert float(table[2]["precision"]) == pytest.approx(evaluations[2]["select/precision"], abs=5e-4)
     pairs = read(out / "iteration-2" / "pairs.jsonl")
-    assert int(table[2]["kept"]) == sum(p["source"] == "offline" for p in pairs) == 140
+    assert int(table[2]["kept"]) == sum(p["source"] == "offline" for p in pairs) == 0.7 * PAIRS
 
 
 def test_evaluation_pairs_have_no_wrong_label(world, tmp_path):
     """Trained on labels that are all flipped, the policy is wrong about pairs that are rightly labelled."""
-    final = run_in(world, config_of(tmp_path / "run", label_noise=1.0, iterations=1, epochs_per_iteration=3))
+    final = run_in(world, config_of(tmp_path / "run", label_noise=1.0, iterations=1, epochs_per_iteration=6))
     assert final["data/label_accuracy"] == 0.0
     assert final["eval_rewards/accuracies"] < 0.4 and final["eval_rewards/margins"] < 0
 
 
-def test_evaluation_prompts_are_none_that_are_trained_on(world, tmp_path):
-    run_in(world, config_of(tmp_path / "run", iterations=1))
-    trained = {line["prompt"] for line in read(tmp_path / "run" / "iteration-1" / "pairs.jsonl")}
-    assert not trained & {line["prompt"] for line in read(tmp_path / "run" / "iteration-1" / "answers.jsonl")}
+def test_evaluation_prompts_are_none_that_are_trained_on(run):
+    out, _ = run
+    trained = {line["prompt"] for line in read(out / "iteration-1" / "pairs.jsonl")}
+    assert not trained & {line["prompt"] for line in read(out / "iteration-1" / "answers.jsonl")}
 
 
 def test_label_noise_and_length_bias_are_what_they_say():
@@ -158,7 +160,7 @@ def test_the_playground_is_that_of_the_flags(world, tmp_path):
 
     def preferences(n, part, **flags):
         asked.append((part, flags))
-        return playground.preferences(n, part, **flags)
+        return world.preferences(n, part, **flags)
 
     def make_sft_policy(seed, device):
         seeds.append(seed)
@@ -172,7 +174,7 @@ def test_the_playground_is_that_of_the_flags(world, tmp_path):
         pairs = read(tmp_path / str(seed) / "iteration-1" / "pairs.jsonl")
         assert share_right(pairs) == 1
         answers = read(tmp_path / str(seed) / "iteration-1" / "answers.jsonl")
-        assert [line["prompt"] for line in answers] == playground.prompts("validation") * 2
+        assert [line["prompt"] for line in answers] == world.prompts("validation") * 2
         texts.append(str([(p["prompt"], p["chosen"]) for p in pairs]))
     assert texts[0] != texts[1] and seeds == [3, 4]
     assert [(part, flags["seed"]) for part, flags in asked] == [("train", 3), ("validation", 3), ("train", 4), ("validation", 4)]

@@ -23,9 +23,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import WORDS, bpe_tokenizer, read, some_rows, tiny_model, word_tokenizer
 from datasets import load_dataset
 from safetensors.torch import load_file, save_file
+from shared import WORDS, bpe_tokenizer, read, some_rows, tiny_model, word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import train
@@ -57,13 +57,13 @@ def figures():
 
 
 @pytest.fixture(scope="module")
-def world():
+def world(sft):
     """The playground with an SFT policy of a few seconds, and fewer prompts and pairs to evaluate on."""
-    policy, tokenizer = playground.make_sft_policy(0, "cpu", steps=60)
+    policy, tokenizer = sft
     functions = {
         "make_sft_policy": lambda seed, device: (copy.deepcopy(policy), tokenizer),
-        "prompts": lambda part: playground.prompts(part)[:20],
-        "preferences": lambda n, *part, **noise: playground.preferences(min(n, 32), *part, **noise),
+        "prompts": lambda part: playground.prompts(part)[:10],
+        "preferences": lambda n, *part, **noise: playground.preferences(min(n, 24), *part, **noise),
     }
     return replace(SERA, world=SimpleNamespace(**{**vars(playground), **functions}))
 
@@ -131,7 +131,7 @@ def stopped(tmp_path_factory):
     here = tmp_path_factory.mktemp("stopped")
     tokenizer = word_tokenizer(WORDS)
     tokenizer.save_pretrained(here / "model")
-    tiny_model(vocab_size=len(tokenizer)).save_pretrained(here / "model")
+    tiny_model(vocab_size=len(tokenizer), num_hidden_layers=1).save_pretrained(here / "model")
     (here / "d.jsonl").write_text("\n".join(map(json.dumps, some_rows(18, random.Random(3)))))
     flags = real(here / "model", here / "d.jsonl", here / "whole", iterations=2, save_steps=1, max_length=24, max_prompt_length=8)
     with pytest.MonkeyPatch.context() as patch:
@@ -949,12 +949,6 @@ def test_bad_input_is_one_line_and_nothing_is_written(wrong_things, monkeypatch,
     assert "\n" not in stop.value.code and sorted(Path().rglob("*")) == before
 
 
-def test_as_a_command():
-    """Exit status 1 and one line on stderr."""
-    wrong = subprocess.run([sys.executable, ROOT / "train.py", "--keep", "7"], capture_output=True, text=True)
-    assert (wrong.returncode, wrong.stdout, wrong.stderr) == (1, "", "error: --keep is 7.0: expected between 0 and 1\n")
-
-
 def test_a_whole_number_is_a_share_too():
     """From Python, where nothing makes 0 a 0.0."""
     assert resolve(Config(model_name_or_path="m", dataset_name="d", eval_fraction=0, keep=1)).eval_fraction == 0
@@ -1008,15 +1002,30 @@ ALONE = {
 }
 
 
-def test_a_concept_file_works_alone(tmp_path):
-    """Each in a folder of its own."""
-    code = "import torch, sys\n"
+@pytest.fixture(scope="module")
+def process(tmp_path_factory):
+    """A Python of its own, which takes seconds to import torch: the concept files alone, and then train.py as a command."""
+    here = tmp_path_factory.mktemp("process")
+    code = "import runpy, sys, torch\n"
     for name, use in ALONE.items():
-        (tmp_path / f"their_{name}").mkdir()
-        shutil.copy(ROOT / f"sera_min/{name}.py", tmp_path / f"their_{name}")
+        (here / f"their_{name}").mkdir()
+        shutil.copy(ROOT / f"sera_min/{name}.py", here / f"their_{name}")
         code += f"import their_{name}.{name} as m\nassert {use}\n"
-    code += "assert not {'sera_min', 'transformers', 'datasets'} & sys.modules.keys()"
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    code += "assert not {'sera_min', 'transformers', 'datasets'} & sys.modules.keys()\nprint('alone')\n"
+    code += f"sys.path[0], sys.argv = {str(ROOT)!r}, ['train.py', '--keep', '7']\n"  # as `python train.py` has them
+    code += f"runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\nprint('it went on')\n"
+    return subprocess.run([sys.executable, "-c", code], cwd=here, capture_output=True, text=True)
+
+
+def test_a_concept_file_works_alone(process):
+    """Each in a folder of its own."""
+    assert process.stdout.startswith("alone\n"), process.stderr
+
+
+def test_as_a_command(process):
+    """Exit status 1 and one line on stderr."""
+    said = process.returncode, process.stdout, process.stderr
+    assert said == (1, "alone\n", "error: --keep is 7.0: expected between 0 and 1\n")
 
 
 def test_every_test_that_the_docs_promise_is_there():

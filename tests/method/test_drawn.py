@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import Drawn, read, tiny_model, word_tokenizer
+from shared import Drawn, read, tiny_model, word_tokenizer
 from transformers import AutoModelForCausalLM
 
 import train
@@ -22,7 +22,7 @@ def standing(tmp_path_factory):
     here = tmp_path_factory.mktemp("standing")
     tokenizer = word_tokenizer(WORDS)
     tokenizer.save_pretrained(here / "model")
-    model = tiny_model("llama", vocab_size=len(tokenizer))
+    model = tiny_model("llama", vocab_size=len(tokenizer), num_hidden_layers=1)
     with torch.no_grad():
         model.lm_head.weight.mul_(1.5)  # a first token that is far from evenly distributed
     model.save_pretrained(here / "model")

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import FAMILIES, tiny_model
+from shared import FAMILIES, tiny_model
 
 from sera_min import bootstrap, logprobs
 from sera_min.logprobs import (

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model
+from shared import tiny_model
 
 from sera_min.logprobs import implicit_reward, sequence_logprobs
 from sera_min.losses import dpo_loss, ipo_loss, simpo_loss, slic_loss
@@ -48,8 +48,8 @@ def test_gradcheck_and_direction(name):
 def trl_case(tmp_path_factory):
     """A trainer of TRL's on four pairs, its policy moved away from the reference, and the same pairs as token ids."""
     trl = pytest.importorskip("trl")
-    from conftest import bpe_tokenizer
     from datasets import Dataset
+    from shared import bpe_tokenizer
 
     tokenizer = bpe_tokenizer()
     rows = [

@@ -4,18 +4,16 @@ The naive run is given what was drawn (the order of pairs, the samples): the rul
 test_drawn.py. Variants have their runs in tests/experiments/test_variants.py.
 """
 
-import json
 import os
-import random
 import signal
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
-from conftest import WORDS, Drawn, read, some_rows, tiny_model, word_tokenizer
 from naive_sera import NaiveSera
 from safetensors.torch import load_file
+from shared import Drawn, read, words_world
 
 import train
 from sera_min.machinery.config import Config
@@ -29,7 +27,8 @@ NAIVE = {"select": "margin", "length_free": False, "token_floor": 0.0}  # what m
 REST = {"max_length": 24, "max_prompt_length": 8, "max_new_tokens": 12, "device": "cpu"}  # of no influence here
 SCENARIOS = {  # name: what it changes of PLAIN, and of what must change nothing
     "dpo": ({"iterations": 4}, {}),
-    "dpo, label smoothing, four epochs of three steps": ({"label_smoothing": 0.1, "epochs_per_iteration": 4}, {}),
+    "dpo, label smoothing, four epochs of three steps": (
+        {"label_smoothing": 0.1, "epochs_per_iteration": 4, "iterations": 2}, {}),
     "ipo, unequal micro-batches": ({"loss_type": "ipo", "beta": 0.2}, {"max_tokens": 40}),
     "slic": ({"loss_type": "slic"}, {}),
     "simpo, many samples": ({"loss_type": "simpo", "beta": 2.0, "samples_per_prompt": 6, "keep": 0.5}, {"max_tokens": 60}),
@@ -39,16 +38,7 @@ SCENARIOS = {  # name: what it changes of PLAIN, and of what must change nothing
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A model with dropout in its config, a tokenizer of whole words, D and pairs to evaluate on."""
-    here = tmp_path_factory.mktemp("world")
-    tokenizer = word_tokenizer(WORDS)
-    tokenizer.save_pretrained(here / "model")
-    tiny_model("llama", vocab_size=len(tokenizer), attention_dropout=0.5).save_pretrained(here / "model")
-    rng = random.Random(3)
-    rows = {"D": some_rows(13, rng), "held_out": some_rows(5, rng)}
-    for name, some in rows.items():
-        (here / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
-    return here, rows
+    return words_world(tmp_path_factory.mktemp("world"))
 
 
 def config_of(world, out, settings, rest):

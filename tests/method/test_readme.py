@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from shared import tiny_model
 
 from sera_min import playground
 from sera_min.logprobs import implicit_reward
