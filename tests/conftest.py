@@ -4,6 +4,7 @@ import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what a GPU does is checked by experiments/gpu_check.py
 
 import pytest
 

@@ -96,17 +96,18 @@ def check_memory(policy: Any, device: str) -> None:
         )
 
 
-def training_tokens(policy: Any, device: str) -> int:
-    """How many tokens a training pass has room for, by the memory that two small passes take."""
+def training_tokens(policy: Any, length: int, device: str) -> int:
+    """How many tokens a training pass has room for, by what two small ones of rows of this length take."""
     peaks = {}
+    x, y = [0] * (length - length // 2), [0] * (length // 2)
     policy.train()
     for rows in (2, 2, 8):  # the first one compiles, and makes the gradients
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         with autocast(device):
-            logps, _ = sequence_logprobs(policy, [[0] * 256] * rows, [[0] * 256] * rows)
+            logps, _ = sequence_logprobs(policy, [x] * rows, [y] * rows)
         logps.sum().backward()
-        peaks[512 * rows] = torch.cuda.max_memory_allocated(device) - before
+        peaks[length * rows] = torch.cuda.max_memory_allocated(device) - before
     policy.zero_grad()
     policy.eval()
     few, more = peaks

@@ -75,7 +75,8 @@ class Policies:
             if len(self.held) == self.most:
                 oldest = next(iter(self.held))
                 del self.held[oldest]
-            policy, self.tokenizer = load(self.folder(i), self.config.device)
+            policy, tokenizer = load(self.folder(i), self.config.device)
+            self.tokenizer = self.tokenizer or tokenizer  # all have the same
             self.make_ready(policy)
         self.held[i] = policy
         return policy

@@ -98,12 +98,12 @@ class Run:
     def find_max_tokens(self, policy: Any) -> None:
         """As many as the GPU has room for; with gradient checkpointing where those would be few."""
         config = self.config
-        tokens = device.training_tokens(policy, config.device)
+        tokens = device.training_tokens(policy, config.max_length, config.device)
         if tokens < device.FEW_TOKENS and not config.gradient_checkpointing and policy.supports_gradient_checkpointing:
             config = replace(config, gradient_checkpointing=True)
             self.policies.config = config
             self.policies.make_ready(policy)
-            tokens = device.training_tokens(policy, config.device)
+            tokens = device.training_tokens(policy, config.max_length, config.device)
         tokens = min(tokens, device.MOST_TOKENS)
         self.config = self.policies.config = replace(config, max_tokens=max(tokens, 2 * config.max_length))
         with_checkpointing = ", with gradient checkpointing" if config.gradient_checkpointing else ""

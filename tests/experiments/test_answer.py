@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import CHATML, bpe_tokenizer, unigram_tokenizer
+from shared import CHATML, bpe_tokenizer, unigram_tokenizer
 
 from sera_min import playground
 from sera_min.machinery.data import decode, encode

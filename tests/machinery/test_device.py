@@ -8,10 +8,12 @@ import torch
 from shared import tiny_model, word_tokenizer
 
 from sera_min import bootstrap
-from sera_min.machinery import policies
+from sera_min.logprobs import sequence_logprobs
+from sera_min.machinery import device, policies
 from sera_min.machinery.config import Config, resolve
-from sera_min.machinery.device import autocast, check_memory, has_bfloat16, prepare
+from sera_min.machinery.device import autocast, check_memory, has_bfloat16, prepare, uncompiled
 from sera_min.machinery.errors import InputError
+from sera_min.machinery.run import Run
 
 
 @pytest.fixture(params=[True, False], ids=["with bfloat16", "without"])
@@ -71,12 +73,83 @@ def test_a_device_is_a_gpu_that_is_there_or_the_cpu(monkeypatch):
         resolve(Config(device="cuda"))
 
 
-def test_a_second_gpu_samples_as_much_at_a_time_as_the_first(tmp_path, monkeypatch):
+def test_sampling_takes_what_the_memory_has_room_for(tmp_path, monkeypatch):
     """No samples are drawn: what counts is the room that they are asked for."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(policies, "autocast", lambda device: nullcontext())
     monkeypatch.setattr(bootstrap, "sample_responses", lambda *_, max_tokens, **__: max_tokens)
-    for device in ("cuda", "cuda:1"):
-        held = policies.Policies(tmp_path, resolve(Config(device=device)))
-        held.hold(0, tiny_model(), word_tokenizer([]))
-        assert held.draw(0, [[5]], 2, seed=0) == bootstrap.CACHE_TOKENS["cuda"]
+    model, free = tiny_model(), 0
+    monkeypatch.setattr(device, "free_memory", lambda name: free)
+    config = resolve(Config(device="cuda:1"))
+    held = policies.Policies(tmp_path, config)
+    held.hold(0, model, word_tokenizer([]))
+    of_cache = 2 * 4 * 2 * 1 * 8  # keys and values in float32, 2 layers, 1 head of 8
+    of_row = 40 * 61 / (config.max_prompt_length + config.max_new_tokens)
+    for free in (10**6, 10**12):
+        tokens = held.draw(0, [[5]], 2, seed=0)
+        assert tokens == min(int(0.5 * free / (of_cache + of_row)), 2**20)
+
+
+def test_a_training_pass_takes_what_the_memory_has_room_for(monkeypatch):
+    """Of a GPU whose passes take 1 MB, and 1 kB a token."""
+    model, tokens = tiny_model(), []
+    weights = sum(p.numel() for p in model.parameters())
+    real = device.sequence_logprobs
+
+    def watched(policy, prompts, responses):
+        assert policy.training
+        tokens.append(sum(map(len, prompts + responses)))
+        return real(policy, prompts, responses)
+
+    monkeypatch.setattr(device, "sequence_logprobs", watched)
+    monkeypatch.setattr(device, "has_bfloat16", lambda name: False)
+    monkeypatch.setattr(device, "autocast", lambda name: nullcontext())
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda name: 10**9)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda name: 10**9 + 10**6 + 1000 * tokens[-1])
+    monkeypatch.setattr(device, "free_memory", lambda name: 10**8)
+    found = device.training_tokens(model, 31, "cuda")
+    assert found == pytest.approx((0.9 * 10**8 - 12 * weights - 10**6) / 1000, abs=2)
+    assert not model.training and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(("first", "then", "expected"), [
+    (10**6, None, (32768, False)), (9000, None, (9000, False)), (3000, 20000, (20000, True)), (-5, 10, (128, True)),
+])  # fmt: skip
+def test_where_few_tokens_fit_gradients_are_checkpointed(first, then, expected, tmp_path, monkeypatch, capsys):
+    found = [first, then]
+    monkeypatch.setattr(device, "training_tokens", lambda policy, length, name: found.pop(0))
+    run = Run.__new__(Run)
+    run.config = resolve(Config(device="cpu", max_length=64))
+    run.policies = policies.Policies(tmp_path, run.config)
+    run.policies.hold(0, tiny_model(), word_tokenizer([]))
+    run.find_max_tokens(run.policies.get(0))
+    tokens, checkpointing = expected
+    assert (run.config.max_tokens, run.config.gradient_checkpointing) == expected and run.policies.config == run.config
+    assert run.policies.get(0).is_gradient_checkpointing == checkpointing
+    assert f"--max_tokens {tokens} fit into the GPU's memory" in capsys.readouterr().out
+
+
+def test_compiled_layers_compute_the_same_and_sampling_leaves_them_alone(monkeypatch):
+    model, calls = tiny_model(), []
+
+    def backend(graph, inputs):
+        calls.append(graph)
+        return graph.forward
+
+    rows = [[5, 6, 7], [8, 9]], [[4, 1], [3, 3, 1]]
+    plain, _ = sequence_logprobs(model, *rows)
+    device.compile_layers(model, backend)
+    with uncompiled():
+        sequence_logprobs(model, *rows)
+    assert not calls
+    torch.testing.assert_close(sequence_logprobs(model, *rows)[0], plain)
+    assert calls
+
+
+def test_without_a_compiler_layers_are_not_compiled(capsys, monkeypatch):
+    assert not device.can_compile("cpu")
+    monkeypatch.setattr(torch, "compile", lambda function: lambda x: 1 / 0)
+    monkeypatch.setattr(torch, "ones", lambda n, device: n)
+    assert not device.can_compile("cuda")
+    assert capsys.readouterr().out == "layers are not compiled, and a step takes longer: division by zero\n"

@@ -125,7 +125,7 @@ def test_what_another_program_wrote_is_checked(flags):
         ([{**first, "responses": [*first["responses"][:3], [5, size]]}, *right[1:]], f"sample 3: {size} is no token id: expected 0 to {size - 1}"),
         ([{**first, "responses": [[5, -1]] * 4}, *right[1:]], "-1 is no token id"),
         ([{**first, "responses": [[5] * (LIMIT + 1)] * 4}, *right[1:]], "it has 9 tokens, and --max_new_tokens is 8"),
-        ([{**first, "finish_reasons": ["eos"] * 4}, *right[1:]], "its finish_reason is 'eos': expected 'stop'"),
+        ([{**first, "finish_reasons": ["eos"] * 4}, *right[1:]], "its finish_reason is 'eos': expected '"),
         ([{**first, "responses": [[5, 6]] * 4, "finish_reasons": ["stop"] * 4}, *right[1:]], "'stop': expected 'length', as its last token is 6"),
         ([{**first, "responses": [[5, end]] * 4, "finish_reasons": ["length"] * 4}, *right[1:]], f"'length': expected 'stop', as its last token is {end}"),
         ([{**first, "responses": [[end, 5, end]] * 4, "finish_reasons": ["stop"] * 4}, *right[1:]], "it goes on after one of the eos"),

@@ -308,14 +308,14 @@ def test_gradient_checkpointing_changes_nothing(model_dir, preferences, tmp_path
         torch.testing.assert_close(value, others[key], rtol=0, atol=2e-5)
 
 
-def test_one_policy_at_a_time_is_in_memory_and_scores_things_once(stopped, tmp_path, monkeypatch):
+def test_two_policies_are_in_memory_one_while_it_is_trained_and_nothing_is_scored_twice(stopped, tmp_path, monkeypatch):
     """In a run, and in one that goes on within an iteration."""
     flags, _ = stopped
     held, scored = [], []
 
-    def watched(function):
+    def watched(function, most):
         def count(*args, **kwargs):
-            assert sum(policy() is not None for policy in held) == 1
+            assert sum(policy() is not None for policy in held) <= most
             return function(*args, **kwargs)
 
         return count
@@ -330,11 +330,12 @@ def test_one_policy_at_a_time_is_in_memory_and_scores_things_once(stopped, tmp_p
         return real(self, i, rows)
 
     monkeypatch.setattr(policies, "load", loads)
-    for module, name in [(train, "train_step"), (bootstrap, "sample_responses"), (policies, "score")]:
-        monkeypatch.setattr(module, name, watched(getattr(module, name)))
+    for module, name, most in [(train, "train_step", 1), (bootstrap, "sample_responses", 2), (policies, "score", 2)]:
+        monkeypatch.setattr(module, name, watched(getattr(module, name), most))
     monkeypatch.setattr(Policies, "score", scores)
     main(replace(flags, output_dir=str(tmp_path / "run"), iterations=3))
-    assert len(held) > 3 and len(scored) == len({*scored})
+    # Iteration 1 reads π_ref and, to go on from it, again; the later ones what is not in memory, at most three.
+    assert 3 < len(held) <= 2 + 3 * 2 and len(scored) == len({*scored})
     held.clear()
     main(copy_of(stopped, tmp_path / "resumed"))
     assert held
