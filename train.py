@@ -166,7 +166,7 @@ def pair_losses(policy: Any, pairs: list[Pair], reference: Tensor, config: Resol
     with autocast(config.device):
         logps, lengths = sequence_logprobs(policy, prompts, responses)  # (2m,)
     logps = logps.view(-1, 2)  # (m, 2)
-    r = reward(logps, reference.to(logps.device), lengths.view(-1, 2), config)
+    r = reward(logps, reference.to(logps.device, non_blocking=True), lengths.view(-1, 2), config)
     return loss_of(margins_of(r), config), logps
 
 

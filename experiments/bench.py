@@ -428,13 +428,12 @@ def sample_part(shape: str, repeats: int) -> list[tuple]:
     return rows
 
 
-def iteration_part(shape: str) -> list[tuple]:
+def iteration_part(shape: str, n: int = 4 * PAIRS, max_tokens: int | None = MAX_TOKENS) -> list[tuple]:
     """train.py itself, two iterations from files, by phase: seconds, and pairs a second."""
     model = made_model(shape)
     tokenizer = made_tokenizer(model.config.vocab_size)
     model.generation_config.eos_token_id = sampling_settings(model)["eos_token_id"]
     ends = set(model.generation_config.eos_token_id)
-    n = 4 * PAIRS if DEVICE == "cpu" else 1024
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(f"{folder}/model")
         tokenizer.save_pretrained(f"{folder}/model")
@@ -445,7 +444,7 @@ def iteration_part(shape: str) -> list[tuple]:
         with contextlib.redirect_stdout(io.StringIO()) as printed:
             train.main(train.Config(
                 model_name_or_path=f"{folder}/model", dataset_name=f"{folder}/pairs.jsonl", device=DEVICE, iterations=2,
-                output_dir=f"{folder}/run", max_tokens=MAX_TOKENS, max_new_tokens=2 * RESPONSE,
+                output_dir=f"{folder}/run", max_tokens=max_tokens, max_new_tokens=2 * RESPONSE,
                 learning_rate=LEARNING_RATE, per_device_train_batch_size=PAIRS,
             ))  # fmt: skip
     spent = re.search("Seconds: (.*)", printed.getvalue())[1]  # 12 training, 3 scoring, …
@@ -678,7 +677,8 @@ def table(results: dict) -> str:
 PARTS = {
     "fair": lambda a: fair_part(a.shape, a.steps), "shipped": lambda a: shipped_part(a.shape, a.steps),
     "score": lambda a: score_part(a.shape, 5), "sample": lambda a: sample_part(a.shape, 2),
-    "iteration": lambda a: iteration_part(a.shape), "growth": lambda a: growth_part(a.shape),
+    "iteration": lambda a: iteration_part(a.shape, 4 * PAIRS if DEVICE == "cpu" else 1024),
+    "growth": lambda a: growth_part(a.shape),
     "checkpoints": lambda a: checkpoint_part(a.shape), "ablation": lambda a: ablation_part(a.shape, 5),
     "precision": lambda a: precision_part(a.model, a.data),
 }  # fmt: skip

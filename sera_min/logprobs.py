@@ -60,12 +60,16 @@ def token_logprobs(model, prompts: list[Ids], responses: list[Ids]) -> tuple[Ten
     head = model.get_output_embeddings().weight  # (V, H)
     check_token_ids(prompts, responses, vocab_size=head.shape[0])
     inputs, positions = pad_right(prompts, responses)  # (B, T), (R,) of B·T, where R = Σ|y|
-    body = body_of(model)
-    output = body(input_ids=inputs.to(model.device), use_cache=False, return_dict=True)
+    targets = torch.cat([torch.tensor(y) for y in responses])  # (R,)
+    # `non_blocking`: the host does not wait for the GPU.
+    inputs = inputs.to(model.device, non_blocking=True)
+    positions = positions.to(model.device, non_blocking=True)
+    targets = targets.to(model.device, non_blocking=True)
 
+    body = body_of(model)
+    output = body(input_ids=inputs, use_cache=False, return_dict=True)
     hidden = output.last_hidden_state.flatten(0, 1)  # (B·T, H)
-    hidden = hidden.index_select(0, positions.to(model.device)).to(head.dtype)  # (R, H)
-    targets = torch.cat([torch.tensor(y) for y in responses]).to(model.device)  # (R,)
+    hidden = hidden.index_select(0, positions).to(head.dtype)  # (R, H)
     output_type = type(output)
     del output  # (B, T, H) need not stay in memory until the backward pass
 
@@ -115,7 +119,7 @@ def sequence_logprobs(model, prompts: list[Ids], responses: list[Ids]) -> tuple[
     """
     rows = token_logprobs(model, prompts, responses)
     sums = torch.stack([row.sum() for row in rows])  # B of (|y|,) -> (B,)
-    counts = torch.tensor([len(y) for y in responses], device=sums.device)
+    counts = torch.tensor([len(y) for y in responses]).to(sums.device, non_blocking=True)
     return sums, counts
 
 
