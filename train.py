@@ -6,7 +6,7 @@ Given preferences D = {(x, y_w, y_l)}, a reference π_ref (the SFT model) and a 
      loss     = a function of m: DPO, IPO, SLiC or SimPO                             losses.py
   1. train π_θ1 on all of D, from π_ref.
   2. for t = 2 … T:
-  3.     r̄_t = (1−γ) r_{t−1} + γ r_{t−2}                    at t = 2 only r_1        select.py
+  3.     r̄_t = (1−γ) r_{t−1} + γ r_{t−2}                    at t = 2 it is r_1       select.py
   4.     select the K pairs of D with the largest margin under r̄_t
   5.     sample N responses to the prompt of every pair of D, from π_θ(t−1);
          the best and the worst of the N under r̄_t are a pair                        bootstrap.py
@@ -18,7 +18,7 @@ Choices of ours, where the paper is silent or was not known to us:
   2. T = 3, K = 0.7·|D|, K̃ = 0.3·|D|, N = 4, γ = 0.5; samples are drawn at temperature 1.
   3. One epoch an iteration: fresh AdamW without weight decay, 10 % warm-up, linear decay,
      gradients clipped to norm 1.
-  4. IPO's and SimPO's reward is per token, as in TRL; SimPO's γ is half its β.
+  4. IPO's and SimPO's reward is per token, as in TRL; SimPO's target margin is ½.
      The review ranks with the same reward that the loss is defined on.
   5. Samples that were cut off by the length limit, or that repeat another of the N, are never paired.
 Plain training, the baseline, is `--keep 1 --bootstrap 0`. Variants are in experiments/variants.py.
@@ -76,28 +76,29 @@ def loss_of(margins: Tensor, config: Resolved) -> Tensor:
 # ------------------------------------------------------------------ the review, steps 3 to 6
 #
 # policies.log_prob(i, rows) is log π_θi(y|x) of R rows, (R,), computed once; π_θ0 is the reference.
-# `variant` is a set of functions, here always those of the same name in this file; an experiment may
-# hand in others (the dataclass Variant, below).
+# policies.sample(i, prompts, n, seed) draws n responses to each prompt from π_θi.
+# `variant` holds functions that an experiment may replace (class Variant, below): in SeRA itself
+# variant.mean_reward is `mean_reward`, variant.select_top is `select_top`, and so on.
 
 
 def mean_reward(t: int, rows: Rows, policies: Policies, config: Resolved) -> Tensor:
-    """Step 3: r̄_t(x,y) of R rows, (R,). At t = 2 there is only r_1."""
+    """Step 3: r̄_t(x,y) of R rows, (R,)."""
     newest = policies.log_prob(t - 1, rows)
     reference = policies.log_prob(0, rows)
-    r = reward(newest, reference, rows.lengths, config)
-    if t == 2:
-        return r
-    previous = policies.log_prob(t - 2, rows)
-    r_previous = reward(previous, reference, rows.lengths, config)
-    return ensemble_margin(r, r_previous, config.ensemble_gamma)
+    r_newest = reward(newest, reference, rows.lengths, config)
+    r_previous = None  # at t = 2 there is no other
+    if t > 2:
+        previous = policies.log_prob(t - 2, rows)
+        r_previous = reward(previous, reference, rows.lengths, config)
+    return ensemble_margin(r_newest, r_previous, config.ensemble_gamma)
 
 
 def select(
     t: int, given: Preferences, policies: Policies, config: Resolved, variant: "Variant"
 ) -> tuple[TrainingSet, TrainingSet]:
     """Step 4: the K given pairs with the largest margin; and the others, smallest first."""
-    r = variant.mean_reward(t, given.rows, policies, config)  # (2|D|,): chosen, rejected, …
-    margins = margins_of(r.view(-1, 2))  # (|D|,)
+    r_bar = variant.mean_reward(t, given.rows, policies, config)  # (2|D|,): chosen, rejected, …
+    margins = margins_of(r_bar.view(-1, 2))  # (|D|,)
     kept = variant.select_top(margins, round(config.keep * len(margins)))  # (K,)
 
     ascending = margins.argsort(stable=True)
@@ -116,15 +117,15 @@ def bootstrap(
     """
     prompts = [pair.prompt for pair in given.pairs]
     seed = seed_of(config.seed, t, "samples")
-    samples = policies.sample(t - 1, prompts, config.samples_per_prompt, seed)
+    samples = policies.sample(t - 1, prompts, config.samples_per_prompt, seed)  # of each prompt N (ids, ended)
 
-    # A sample that was cut off has no end, so its log-probability means nothing.
+    # A sample that was cut off is only the beginning of a response: it is left out.
     prompt_of, responses, cut_off = ended_responses(samples)  # R rows
-    rows = Rows([prompts[i] for i in prompt_of], responses, prompt_of)
-    r = variant.mean_reward(t, rows, policies, config)  # (R,)
+    rows = Rows([prompts[i] for i in prompt_of], responses, numbers=prompt_of)
+    r_bar = variant.mean_reward(t, rows, policies, config)  # (R,)
 
-    best, worst, dropped = variant.best_worst_pairs(prompt_of, responses, r)  # rows, (P,)
-    margins = r[best] - r[worst]  # (P,)
+    best, worst, dropped = variant.best_worst_pairs(prompt_of, responses, r_bar)  # rows, (P,)
+    margins = r_bar[best] - r_bar[worst]  # (P,)
     wanted = round(config.bootstrap * len(prompts))
     top = variant.select_top(margins, min(wanted, len(margins)))  # (K̃,)
 
@@ -138,7 +139,7 @@ def bootstrap(
 
     reference = policies.log_prob(0, rows)  # (R,)
     bootstrapped = rows.paired(best[top], worst[top], margins[top], reference)
-    return bootstrapped, samples, r
+    return bootstrapped, samples, r_bar
 
 
 def review(t: int, given: Preferences, policies: Policies, config: Resolved, variant: "Variant") -> Review:
@@ -151,7 +152,7 @@ def review(t: int, given: Preferences, policies: Policies, config: Resolved, var
     if round(config.bootstrap * len(given.pairs)) == 0:
         return Review(selected, others)
     bootstrapped, samples, rewards = bootstrap(t, given, policies, config, variant)
-    return Review(selected + bootstrapped, others, samples, rewards)
+    return Review(selected.and_also(bootstrapped), others, samples, rewards)
 
 
 # --------------------------------------------------------------------- training, steps 1 and 7
@@ -210,10 +211,11 @@ def train_step(
 def train(t: int, data: TrainingSet, run: Run, config: Resolved, variant: "Variant") -> None:
     """π_θ(t−1) becomes π_θt."""
     policy = run.policies.get(t - 1)
-    policy.train()  # which changes no number: dropout is off in every policy
+    run.policies.forget()  # it is changed in place, and no longer π_θ(t−1)
+    policy.train()  # for gradient checkpointing, which asks for it; dropout is off in every policy
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     batches = variant.batches_of(len(data.pairs), t, config)
-    # After a resume the steps begin behind the last checkpoint, from which policy and optimizer are restored.
+    # After a resume, run.steps restores policy and optimizer from the last checkpoint, and yields the steps after it.
     for step, batch in run.steps(t, batches, policy, optimizer):
         rate = learning_rate(step, len(batches), config)
         optimizer.param_groups[0]["lr"] = rate
@@ -305,7 +307,7 @@ def main(flags: Config, variant: Variant = SERA) -> dict[str, Any]:
     with open_run(flags, variant.name, variant.world, variant.report) as run:
         config, policies = run.config, run.policies
         known = loss_of(torch.zeros(1), config).item()
-        print(f"at margin 0 the loss is {known:.4f}: training begins there, but for SimPO")
+        print(f"at margin 0 the loss is {known:.4f}: iteration 1 begins there, unless the loss is SimPO")
         for t in range(config.iterations + 1):
             if t > policies.newest():  # π_θt is not on disk yet; π_θ0 always is
                 reviewed = variant.review(t, run.given, policies, config, variant)

@@ -58,7 +58,10 @@ def sample_responses(
     model's generation_config has no say. Prompts of similar length are sampled together,
     with at most `max_tokens` tokens in the key-value cache (None: CACHE_TOKENS). The same seed,
     batch size and machine give the same samples; random generators are left as they were.
+    Raises ValueError for an empty prompt and for numbers that make no sense, FloatingPointError
+    where the model's probabilities are NaN.
     """
+    check_sampling(prompts, n, max_new_tokens, temperature, top_p, eos_token_id)
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     room = max_tokens or CACHE_TOKENS.get(model.device.type, 2**15)
     draw_next = DrawNext(temperature, top_p)
@@ -102,19 +105,21 @@ def ended_responses(samples: list[list[Sample]]) -> tuple[list[int], list[Ids], 
 def best_worst_pairs(prompt_of: list[int], responses: list[Ids], rewards: Tensor) -> tuple[Tensor, Tensor, Counter]:
     """argmax and argmin of the reward over each prompt's different responses, where these differ.
 
-    prompt_of, responses, rewards: of R rows the number of the prompt, the token ids, and the reward
-    in nats, a float tensor (R,). A reward of NaN means that the row has none: it is never paired.
+    Of R rows: prompt_of[j] is the number of row j's prompt, responses[j] its token ids, rewards[j],
+    a float tensor (R,), its reward in nats. A reward of NaN means that the row has none, and is
+    never paired (a variant of ours makes such; the method does not).
     Returns the row numbers of the best and of the worst response, int64 (P,) each, the first of
     equals; and what was dropped: "identical samples" (only the first is used), "samples without a
     reward", and "prompts without a pair" (fewer than two different rewards are left).
-    Raises ValueError where lengths differ or a reward is infinite, TypeError for other types.
+    Raises ValueError where lengths differ or a reward is infinite, TypeError for a response that is
+    no list.
     """
     values = rewards.tolist()
     rows_of_prompt: dict[int, dict[tuple, int]] = {}  # of each prompt: different response -> row
     dropped: Counter = Counter()
     for row, (i, y, reward) in enumerate(zip(prompt_of, responses, values, strict=True)):
         check_row(row, y, reward)
-        different = rows_of_prompt.setdefault(i, {})
+        different = rows_of_prompt.setdefault(int(i), {})
         if math.isnan(reward):
             dropped["samples without a reward"] += 1
         elif tuple(y) in different:
@@ -145,6 +150,16 @@ def best_worst_pairs(prompt_of: list[int], responses: list[Ids], rewards: Tensor
 CACHE_TOKENS = {"cuda": 2**17, "cpu": 2**15}  # tokens in the key-value cache that keep it busy
 STRIDE = 32  # tokens after which samples that have ended leave the batch
 KEYS_AND_VALUES = {"DynamicLayer", "DynamicSlidingWindowLayer"}  # caches of nothing else
+
+
+def check_sampling(prompts, n, max_new_tokens, temperature, top_p, eos_token_id) -> None:
+    if n < 1 or max_new_tokens < 1 or not temperature > 0 or not 0 < top_p <= 1:
+        numbers = f"n {n}, max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}"
+        raise ValueError(f"{numbers}: expected numbers above 0, top_p at most 1")
+    if eos_token_id in (None, []):
+        raise ValueError("eos_token_id is missing: no sample could end")
+    if [] in prompts:
+        raise ValueError(f"prompt {prompts.index([])} is empty")
 
 
 def check_row(row: int, response: Ids, reward: float) -> None:

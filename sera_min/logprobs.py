@@ -35,10 +35,10 @@ def plain_logprob(model, prompt: Ids, response: Ids) -> Tensor:
 
 # This is right, and too expensive to train with:
 #   - One row at a time leaves a GPU idle.
-#   - (T, V) logits are computed for the prompt's positions too, which nobody needs. With 128,000
-#     words and 1,000 tokens they are half a gigabyte in float32; the log-softmax is as much again,
-#     and so is the gradient.
-#   - In bfloat16, logits have 8 bits, and the sum over a long response is wrong by whole nats.
+#   - (T, V) logits are computed for the prompt's positions too, which nobody needs. With a
+#     vocabulary of 128,000 and 1,000 tokens they are half a gigabyte in float32; the log-softmax is
+#     as much again, and so is the gradient.
+#   - In bfloat16, logits have 8 significant bits, and the sum over a long response is wrong by whole nats.
 #
 # `token_logprobs` computes the same, for any causal model of transformers, with three ideas:
 #   1. Rows are padded on the right, without an attention mask. A causal model never looks to the
@@ -53,13 +53,16 @@ def token_logprobs(model, prompts: list[Ids], responses: list[Ids]) -> tuple[Ten
     """log π(y_i|x, y_<i) in nats of every response token of B unpadded pairs (x, y) of token ids.
 
     Returns B tensors, (|y|,) each, float32 (float64 if the model is), differentiable. Dropout is
-    the model's own: switch it off before you compare a policy with a reference. Raises ValueError
+    the model's own: switch it off before you compare a policy with a reference. Padding is yours to
+    remove: a padding id would be scored. Load the model in float32, for the reason above, and hand in
+    the model itself, not one wrapped for several GPUs or in another precision. Raises ValueError
     for an empty prompt or response and for ids that the model does not have, TypeError for what is
     no list of ids.
     """
     head = model.get_output_embeddings().weight  # (V, H)
     check_token_ids(prompts, responses, vocab_size=head.shape[0])
-    inputs, positions = pad_right(prompts, responses)  # (B, T), (R,) of B·T, where R = Σ|y|
+    inputs, positions = pad_right(prompts, responses)  # (B, T), (R,)
+    # positions: of the R = Σ|y| places among B·T that predict a response's token
     targets = torch.cat([torch.tensor(y) for y in responses])  # (R,)
     # `non_blocking`: the host does not wait for the GPU.
     inputs = inputs.to(model.device, non_blocking=True)
@@ -70,7 +73,7 @@ def token_logprobs(model, prompts: list[Ids], responses: list[Ids]) -> tuple[Ten
     output = body(input_ids=inputs, use_cache=False, return_dict=True)
     hidden = output.last_hidden_state.flatten(0, 1)  # (B·T, H)
     hidden = hidden.index_select(0, positions).to(head.dtype)  # (R, H)
-    output_type = type(output)
+    output_type = type(output)  # for head_logprobs
     del output  # (B, T, H) need not stay in memory until the backward pass
 
     logps = []
@@ -85,7 +88,7 @@ def token_logprobs(model, prompts: list[Ids], responses: list[Ids]) -> tuple[Ten
 def body_of(model):
     """The part of the model that embeds tokens and makes the hidden states that the head reads."""
     embeddings = model.get_input_embeddings()
-    for part in (model.get_decoder(), *model.children()):  # of llama4 the decoder is all of it
+    for part in (model.get_decoder(), *model.children()):  # llama4's decoder is the whole model
         if part not in (None, model) and embeddings in part.modules():
             return part
     raise ValueError(f"{type(model).__name__} has no body: no part of it embeds the tokens")
@@ -96,8 +99,7 @@ def head_logprobs(model, body, output_type: type, hidden: Tensor, targets: Tenso
 
     model(...) is head(body(...)). We already have the hidden states, so for this one call the body
     computes nothing and returns them. The model then runs its head alone, with all else that it
-    does to logits: soft caps (gemma2), scaling (cohere, granite), biases (phi). Meanwhile the model
-    is of no use to another thread.
+    does to logits: soft caps (gemma2), scaling (cohere, granite), biases (phi). Not thread-safe.
     """
     output = output_type(last_hidden_state=hidden[None])  # (1, r, H)
     body_returns = patch.object(body, "forward", lambda *args, **kwargs: output)
@@ -114,8 +116,9 @@ def sequence_logprobs(model, prompts: list[Ids], responses: list[Ids]) -> tuple[
     """log π(y|x) in nats of B unpadded pairs (x, y) of token ids, differentiable.
 
     A response that ended holds its end of sequence: append it, nothing here does. Returns the sums,
-    float32 (B,), and the numbers of tokens |y|, int64 (B,): apart, so that averaging is the
-    caller's visible choice. Raises as `token_logprobs` does.
+    float32 (B,) (float64 if the model is), and the numbers of tokens |y|, int64 (B,): apart, so that
+    averaging is the caller's visible choice. What `token_logprobs` says of dropout, padding and
+    errors holds here.
     """
     rows = token_logprobs(model, prompts, responses)
     sums = torch.stack([row.sum() for row in rows])  # B of (|y|,) -> (B,)
@@ -142,7 +145,7 @@ def score(
             x = [prompts[i] for i in batch]
             y = [responses[i] for i in batch]
             of_batch, _ = sequence_logprobs(model, x, y)
-            sums[batch] = of_batch.cpu()
+            sums[batch] = of_batch.float().cpu()
     counts = torch.tensor(list(map(len, responses)), dtype=torch.int64)
     return sums, counts
 

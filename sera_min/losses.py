@@ -30,15 +30,15 @@ def dpo_loss(margin: Tensor, beta: float = 0.1, label_smoothing: float = 0.0) ->
 def ipo_loss(margin: Tensor, beta: float = 0.1) -> Tensor:
     """(m − 1/(2β))²: the margin has a finite target, so no label can push it without bound.
 
-    margin: (B,) in nats per token. The IPO paper sums over tokens, but TRL averages, as the authors
-    of that paper advised, and we follow TRL.
+    margin: (B,) in nats per token. The paper's formula sums over tokens, but TRL averages, as the
+    authors of that paper advised, and we follow TRL.
     Source: IPO, arXiv:2310.12036, eq. 17 (its τ is β); TRL's `ipo`.
     """
     return (margin - 1 / (2 * beta)) ** 2
 
 
 def slic_loss(margin: Tensor, beta: float = 0.1, delta: float = 1.0) -> Tensor:
-    """max(0, δ − βm): a hinge, zero once the two responses are δ/β nats apart.
+    """max(0, δ − βm): a hinge, zero once the margin is δ/β nats or more.
 
     margin: (B,) in nats, of summed rewards against the reference, as in TRL's `hinge` (δ = 1).
     Source: SLiC-HF, arXiv:2305.10425, without the regulariser of that paper, as in TRL.
@@ -51,6 +51,6 @@ def simpo_loss(margin: Tensor, beta: float = 2.0, gamma: float = 1.0) -> Tensor:
 
     margin: (B,) in nats per token, of rewards log π(y|x)/|y|. γ = 1 belongs to β = 2: with another
     β give both; train.py takes γ = β/2.
-    Source: SimPO, arXiv:2405.14734, eq. 6; TRL's `simpo`.
+    Source: SimPO, arXiv:2405.14734, eq. 6; `simpo` in TRL's CPOTrainer, with other defaults.
     """
     return -F.logsigmoid(beta * margin - gamma)

@@ -1,4 +1,4 @@
-"""The few types that train.py, the concept files' callers and the machinery share. Tokens are ids everywhere.
+"""The few types that train.py and the machinery share. All texts are token ids.
 
 From sera_min 0.1.0, Apache-2.0; SeRA, arXiv:2410.09362.
 """
@@ -38,15 +38,16 @@ def rows_of(pairs: list[Pair]) -> tuple[list[Ids], list[Ids]]:
 
 @dataclass
 class TrainingSet:
-    """N pairs to train on (or left out of it), and what the review knows of each."""
+    """N pairs, and what the review knows of each. (Those that it does not select are one too.)"""
 
     pairs: list[Pair]
     reference: Tensor  # (N, 2): log π_ref of chosen and rejected, nats
     margins: Tensor  # (N,): m̄_t, nats; 0 in iteration 1, where nothing is reviewed
     sources: list[str]  # "offline", a given pair, or "bootstrap"
-    numbers: list[int]  # in D: of the pair itself, or of the pair whose prompt was sampled for
+    numbers: list[int]  # in D: of the pair itself, or of the one whose prompt it answers
 
-    def __add__(self, other: "TrainingSet") -> "TrainingSet":
+    def and_also(self, other: "TrainingSet") -> "TrainingSet":
+        """Both, one after the other."""
         return TrainingSet(
             self.pairs + other.pairs,
             torch.cat([self.reference, other.reference]),
@@ -58,11 +59,11 @@ class TrainingSet:
 
 @dataclass
 class Rows:
-    """R responses, each beside its prompt; and the log-probs that `policies.log_prob` has computed of them."""
+    """R responses, each beside its prompt; and the log-probs that have been computed of them."""
 
     prompts: list[Ids]
     responses: list[Ids]
-    numbers: list[int]  # of each row: which pair of D it belongs to, or whose prompt it answers
+    numbers: list[int]  # in D: of the pair that the row belongs to, or whose prompt it answers
     logps: dict[int, Tensor] = field(default_factory=dict)  # i -> log π_θi(y|x), (R,), nats
 
     @property

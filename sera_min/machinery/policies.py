@@ -97,7 +97,7 @@ class Policies:
             compile_layers(policy)
 
     def forget(self) -> None:
-        """None in memory is one of these any longer: one is being trained, and needs the room."""
+        """None stays in memory: one is about to be trained, and needs the room."""
         self.held.clear()
 
     def save(self, i: int, policy: Any) -> None:

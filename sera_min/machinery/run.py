@@ -131,7 +131,6 @@ class Run:
             policy.load_state_dict(state["policy"])
             optimizer.load_state_dict(state["optimizer"])
         del state  # which is as large as both
-        self.policies.forget()
         self.bar = tqdm(batches[done:], f"iteration {t}: train", initial=done, total=len(batches), unit="step")
         with folder.signals_noted() as signals, self.policies.timed("training"):
             for step, batch in enumerate(self.bar, done + 1):
