@@ -102,7 +102,8 @@ def busy(work: Any) -> dict[str, Any]:
     kernels.sort(key=lambda e: -e.self_device_time_total)
     running = sum(e.self_device_time_total for e in kernels) / 1e6  # one stream: none runs beside another
     return {
-        "kernels": sum(e.count for e in kernels), "seconds": seconds, "GPU seconds": running, "share": running / seconds,
+        "kernels": sum(e.count for e in kernels), "seconds": seconds, "GPU seconds": running,
+        "share": running / seconds,
         "largest, ms": {e.key[:70]: e.self_device_time_total / 1e3 for e in kernels[:8]},
     }  # fmt: skip
 
