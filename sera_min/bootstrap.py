@@ -27,7 +27,10 @@ Sample = tuple[Ids, bool]  # token ids, and whether they end with an end of sequ
 
 @torch.no_grad()
 def plain_sample(model, prompt: Ids, max_new_tokens: int, temperature: float, end: int) -> Sample:
-    """y ~ π(·|x), as one first writes it: right, but it reads x and y anew for every token of y."""
+    """y ~ π(·|x), as one first writes it: right, but it reads x and y anew for every token of y.
+
+    `sample_responses`, below, does the same for many prompts at a time.
+    """
     y: Ids = []
     while len(y) < max_new_tokens and end not in y:
         ids = torch.tensor([prompt + y], device=model.device)  # (1, T)
@@ -35,49 +38,6 @@ def plain_sample(model, prompt: Ids, max_new_tokens: int, temperature: float, en
         p = (logits.float() / temperature).softmax(-1)  # (V,)
         y.append(int(torch.multinomial(p, num_samples=1)))
     return y, end in y
-
-
-def sample_responses(
-    model,
-    prompts: list[Ids],
-    n: int,
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    eos_token_id: int | list[int],
-    pad_token_id: int,
-    seed: int,
-    max_tokens: int | None = None,
-    desc: str | None = None,
-) -> list[list[Sample]]:
-    """n samples y ~ π(·|x) for each prompt, as (token ids, ended).
-
-    Those that ended hold their end of sequence; those that were cut off hold none. Tokens are drawn
-    from softmax(logits / temperature), cut to the likeliest ones that reach top_p together; the
-    model's generation_config has no say. Prompts of similar length are sampled together,
-    with at most `max_tokens` tokens in the key-value cache (None: CACHE_TOKENS). The same seed,
-    batch size and machine give the same samples; random generators are left as they were.
-    Raises ValueError for an empty prompt and for numbers that make no sense, FloatingPointError
-    where the model's probabilities are NaN.
-    """
-    check_sampling(prompts, n, max_new_tokens, temperature, top_p, eos_token_id)
-    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
-    room = max_tokens or CACHE_TOKENS.get(model.device.type, 2**15)
-    draw_next = DrawNext(temperature, top_p)
-    samples: list[list[Sample]] = [[] for _ in prompts]
-    bar = tqdm(total=len(prompts), desc=desc, unit="prompt", disable=desc is None)
-    gpus = [model.device] if model.device.type == "cuda" else []
-    with our_settings(model, ends, pad_token_id), torch.random.fork_rng(gpus), bar:
-        torch.manual_seed(seed)
-        for batch in prompt_batches(prompts, n, max_new_tokens, room):
-            x = [prompts[i] for i in batch]
-            written = continue_all(model, x, n, max_new_tokens, ends, pad_token_id, draw_next)
-            draw_next.check()
-            for row, y in enumerate(written):
-                samples[batch[row // n]].append((y, y[-1] in ends))
-            bar.update(len(batch))
-    return samples
 
 
 def ended_responses(samples: list[list[Sample]]) -> tuple[list[int], list[Ids], int]:
@@ -140,16 +100,60 @@ def best_worst_pairs(prompt_of: list[int], responses: list[Ids], rewards: Tensor
 
 
 # ------------------------------------------------------------------------------------------------
-# You may skip what follows: it checks arguments and makes sampling fast. It draws from what
-# model.generate(do_sample=True, top_k=0, num_return_sequences=n, …) draws from, in another way:
-#   - a prompt is read once for its n samples;
-#   - samples that have ended leave the batch;
-#   - a token costs one random number, not one for every word of the vocabulary.
+# You may skip what follows: `sample_responses` draws from what `plain_sample` draws from, many prompts
+# at a time and fast; and arguments are checked.
+#   - A prompt is read once for its n samples.
+#   - Samples that have ended leave the batch.
+#   - A token costs one random number, not one for every word of the vocabulary.
+# The distribution is that of model.generate(do_sample=True, top_k=0, …).
 # ------------------------------------------------------------------------------------------------
 
 CACHE_TOKENS = {"cuda": 2**17, "cpu": 2**15}  # tokens in the key-value cache that keep it busy
 STRIDE = 32  # tokens after which samples that have ended leave the batch
 KEYS_AND_VALUES = {"DynamicLayer", "DynamicSlidingWindowLayer"}  # caches of nothing else
+
+
+def sample_responses(
+    model,
+    prompts: list[Ids],
+    n: int,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    eos_token_id: int | list[int],
+    pad_token_id: int,
+    seed: int,
+    max_tokens: int | None = None,
+    desc: str | None = None,
+) -> list[list[Sample]]:
+    """n samples y ~ π(·|x) for each prompt, as (token ids, ended).
+
+    Those that ended hold their end of sequence; those that were cut off hold none. Tokens are drawn
+    from softmax(logits / temperature), cut to the likeliest ones that reach top_p together; the
+    model's generation_config has no say. Prompts of similar length are sampled together,
+    with at most `max_tokens` tokens in the key-value cache (None: CACHE_TOKENS). The same seed,
+    batch size and machine give the same samples; random generators are left as they were.
+    Raises ValueError for an empty prompt and for numbers that make no sense, FloatingPointError
+    where the model's probabilities are NaN.
+    """
+    check_sampling(prompts, n, max_new_tokens, temperature, top_p, eos_token_id)
+    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    room = max_tokens or CACHE_TOKENS.get(model.device.type, 2**15)
+    draw_next = DrawNext(temperature, top_p)
+    samples: list[list[Sample]] = [[] for _ in prompts]
+    bar = tqdm(total=len(prompts), desc=desc, unit="prompt", disable=desc is None)
+    gpus = [model.device] if model.device.type == "cuda" else []
+    with our_settings(model, ends, pad_token_id), torch.random.fork_rng(gpus), bar:
+        torch.manual_seed(seed)
+        for batch in prompt_batches(prompts, n, max_new_tokens, room):
+            x = [prompts[i] for i in batch]
+            written = continue_all(model, x, n, max_new_tokens, ends, pad_token_id, draw_next)
+            draw_next.check()
+            for row, y in enumerate(written):
+                samples[batch[row // n]].append((y, y[-1] in ends))
+            bar.update(len(batch))
+    return samples
 
 
 def check_sampling(prompts, n, max_new_tokens, temperature, top_p, eos_token_id) -> None:

@@ -297,3 +297,16 @@ def test_from_prompts_to_pairs():
     best, worst, _ = best_worst_pairs(prompt_of, responses, rewards)
     assert len(best) == 2 and (rewards[best] > rewards[worst]).all()
     assert [prompt_of[i] for i in best.tolist()] == [prompt_of[i] for i in worst.tolist()] == [0, 1]
+
+
+@pytest.mark.parametrize(("changed", "says"), [
+    ({"temperature": 0.0}, "temperature 0.0, .* expected numbers above 0"), ({"temperature": -1.0}, "above 0"),
+    ({"top_p": 0.0}, "top_p at most 1"), ({"top_p": 50.0}, "top_p at most 1"), ({"max_new_tokens": 0}, "above 0"),
+    ({"eos_token_id": []}, "eos_token_id is missing"), ({"eos_token_id": None}, "eos_token_id is missing"),
+])  # fmt: skip
+def test_numbers_that_make_no_sense_are_an_error(changed, says):
+    options = {"max_new_tokens": 3, "temperature": 1.0, "top_p": 1.0, "eos_token_id": 1, "pad_token_id": 0, "seed": 0}
+    with pytest.raises(ValueError, match=says):
+        sample_responses(tiny_model(), [[5, 6]], 2, **options | changed)
+    with pytest.raises(ValueError, match="prompt 1 is empty"):
+        sample_responses(tiny_model(), [[5, 6], []], 2, **options)
