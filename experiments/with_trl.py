@@ -105,6 +105,7 @@ class Policies(policies.Policies):
     """
 
     bars = False  # `shared_out` has one, over all chunks
+    most = 1  # policies in memory, of every process
 
     def __init__(self, out: Path, config: Resolved, bf16: bool, samples: str | None = None) -> None:
         super().__init__(out, config)
@@ -246,6 +247,7 @@ def resolved(flags: Any, args: DPOConfig) -> Resolved:
     device = str(PartialState().device)  # cuda:3, or cpu:0 where there are several processes
     if device.startswith("cpu"):
         device = "cpu"
+    shared["max_tokens"] = shared["max_tokens"] or 16384  # of scoring
     config = resolve(Config(**shared, loss_type=LOSSES[loss], device=device, eval_fraction=0.0))
     refuse(
         config.max_prompt_length + config.max_new_tokens > config.max_length,
