@@ -2,11 +2,14 @@
 
 import gc
 import os
+import signal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what a GPU does is checked by experiments/gpu_check.py
 
 import pytest
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 
 
 def pytest_collection_finish():
