@@ -540,7 +540,7 @@ def naive_losses(policy, pairs, reference, config):
     lengths = torch.tensor([[len(w), len(l)] for _, w, l in pairs])
     logps = logps.view(-1, 2)
     r = train.reward(logps, reference.to(logps.device), lengths, config)
-    return train.loss_of(r[:, 0] - r[:, 1], config), logps
+    return train.loss_of(train.margins_of(r), config), logps
 
 
 def without(ours: Ours) -> dict:

@@ -290,7 +290,7 @@ def sample_of(shape: str) -> dict[str, Any]:
 
     def ours(prompts: list[list[int]]) -> int:
         options: dict[str, Any] = {"max_new_tokens": NEW, "temperature": 1.0, "top_p": 1.0, "seed": 0}
-        options |= {"eos_token_id": 1, "pad_token_id": 0, "max_tokens": 2**20}
+        options |= {"eos_token_id": 1, "pad_token_id": 0, "max_tokens": device.MOST_CACHED}
         with device.autocast(DEVICE):
             samples = bootstrap.sample_responses(model, prompts, 4, **options)
         return sum(len(y) for of_prompt in samples for y, _ in of_prompt)

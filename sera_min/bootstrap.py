@@ -131,11 +131,10 @@ def sample_responses(
 
     Those that ended hold their end of sequence; those that were cut off hold none. Tokens are drawn
     from softmax(logits / temperature), cut to the likeliest ones that reach top_p together; the
-    model's generation_config has no say. Prompts of similar length are sampled together,
-    with at most `max_tokens` tokens in the key-value cache (None: CACHE_TOKENS). The same seed,
-    batch size and machine give the same samples; random generators are left as they were.
-    Raises ValueError for an empty prompt and for numbers that make no sense, FloatingPointError
-    where the model's probabilities are NaN.
+    model's generation_config has no say. Prompts of similar length are sampled together, with at
+    most `max_tokens` tokens in the key-value cache (None: CACHE_TOKENS). The same seed, batch size
+    and machine give the same samples; random generators are left as they were. Raises ValueError for
+    an empty prompt and numbers that make no sense, FloatingPointError for probabilities of NaN.
     """
     check_sampling(prompts, n, max_new_tokens, temperature, top_p, eos_token_id)
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)

@@ -48,7 +48,7 @@ def prepare(device: str) -> None:
 
 
 def compile_layers(policy: Any, backend: str = "inductor") -> None:
-    """The model's layers as compiled code: a third of the kernels, and two thirds of the memory.
+    """The model's layers as compiled code: half of the kernels, and two thirds of the memory.
 
     All layers have the same code, so it is compiled once, for rows of any number and length, in
     about half a minute. The environment's TORCHDYNAMO_DISABLE=1 does without.
