@@ -289,11 +289,8 @@ def sample_of(shape: str) -> dict[str, Any]:
     prompts = [pair.prompt[:256] for pair in made_pairs(SAMPLED // 4, model.config.vocab_size)]
 
     def ours(prompts: list[list[int]]) -> int:
-        options: dict[str, Any] = {"max_new_tokens": NEW, "temperature": 1.0, "top_p": 1.0, "seed": 0}
-        options |= {"eos_token_id": 1, "pad_token_id": 0, "max_tokens": device.MOST_CACHED}
-        with device.autocast(DEVICE):
-            samples = bootstrap.sample_responses(model, prompts, 4, **options)
-        return sum(len(y) for of_prompt in samples for y, _ in of_prompt)
+        settings = {"max_new_tokens": NEW, "eos_token_id": 1, "max_tokens": device.MOST_CACHED}
+        return bench.sample_ours(model, prompts, **settings)
 
     def theirs() -> None:
         with device.autocast(DEVICE):
