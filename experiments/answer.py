@@ -20,8 +20,8 @@ import transformers
 from sera_min import bootstrap
 from sera_min.machinery.data import Encoder, as_text, decode
 from sera_min.machinery.device import autocast, prepare, retry_on_oom
-from sera_min.machinery.errors import InputError, Unusable, format_counts, in_one_line
-from sera_min.machinery.folder import write
+from sera_min.machinery.errors import InputError, Unusable, format_counts, in_one_line, print_replaces
+from sera_min.machinery.folder import at_home, write
 from sera_min.machinery.models import check_positions, eos_ids_of, load, pad_id_of
 from sera_min.machinery.rows import Reading, asked, in_context, naming, read_rows
 from sera_min.pairs import Ids, Samples
@@ -35,7 +35,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         device = "cuda"
     parser.add_argument("--policy", required=True, help="folder of a model and its tokenizer")
     parser.add_argument("--prompt_file", required=True, help="rows of instruction or prompt")
-    parser.add_argument("--output", type=Path, default=Path("answers.json"), help="answers.json unless given")
+    parser.add_argument("--output", type=at_home, default="answers.json", help="answers.json unless given")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="of an answer (512)")
     parser.add_argument("--max_prompt_length", type=int, default=512, help="a longer one loses its beginning (512)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the answers (1)")
@@ -110,7 +110,7 @@ def main(flags: argparse.Namespace) -> None:
         cut_off += not ended
         output = decode(tokenizer, y, ends, after=x)
         answers.append({"instruction": text, "output": output, "generator": flags.policy})
-    write(flags.output, json.dumps(answers, indent=1, ensure_ascii=False) + "\n")
+    write(Path(flags.output), json.dumps(answers, indent=1, ensure_ascii=False) + "\n")
     print(f"{flags.output}: {len(answers)} answers; {cut_off} of them end at --max_new_tokens {flags.max_new_tokens}")
 
 
@@ -118,6 +118,7 @@ def command_line(arguments: list[str] | None = None) -> None:
     """`main` from flags. What the user can mend ends in one line and exit status 1."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    print_replaces()
     try:
         main(parse(arguments))
     except (InputError, OSError, FloatingPointError) as error:

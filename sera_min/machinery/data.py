@@ -7,6 +7,7 @@ with exactly one end of sequence, unless it is cut. Every row cut or dropped is 
 
 import re
 from collections import Counter
+from contextlib import suppress
 from functools import lru_cache
 from os.path import commonprefix
 from random import Random
@@ -14,9 +15,10 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
+from sera_min.bootstrap import up_to_end
 from sera_min.machinery.config import Resolved
 from sera_min.machinery.errors import InputError, Unusable, format_counts, in_one_line
-from sera_min.machinery.rows import KNOWN, Messages, Reading, naming, preference, read_rows, squeezed
+from sera_min.machinery.rows import KNOWN, Messages, Reading, naming, preference, read_rows, squeezed, turn
 from sera_min.pairs import Ids, Pair, Preferences
 
 # For tokenizers without a chat template: HH-RLHF's plain form, in which its dialogues stay as they are.
@@ -42,11 +44,7 @@ class Given(NamedTuple):
 
 def read(config: Resolved, world: Any, tokenizer: Any, eos_ids: Ids) -> Data:
     """D and the evaluation pairs as token ids; what became of every row is printed. InputError."""
-    limits: dict[str, Any] = {
-        "eos_ids": eos_ids,
-        "max_length": config.max_length,
-        "max_prompt_length": config.max_prompt_length,
-    }
+    limits: Any = {"eos_ids": eos_ids, "max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
     if config.in_playground:
         made = of_playground(config, world, tokenizer, limits)
     else:
@@ -67,14 +65,11 @@ def of_playground(config: Resolved, world: Any, tokenizer: Any, limits: dict[str
     held_out, _ = encode_given(clean, tokenizer, name=f"playground {part}", **limits)
     print(f"data: {format_counts(counts)}; {len(held_out)} held out")
     texts = world.prompts(part) * 2
-    prompts = tokenizer(texts).input_ids
-    return {"given": given, "held_out": held_out, "prompts": prompts, "texts": texts}
+    return {"given": given, "held_out": held_out, "prompts": tokenizer(texts).input_ids, "texts": texts}
 
 
 def of_user(config: Resolved, tokenizer: Any, limits: dict[str, Any]) -> Data:
     """The pairs to train on and those to evaluate on, without a common prompt, and up to 64 prompts to answer."""
-    if str(tokenizer.chat_template).endswith(PLAIN_TEMPLATE):
-        print("template: the tokenizer has none, so dialogues read '\\n\\nHuman: … \\n\\nAssistant: …'")
     name, subset = str(config.dataset_name), config.dataset_config
     rows = read_rows(name, config.dataset_train_split, config.max_train_pairs, subset)
     given, counts = encode_given(rows, tokenizer, name=name, **limits)
@@ -159,11 +154,16 @@ class Encoder:
         special = {i: re.escape(str(token)) for i, token in added if token.special or i in eos_ids}
         ends = {i: special[i] for i in eos_ids if i in special}  # an ordinary token does not end a given response
         self.ends = list(ends)
-        self.spelled_end = re.compile(f"(?:{'|'.join(ends.values()) or '(?!)'})\\s*$")
-        forged = list(special.values()) or ["(?!)"]
-        if str(tokenizer.chat_template).endswith(PLAIN_TEMPLATE):  # not others' plain text, as `[INST]`
+        self.spelled_end = re.compile(f"(?:{'|'.join(['(?!)', *ends.values()])})\\s*$")
+        forged = ["(?!)", *special.values()]
+        self.plain = str(tokenizer.chat_template).endswith(PLAIN_TEMPLATE)
+        if self.plain:  # not others' plain text, as `[INST]`
             forged.append("\n\n(?:Human|Assistant):")
         self.forged = re.compile("|".join(forged))
+        self.closing = ""  # what the chat template writes after an answer and before an end
+        with suppress(InputError):
+            dialogue = self.render([turn("user", "☃"), turn("assistant", "☃")], {})
+            self.closing = self.spelled_end.sub("", dialogue.rpartition("☃")[2]).rstrip()
 
     def ids(self, reading: Reading) -> list[Ids]:
         """Of the prompt and the responses. Raises InputError and Unusable."""
@@ -176,7 +176,10 @@ class Encoder:
             y = whole[len(prompt) :]
             if whole[: len(prompt)] != prompt:  # a token spans the border
                 y = continued(self.tokenizer, text[len(texts[0]) :])
-            responses.append(up_to_end(y, self.ends) or y + self.eos)
+            y = up_to_end(y, self.ends)
+            if set(self.ends).isdisjoint(y):
+                y = y + self.eos
+            responses.append(y)
         if isinstance(reading.prompt, str) and prompt[: len(self.first)] != self.first:
             prompt = self.first + prompt  # the chat template would have written it
         return self.cut(prompt, responses)
@@ -185,7 +188,7 @@ class Encoder:
         """The prompt, and the prompt with each of its answers, as they are tokenised."""
         prompt, answers, options = reading
         if isinstance(prompt, str):  # and may spell a BOS, or be what a template has written
-            bare = [self.spelled_end.sub("", y) for y in answers]
+            bare = [self.spelled_end.sub("", y).rstrip().removesuffix(self.closing) for y in answers]
             self.check(bare, bare)
             return [prompt, *[prompt + y for y in answers]]
         answers = [{**y, "content": self.spelled_end.sub("", y["content"])} for y in answers]
@@ -204,6 +207,8 @@ class Encoder:
 
     def rendered(self, x: Messages, answers: Messages, options: dict[str, Any]) -> list[str]:
         """The same texts of a dialogue. Raises InputError where the template changes an answer."""
+        if self.plain:
+            self.counts["dialogues as '\\n\\nHuman: … \\n\\nAssistant: …', as the tokenizer has no template"] += 1
         before, begun, opening = x, "", "add_generation_prompt"
         if x[-1]["role"] == "assistant":  # the answers go on with this turn
             before, begun, opening = x[:-1], x[-1]["content"], "continue_final_message"
@@ -252,14 +257,6 @@ class Encoder:
         return [kept, *short]
 
 
-def up_to_end(ids: Ids, ends: Ids) -> Ids:
-    """The ids up to the first end of sequence; none where there is no end."""
-    for j, token in enumerate(ids):
-        if token in ends:
-            return ids[: j + 1]
-    return []
-
-
 def continued(tokenizer: Any, text: str) -> Ids:
     """Token ids of a text that goes on after a line break: SentencePiece puts a space before the first word of all."""
     before, ids = tokenizer(["\n", "\n" + text], add_special_tokens=False).input_ids
@@ -272,14 +269,14 @@ def continued(tokenizer: Any, text: str) -> Ids:
 def added_before(tokenizer: Any) -> Ids:
     """What the tokenizer puts before every text: a BOS, or nothing. TRL puts it before a prompt's text."""
     ids = tokenizer("a").input_ids
-    own = tokenizer("a", add_special_tokens=False).input_ids
-    return ids[: ids.index(own[0])] if own else ids  # not all know an "a": proteins
+    own = tokenizer("a", add_special_tokens=False).input_ids or [tokenizer.eos_token_id]
+    return ids[: ids.index(own[0])] if own[0] in ids else ids  # not all know an "a": proteins
 
 
 def set_template(tokenizer: Any) -> None:
     """A tokenizer without a chat template is given PLAIN_TEMPLATE, and keeps it where it is saved."""
     if tokenizer.chat_template is None:
-        tokenizer.chat_template = "{{ bos_token }}" * len(added_before(tokenizer)) + PLAIN_TEMPLATE
+        tokenizer.chat_template = "".join(tokenizer.convert_ids_to_tokens(added_before(tokenizer))) + PLAIN_TEMPLATE
 
 
 # From token ids to texts
@@ -322,4 +319,4 @@ def as_text(prompt: str | Messages) -> str:
         return prompt
     if len(prompt) == 1:
         return prompt[0]["content"]
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+    return "\n\n".join(f"{one['role']}: {one['content']}" for one in prompt)

@@ -1,5 +1,6 @@
 """The errors that a user can mend, each one line: what was wrong, where, and what was expected."""
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,8 +20,14 @@ class Unusable(Exception):
     """A row in a known form that gives no pair to train on: dropped, and counted under this message."""
 
 
+def print_replaces() -> None:
+    """From now on a terminal that cannot write a π shows ? in its place, and does not end the run."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
+
 def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return " ".join(str(error).split())[:1000] or type(error).__name__
 
 
 @contextmanager

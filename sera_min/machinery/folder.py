@@ -38,6 +38,14 @@ def writing(path: Path) -> Iterator[Path]:
         raise OSError(f"{path} cannot be written: {one_line(error)}") from None
 
 
+def make_readable(folder: Path) -> None:
+    """Its weights are as readable as its other files: safetensors makes them its owner's alone."""
+    hidden = os.umask(0)
+    os.umask(hidden)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o666 & ~hidden)
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     try:
@@ -65,6 +73,25 @@ def write_jsonl(file: Path, rows: Iterable[dict[str, Any]]) -> None:
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
     with reading(file), open(file, encoding="utf-8") as lines:
         return [json.loads(line) for line in lines if line.strip()]
+
+
+def at_home(path: str | Path) -> str:
+    """The path that is meant by a ~ at its beginning, which a shell leaves as it is in --output_dir=~/runs."""
+    return os.path.expanduser(path)  # noqa: PTH111 (a name on the hub stays one)
+
+
+def is_path(name: str) -> bool:
+    """Whether this is no name on the hub, "owner/name": it has another form, or there is a folder "owner"."""
+    folder = Path(name).parent
+    if folder != Path() and folder.is_dir():
+        return True
+    return name.count("/") > 1 or name.startswith((".", "~", "/")) or name.endswith("/")
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether these are Git LFS's three lines about a file that was never downloaded."""
+    with open(file, "rb") as start:
+        return start.read(24) == b"version https://git-lfs."
 
 
 def existing(path: Path) -> Path:

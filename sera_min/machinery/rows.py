@@ -11,16 +11,20 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
-import sys
+import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import datasets
+from pyarrow.parquet import ParquetFile
 
-from sera_min.machinery.errors import InputError, Unusable, in_one_line, one_line
+from sera_min.machinery.errors import InputError, Unusable, in_one_line
+from sera_min.machinery.folder import at_home, is_lfs_pointer, is_path
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".json.gz", ".jsonl.gz", ".csv.gz", ".parquet")
 COLUMNS = {  # of a field: where a row has several, the first counts
@@ -34,11 +38,13 @@ COLUMNS = {  # of a field: where a row has several, the first counts
     "tools": ("tools",),
 }
 KNOWN = set().union(*COLUMNS.values())
-OPTIONAL = ("input", "system", "tools")  # absent where they are empty
+QUESTIONS = ("prompt", "conversations", "messages", "instruction", "question")
+ANSWERS = ("chosen", "rejected")  # which drop their row where they are empty; any other column is then absent
 ROLES = ("system", "developer", "user", "assistant", "tool")
 OTHER_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 MAIN_FIELDS = ("role", "from", "content", "value")
 MESSAGE_FIELDS = ({"role", "content"}, {"from", "value"}, {"role", "tool_calls"})
+LIKE_MESSAGES = re.compile(r"(?s)(array\(|[\[(\s])*\{(?=.*['\"](role|from)['\"]:)(?=.*['\"](content|value)['\"]:)")
 
 Message = dict[str, Any]  # `role`, `content`, and whatever other fields it has
 Messages = list[Message]
@@ -59,7 +65,7 @@ def naming(place: str) -> Iterator[None]:
 
 def read_rows(name: str, split: str, limit: int | None = None, config: str | None = None) -> list[Any]:
     """The rows, at most `limit`, of a file, a folder, or a hub data set and its configuration."""
-    path = Path(name)
+    path = Path(at_home(name))
     if not path.exists() and (name.endswith(SUFFIXES) or is_path(name)):
         raise InputError(f"{name}: no such file")
     place = name if path.is_file() else f"{name}, split '{split}'"
@@ -73,23 +79,23 @@ def read_rows(name: str, split: str, limit: int | None = None, config: str | Non
         return table.select(range(len(table))[:limit]).to_list()
 
 
-def is_path(name: str) -> bool:
-    """Whether this cannot be a name on the hub, which is "owner/name"."""
-    return name.count("/") > 1 or name.startswith((".", "~", "/")) or name.endswith("/")
-
-
 def read_folder(folder: Path, split: str, config: str | None) -> list[Any]:
     """A folder that `save_to_disk` wrote, or one of files, whose names tell their split."""
     for saved in (folder / split, folder):
         if (saved / "state.json").exists():
             return datasets.load_from_disk(str(saved)).to_list()
-    files = datasets.load_dataset_builder(str(folder), config).config.data_files
+    with TemporaryDirectory() as place:
+        seen = folder.resolve()
+        if set(str(seen)) & set("[*?"):  # which `datasets` reads as a pattern: it sees links to the files
+            seen = shutil.copytree(seen, Path(place).resolve() / "links", copy_function=os.symlink)
+        files = datasets.load_dataset_builder(str(seen), config).config.data_files
     if split not in files:
         raise ValueError(f"its splits are {', '.join(files)}")
     rows = []
     for file in files[split]:
-        with naming(f": {file}"):
-            rows += read_file(Path(file))
+        path = folder / Path(file).relative_to(seen)
+        with naming(f": {path}"):
+            rows += read_file(path)
     return rows
 
 
@@ -99,24 +105,11 @@ def read_file(path: Path) -> list[Any]:
     if is_lfs_pointer(path):
         raise ValueError("it is a Git-LFS pointer to a file, which `git lfs pull` downloads")
     if path.suffix == ".parquet":
-        return read_parquet(path)
+        return datasets.Dataset(datasets.table.InMemoryTable(ParquetFile(path).read())).to_list()
     opener: Any = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
         text = file.read()
     return read_csv(text) if ".csv" in path.suffixes[-2:] else read_json(text)
-
-
-def is_lfs_pointer(file: Path) -> bool:
-    """Whether these are Git LFS's three lines about a file that was never downloaded."""
-    with open(file, "rb") as start:
-        return start.read(24) == b"version https://git-lfs."
-
-
-def read_parquet(path: Path) -> list[Any]:
-    try:
-        return datasets.Dataset.from_parquet(str(path)).to_list()
-    except datasets.exceptions.DatasetGenerationError as error:  # only says that something failed
-        raise ValueError(one_line(error.__cause__ or error)) from None
 
 
 def read_json(text: str) -> list[Any]:
@@ -133,15 +126,15 @@ def read_json(text: str) -> list[Any]:
 
 def read_csv(text: str) -> list[Any]:
     """Rows of texts. `datasets` reads "NA" as null and "4" as a number."""
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.DictReader(io.StringIO(text), strict=True)
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(text), strict=True)
     rows: list[Any] = []
     try:
-        for row in reader:
-            columns = reader.fieldnames or []
-            if len(row) != len(columns):
+        columns = next(reader, [])
+        for cells in filter(None, reader):  # but for blank lines
+            if not len(cells) == len(columns) == len(set(columns)):
                 raise csv.Error(f"expected a cell for each of the columns {', '.join(columns)}, all of different names")
-            rows.append(row)
+            rows.append(dict(zip(columns, cells)))
     except csv.Error as error:
         raise ValueError(f"row {len(rows)}, near line {reader.line_num}: {error}") from None
     return rows
@@ -162,7 +155,7 @@ def preference(row: Any) -> Reading:
     """A row of any form. Raises InputError naming the field, and Unusable."""
     prompt, answer = asked(row)
     found = []
-    for name in ("chosen", "rejected"):
+    for name in ANSWERS:
         value = field(row, name, text_or_messages)
         if value is None and name == "chosen" and answer:
             value = [answer]
@@ -170,7 +163,7 @@ def preference(row: Any) -> Reading:
             if value is None:
                 columns = " ".join(", ".join(map(str, row)).split())[:300] or "none"
                 raise InputError(f" is missing or null (columns: {columns}): expected a form of docs/data.md")
-            found.append(prompt_and_answer(prompt, value))
+            found.append(prompt_and_answer(prompt, value, row))
     (x, chosen), (other, rejected) = found
     if x != other:
         raise Unusable("the responses answer different prompts")
@@ -187,23 +180,23 @@ def asked(row: Any) -> tuple[str | Messages | None, Message | None]:
     messages = field(row, "messages", text_or_messages)
     if isinstance(messages, list) and messages[-1]["role"] == "assistant":
         return messages[:-1], messages[-1]
-    instruction = field(row, "instruction", text_of)
-    if messages or not instruction:
+    question = [field(row, "instruction", text_of)]
+    if question[0] or isinstance(row.get("input"), str):
+        question.append(field(row, "input", text_of))
+    text = "\n\n".join(filter(None, question))
+    if messages or not text:
         return messages, None
-    more = field(row, "input", text_of)
-    if more:
-        instruction += f"\n\n{more}"
-    return [turn("user", instruction)], None
+    return [turn("user", text)], None
 
 
-def prompt_and_answer(prompt: str | Messages | None, answer: Any) -> tuple[str | Messages, Any]:
+def prompt_and_answer(prompt: str | Messages | None, answer: Any, row: dict) -> tuple[str | Messages, Any]:
     """What the row's prompt and its `chosen` or `rejected` together ask, and the answer."""
     if isinstance(prompt, str):
         if isinstance(answer, str):
             return prompt, answer
         prompt = [turn("user", prompt)]
     if isinstance(answer, str):
-        answer = [turn("assistant", answer)] if prompt else transcript(answer)
+        answer = [turn("assistant", answer)] if prompt else transcript(answer, row)
     dialogue = joined(prompt, answer) if prompt else answer
     if dialogue[-1]["role"] != "assistant":
         raise Unusable("a dialogue ends without an answer")
@@ -228,10 +221,12 @@ def joined(prompt: Messages, dialogue: Messages) -> Messages:
     return dialogue
 
 
-def transcript(text: str) -> Messages:
+def transcript(text: str, row: dict) -> Messages:
     """HH-RLHF's plain dialogue as messages."""
     before, *parts = re.split(r"\n\n(Human|Assistant):", "\n\n" + text.lstrip("\n"))
     if before.strip() or not parts:
+        if any(row.get(column) is not None for column in QUESTIONS):
+            raise Unusable("a text is empty")  # the question
         raise InputError(": expected 'prompt' or 'instruction' beside it, or a dialogue '\\n\\nHuman: …'")
     if parts[-2] == "Human":
         raise Unusable("a transcript ends without an answer")
@@ -242,12 +237,11 @@ def transcript(text: str) -> Messages:
 def in_context(prompt: str | Messages, answers: list[Any], row: dict[str, Any]) -> Reading:
     """With the row's `system` before the prompt, and its `tools` as options."""
     system = field(row, "system", text_of)
-    tools = field(row, "tools", from_json)
+    tools = field(row, "tools", objects)
     options = {"tools": tools} if tools else {}
     if isinstance(prompt, str):
         if system or tools:
-            place = ": 'prompt' is a text, taken as it is, beside a system or tools"
-            raise InputError(f"{place}: write them into the text, or the prompt as messages")
+            raise InputError(": 'prompt' is a text, taken as it is, beside a system or tools: write it as messages")
     elif system and prompt[0] != turn("system", system):
         if prompt[0]["role"] == "system":
             raise Unusable("'system' stands beside a dialogue with its own system turn")
@@ -259,10 +253,10 @@ def in_context(prompt: str | Messages, answers: list[Any], row: dict[str, Any]) 
 
 
 def field(row: dict[str, Any], name: str, reader: Callable[[Any], Any]) -> Any:
-    """What is read from the first of the field's columns that the row has; None where it has none."""
+    """What is read from the first of the field's columns that says something; None where none does."""
     for column in COLUMNS[name]:
         value = row.get(column)
-        if value is None or (name in OPTIONAL and is_absent(value)):
+        if value is None or (name not in ANSWERS and is_absent(from_json(value))):
             continue
         with naming(f": '{column}'"):
             return reader(value)
@@ -270,26 +264,37 @@ def field(row: dict[str, Any], name: str, reader: Callable[[Any], Any]) -> Any:
 
 
 def is_absent(value: Any) -> bool:
-    """Whether this says nothing: null, an empty list or object, a text of white space."""
-    return value in (None, [], {}) or (isinstance(value, str) and not value.strip())
+    """Whether this says nothing: null, a text of white space, or a list or object of nothing else."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return all(map(is_absent, value))
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def from_json(value: Any) -> Any:
-    """What a text of JSON holds, and anything else as it is; without nulls, which parquet files fill in."""
+    """What a text of JSON holds, and anything else as it is."""
     if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return without_nulls(value)
+        with suppress(ValueError, RecursionError):
+            return json.loads(value)
+    return value
 
 
 def without_nulls(value: Any) -> Any:
+    """The same without the fields that are null, such as parquet files fill in."""
     if isinstance(value, dict):
         return {name: without_nulls(one) for name, one in value.items() if one is not None}
     if isinstance(value, list):
         return [without_nulls(one) for one in value]
     return value
+
+
+def objects(value: Any) -> list[Any]:
+    """A list of objects, such as tools or calls."""
+    values = without_nulls(from_json(value))
+    if not isinstance(values, list) or not all(isinstance(one, dict) for one in values):
+        raise InputError(": expected a list of objects, also as JSON")
+    return values
 
 
 def text_of(value: Any) -> str:
@@ -307,15 +312,14 @@ def text_or_messages(value: Any) -> str | Messages:
     values = from_json(value)
     if isinstance(values, dict):
         values = [values]
-    are_messages = isinstance(values, list) and values and all(is_message(one) for one in values)
-    if isinstance(value, str) and re.match(r"\s*\[\s*\{'(role|content|from|value)':", value):  # pandas' to_csv
-        raise InputError(" holds messages as Python writes them: write them as JSON")
-    if not isinstance(values, list) or (isinstance(value, str) and not are_messages):
+    if isinstance(values, str) and LIKE_MESSAGES.match(values):
+        raise InputError(" holds messages as Python writes them, or not to their end: write them as JSON")
+    if not isinstance(values, list) or (isinstance(value, str) and not any(map(is_message, values))):
         return text_of(value)  # which may be an answer in JSON
     messages = []
     for j, one in enumerate(values):
         with naming(f", message {j}"):
-            messages.append(message_of(one))
+            messages.append(message_of(without_nulls(one)))
     messages = [one for one in messages if one["content"] or one["role"] != "system"]
     if not messages:
         raise InputError(" is empty: expected messages")
@@ -336,11 +340,15 @@ def message_of(value: Any) -> Message:
         raise InputError(f": expected a role ({', '.join(ROLES)}) and a content")
     content = message.get("content", message.get("value"))
     if isinstance(content, list):
+        kinds = {part.get("type", "text") for part in content if isinstance(part, dict)}
         parts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in content]
-        if not all(isinstance(part, str) for part in parts):
+        if kinds - {"text", "input_text", "output_text"} or not all(isinstance(part, str) for part in parts):
             raise InputError(": 'content' has a part that is no text: images and sounds are not read")
         content = "".join(parts)
-    others = {name: one for name, one in message.items() if name not in MAIN_FIELDS and not is_absent(one)}
+    others = {name: one for name, one in message.items() if name not in MAIN_FIELDS and not is_absent(from_json(one))}
+    if "tool_calls" in others:
+        with naming(": 'tool_calls'"):
+            others["tool_calls"] = objects(others["tool_calls"])
     if is_absent(content) and (role == "system" or "tool_calls" in others):
         content = ""  # calls may be all that is said
     else:

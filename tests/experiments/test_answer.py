@@ -82,6 +82,7 @@ def test_prompts_to_answer():
     limits = {"eos_ids": [1], "max_length": 17, "max_prompt_length": 16}
     rows = [{"prompt": "tell me about the fox and the owl"}, {"instruction": "tell me", "input": "about the owl"}]
     texts, ids, counts = answer.encode_prompts(rows, playground.make_tokenizer(), name="ask", **limits)
+    assert counts.pop("dialogues as '\\n\\nHuman: … \\n\\nAssistant: …', as the tokenizer has no template") == 1
     assert counts == {"read": 2, "prompts cut": 0, "responses cut": 0}
     assert texts == [rows[0]["prompt"], "tell me\n\nabout the owl"] and len(ids[0]) == 8
     for tokenizer in (bpe_tokenizer(CHATML), bpe_tokenizer(adds_bos=True), unigram_tokenizer(adds_bos=True)):
@@ -97,7 +98,7 @@ def test_prompts_to_answer():
     ({"chosen": "b"}, "ask, row 1: expected 'prompt' or 'instruction'"),
     ([], "ask, row 1 is of type list: expected fields"),
     ({"prompt": 5}, "ask, row 1: 'prompt' is of type int: expected a text"),
-    ({"prompt": " "}, "ask, row 1 is no prompt to answer: a text is empty"),
+    ({"prompt": " "}, "ask, row 1: expected 'prompt' or 'instruction'"),
 ])  # fmt: skip
 def test_what_is_no_prompt_to_answer(row, message):
     with pytest.raises(InputError, match=re.escape(message)):

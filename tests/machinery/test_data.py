@@ -92,7 +92,9 @@ def test_supervised_is_the_response_and_one_end(kind, adds, template):
             continue  # it has no such role
         pairs, counts = encode([row], tokenizer, name="d", eos_ids=ends, max_length=999, max_prompt_length=500)
         [(x, *responses)] = pairs
-        assert counts == {"read": 1, "kept": 1, "prompts cut": 0, "responses cut": 0}
+        said = {what: n for what, n in counts.items() if what.startswith("dialogues as")}
+        assert list(said.values()) == [1] * (template is None and not strings)  # there is no template, and it is said
+        assert counts == {"read": 1, "kept": 1, "prompts cut": 0, "responses cut": 0} | said
         # one prompt for both, and what sampling will see
         rendered = history if strings else tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
         by_itself = [tokenizer.bos_token_id] * ("bos" in adds and strings)
@@ -260,7 +262,6 @@ BAD = {
     "role": ({"prompt": [{"role": "bot", "content": "x"}], "chosen": "b", "rejected": "c"}, "'prompt', message 0: expected a role"),
     "content": ({"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}, "message 0: 'content' is missing or null"),
     "empty dialogue": ({"chosen": [], "rejected": []}, "'chosen' is empty: expected messages"),
-    "no message": ({"prompt": [], "chosen": "b", "rejected": "c"}, "'prompt' is empty: expected messages"),
     "one message": ({"chosen": [turn(A, "a")], "rejected": [turn(A, "b")]}, "'chosen': expected a dialogue that ends"),
     "instruction": ({"instruction": 3, "chosen": "b", "rejected": "c"}, "row 1: 'instruction' is of type int"),
 }  # fmt: skip
@@ -280,6 +281,8 @@ HH = "\n\nHuman: a\n\nAssistant:"
 @pytest.mark.parametrize("row, why", [
     ({"prompt": "a", "chosen": "b", "rejected": " "}, "a text is empty"),
     ({"prompt": "", "chosen": "b", "rejected": "c"}, "a text is empty"),
+    ({"prompt": [], "chosen": "b", "rejected": "c"}, "a text is empty"),
+    ({"prompt": None, "instruction": " ", "input": "", "chosen": "b", "rejected": "c"}, "a text is empty"),
     ({"prompt": [turn(U, "a"), turn(A, "\n")], "chosen": "b", "rejected": "c"}, "a text is empty"),
     ({"chosen": [turn(U, "a"), turn(A, "b")], "rejected": [turn(U, "a"), turn(A, "")]}, "a text is empty"),
     ({"chosen": HH + " b", "rejected": HH}, "a text is empty"),

@@ -1,5 +1,6 @@
 """Data as it lies around: what a row of each published form says, and what a template, a file or a tokenizer does to it."""
 
+import csv
 import gzip
 import json
 from functools import partial
@@ -7,11 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset, DatasetDict
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pyarrow import Table, parquet
 from shared import CHATML, bpe_tokenizer, unigram_tokenizer
-from tokenizers import processors
+from tokenizers import Tokenizer, models, processors
 
-from sera_min.machinery.data import decode, decode_responses, encode, encode_given
+from sera_min.machinery.data import added_before, decode, decode_responses, encode, encode_given
 from sera_min.machinery.errors import InputError, Unusable
+from sera_min.machinery.models import load
 from sera_min.machinery.rows import preference, read_rows
 
 
@@ -110,6 +115,13 @@ def test_what_contradicts_itself_is_dropped_and_counted(row, why):
     ({"input": {"messages": [U("a")]}, "preferred_output": [STONE]}, r"\(columns: input, preferred_output\)"),
     ({"prompt": "a", "system": "be kind", **SAME}, "row 0: 'prompt' is a text, taken as it is, beside a system or tools: .* as messages"),
     ({"prompt": str([U("a")]), **SAME}, "row 0: 'prompt' holds messages as Python writes them"),
+    ({"prompt": str([{"id": 1, **U("a")}]), **SAME}, "row 0: 'prompt' holds messages as Python writes them"),
+    ({"prompt": "[{'content': 'a', 'role': 'user'}\n {'content': 'b', 'role': 'assistant'}]", **SAME}, "as Python writes them"),  # of numpy
+    ({"prompt": "a", "chosen": json.dumps([U("a"), A("b" * 99)])[:60], "rejected": "c"}, "'chosen' holds messages .* not to their end"),
+    ({"prompt": json.dumps([U("a"), {"role": "assistant"}]), **SAME}, "'prompt', message 1: 'content' is missing or null"),
+    ({"prompt": [U("a")], "tools": str([{"type": "function"}]), **SAME}, "'tools': expected a list of objects, also as JSON"),
+    ({"prompt": [U("a")], "chosen": A("", tool_calls="f()"), "rejected": "c"}, "message 0: 'tool_calls': expected a list of objects"),
+    ({"prompt": [{"role": "user", "content": [{"type": "image", "text": ""}, {"type": "text", "text": "a"}]}], **SAME}, "images and sounds"),
     ({"prompt": "a", "chosen": "b\ud83d", "rejected": "c"}, "row 0: .* surrogates not allowed"),
     ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], **SAME}, "row 0: 'prompt', message 0: .* images and sounds are not read"),
     ({"conversations": [V("robot", "a")], **SAME}, r"row 0: 'conversations', message 0: expected a role \(system, developer, user"),
@@ -380,7 +392,7 @@ def test_messages_that_are_an_answer_alone_are_no_prompt():
 @pytest.mark.parametrize("text, message", [
     ("prompt,chosen,rejected\na,b,c\na, or b,c,d\n", "row 1, near line 3: expected a cell for each"),
     ("prompt,chosen,rejected,chosen\na,b,c,d\n", "row 0, .* prompt, chosen, rejected, chosen"),
-    ('prompt,chosen,rejected\n"say "hi" now",b,c\n', "row 0, near line 1: "),
+    ('prompt,chosen,rejected\n"say "hi" now",b,c\n', "row 0, near line 2: "),
 ])  # fmt: skip
 def test_a_csv_of_another_shape_is_refused(text, message, tmp_path):
     (tmp_path / "d.csv").write_text(text)
@@ -397,3 +409,155 @@ def test_what_a_run_wrote_is_read_to_the_same_ids():
         chosen, rejected = (y + after for y in decode_responses(tokenizer, pairs[0].prompt, pairs[0][1:], ends[:1]))
         row = {"prompt": decode(tokenizer, pairs[0].prompt, ends), "chosen": chosen, "rejected": rejected}
         assert encoded([row], tokenizer, ends)[0] == pairs
+
+
+@pytest.mark.parametrize("nothing", [{}, [[]], [None], [{"function": None}], "[]", " [{}] ", '[{"function": {"name": null}}]'], ids=str)
+def test_what_says_nothing_all_the_way_down_is_absent(nothing):
+    """As parquet and CSV files write a call that is none. What is empty inside a call stays: it may be its argument."""
+    row = {"prompt": None, "messages": nothing, "instruction": "red?", "tools": nothing,
+           "chosen": A("stone", tool_calls=nothing, name=None), "rejected": A("river", reasoning_content=nothing)}  # fmt: skip
+    assert preference(row)[:3] == ([U("red?")], [STONE, RIVER], {})
+    call = [{"function": {"name": "now", "arguments": {}}, "id": None}]
+    calls = preference({"prompt": [U("red?")], "chosen": A("", tool_calls=call), "rejected": "river"}).answers[0]["tool_calls"]
+    assert calls == [{"function": {"name": "now", "arguments": {}}}]
+
+
+@pytest.mark.parametrize("question, expected", [
+    ({"instruction": "", "input": "red?"}, "red?"), ({"instruction": None, "input": "red?"}, "red?"), ({"input": "red?"}, "red?"),
+    ({"prompt": "", "question": "red?"}, "red?"), ({"prompt": [], "messages": "[]", "instruction": "red?", "input": " "}, "red?"),
+])  # fmt: skip
+def test_an_empty_column_leaves_the_question_to_another(question, expected):
+    assert preference({**question, **SAME}).prompt == [U(expected)]
+
+
+def test_an_empty_prompt_leaves_it_to_the_dialogues():
+    for chosen, rejected in (([U("red?"), STONE], [U("red?"), RIVER]), ("\n\nHuman: red?\n\nAssistant: stone", "\n\nHuman: red?\n\nAssistant: river")):
+        assert preference({"prompt": "", "chosen": chosen, "rejected": rejected})[:2] == ([U("red?")], [STONE, RIVER])
+
+
+def test_a_system_message_of_null_in_json_is_none():
+    chosen, rejected = (json.dumps([S(None), U("red?"), answer]) for answer in (STONE, RIVER))
+    assert preference({"chosen": chosen, "rejected": rejected})[:2] == ([U("red?")], [STONE, RIVER])
+
+
+NESTED = (  # with the fields of an object in one order, which parquet files do not keep
+    "{% for t in tools or [] %}{{ t | tojson(sort_keys=True) }}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m | tojson(sort_keys=True) }}"
+    "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+NESTING = with_template(NESTED)
+nothing = st.sampled_from([None, "", " ", []])
+words = st.sampled_from(["red", "[]", "2024-05-01", "NA", "a, \"b\"\nc", "1"])
+arguments = st.fixed_dictionaries({}, optional={"city": words | nothing.filter(lambda one: one != []), "days": st.lists(words, max_size=2) | st.none()})
+call = st.fixed_dictionaries({"function": st.fixed_dictionaries({"name": words, "arguments": arguments})}, optional={"id": words | st.none()})
+fields = {"tool_calls": st.lists(call, max_size=2) | st.none(), "reasoning_content": words | st.sampled_from([None, "", " "])}
+said = st.builds(lambda role, content, more: {"role": role, "content": content, **more}, st.sampled_from(["user", "system"]), words,
+                 st.fixed_dictionaries({}, optional=fields))  # fmt: skip
+answers = st.builds(lambda content, more: [A(content, **more)], words, st.fixed_dictionaries({}, optional=fields))
+tool = st.fixed_dictionaries({"name": words}, optional={"parameters": arguments | st.none()})
+any_rows = st.lists(
+    st.fixed_dictionaries(
+        {"prompt": st.lists(said, min_size=1, max_size=2), "chosen": answers, "rejected": answers},
+        optional={"tools": st.lists(tool, max_size=2) | st.none(), "system": st.sampled_from([None, "", "be kind"])},
+    ),
+    min_size=1, max_size=3,
+)  # fmt: skip
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@given(any_rows)
+def test_a_row_is_the_same_in_every_kind_of_file(tmp_path_factory, rows):
+    """Empty, null and nested fields, through JSON, CSV, parquet and a folder: the same ids, and the same is dropped."""
+    here = tmp_path_factory.mktemp("kinds")
+    columns = dict.fromkeys(name for row in rows for name in row)
+    (here / "d.json").write_text(json.dumps(rows))
+    (here / "[a] folder").mkdir()
+    (here / "[a] folder" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with open(here / "d.csv", "w", newline="") as file:
+        lines = csv.writer(file)
+        lines.writerow(columns)
+        for row in rows:
+            cells = [row.get(name) for name in columns]
+            lines.writerow([cell if isinstance(cell, str) or cell is None else json.dumps(cell) for cell in cells])
+    try:
+        parquet.write_table(Table.from_pylist([{name: row.get(name) for name in columns} for row in rows]), here / "d.parquet")
+    except NotImplementedError:  # an object without fields, which parquet files do not hold
+        (here / "d.parquet").unlink(missing_ok=True)
+    read = []
+    for name in ("d.json", "d.csv", "[a] folder", "d.parquet"):
+        if (here / name).exists():
+            pairs, counts = encoded(read_rows(str(here / name), "train"), NESTING, max_length=4000, max_prompt_length=3000)
+            read.append((pairs, counts))
+    assert all(one == read[0] for one in read)
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.csv", "d.parquet", "folder", "saved"])
+def test_a_path_means_itself_whatever_its_letters(name, tmp_path, monkeypatch):
+    """Also where `datasets` would take it for a pattern, and in the home, which a shell does not write into --flag=~/d."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    place = tmp_path / "a*[b] c"
+    place.mkdir()
+    row = {"prompt": "when?", "chosen": "2024-05-01", "rejected": "b"}
+    table = Dataset.from_list([row])
+    if name == "saved":
+        table.save_to_disk(place / name)
+    elif name == "folder":
+        (place / name).mkdir()
+        (place / name / "train[0].jsonl").write_text(json.dumps(row))
+    else:
+        {"d.jsonl": table.to_json, "d.csv": partial(table.to_csv, index=False), "d.parquet": table.to_parquet}[name](place / name)
+    for path in (str(place / name), f"~/a*[b] c/{name}"):
+        assert read_rows(path, "train") == [row]
+
+
+def test_a_csv_row_with_a_cell_too_few_is_refused_and_a_blank_line_is_none(tmp_path):
+    (tmp_path / "d.csv").write_text("prompt,chosen,rejected,system\na,b,c,\n\na,b,c\n")
+    with pytest.raises(InputError, match="row 1, near line 4: expected a cell for each"):
+        read_rows(str(tmp_path / "d.csv"), "train")
+
+
+def test_a_mistyped_path_is_no_name_on_the_hub(tmp_path, monkeypatch):
+    """Which would be asked for again and again: "models/typo" where there is a folder "models"."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for name in ("models/typo", "no-folder/"):
+        with pytest.raises(InputError, match=f"{name}: no such file"):
+            read_rows(name, "train")
+        with pytest.raises(InputError, match=f"{name}: no such folder"):
+            load(name, "cpu")
+
+
+def test_a_tokenizer_that_knows_no_a():
+    """As of proteins; and it puts an end behind every text, which is not in front of it."""
+    words = {letter: i for i, letter in enumerate(["<pad>", "</s>", "<s>", *"MKLAVG"])}
+    tokenizer = bpe_tokenizer()
+    tokenizer = type(tokenizer)(tokenizer_object=Tokenizer(models.BPE(vocab=words, merges=[])), pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    for single, first in (("$A", []), ("<s> $A", [2]), ("<s> $A </s>", [2]), ("<pad> <s> $A </s>", [0, 2])):
+        special = [("<pad>", 0), ("</s>", 1), ("<s>", 2)]
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
+        added_before.cache_clear()
+        [pair], _ = encoded([{"prompt": "MK", "chosen": "LA", "rejected": "VG"}], tokenizer)
+        assert pair == ([*first, 3, 4], [5, 6, 1], [7, 8, 1])
+
+
+def test_the_plain_template_begins_as_the_tokenizer_does():
+    """Which need not be its bos_token."""
+    tokenizer = glm()
+    tokenizer.chat_template = None
+    [(x, *_)], _ = encoded([{"prompt": [U("red?")], **SAME}], tokenizer)
+    assert x == tokenizer("\n\nHuman: red?\n\nAssistant:").input_ids and x[:2] == [0, 2]
+
+
+def test_a_rendered_text_may_end_as_the_template_ends_a_turn():
+    """Also where neither the tokenizer nor the model calls that an end; but nothing special stands before it."""
+    tokenizer = gemma(False)
+    [pair], _ = encoded([{"prompt": [U("red?")], **SAME}], tokenizer)
+    chosen, rejected = decode_responses(tokenizer, pair.prompt, pair[1:], [1])
+    assert chosen == "stone<|im_end|>\n"
+    row = {"prompt": decode(tokenizer, pair.prompt, [1]), "chosen": chosen, "rejected": rejected}
+    assert encoded([row], tokenizer)[0] == [pair]
+    for forged in ("stone<|im_start|>", "<|im_end|>stone<|im_end|>\n", "stone<|im_end|>\n<|im_end|>\n"):
+        pairs, counts = encoded([{**row, "chosen": forged}], tokenizer)
+        assert not pairs and counts["dropped: a text spells a special token"] == 1
+    asked = {"prompt": [U("red?")], "chosen": "stone.", "rejected": "river."}  # plain text of the template is the answer's
+    [(_, w, _)], _ = encoded([asked], with_template(CHATML.replace("<|im_end|>", ".<|im_end|>")))
+    assert decode(tokenizer, w, [], after=pair.prompt).startswith("stone..")
