@@ -50,8 +50,8 @@ from sera_min.logprobs import score
 from sera_min.machinery import data, policies
 from sera_min.machinery.config import Config, Resolved, flag, resolve, seed_of
 from sera_min.machinery.device import prepare, retry_on_oom
-from sera_min.machinery.errors import InputError, Paused, in_one_line
-from sera_min.machinery.folder import write
+from sera_min.machinery.errors import InputError, Paused, in_one_line, print_replaces
+from sera_min.machinery.folder import at_home, make_readable, write
 from sera_min.machinery.models import check_before_training, check_positions, load
 from sera_min.machinery.policies import check_log_probs, key_of, read_samples
 from sera_min.machinery.run import Run
@@ -139,6 +139,9 @@ class Policies(policies.Policies):
         policy.save_model(str(self.out / ".policy"))
         accelerator.wait_for_everyone()
         if is_main():
+            for name, content in policy.model.beside_weights.items():
+                (self.out / ".policy" / name).write_bytes(content)
+            make_readable(self.out / ".policy")
             (self.out / ".policy").rename(self.folder(i))
         accelerator.wait_for_everyone()
 
@@ -307,7 +310,10 @@ def command_line(arguments: list[str] | None = None) -> None:
     parser.set_defaults(num_train_epochs=1, save_strategy="no", bf16=torch.cuda.is_available())
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    print_replaces()
     flags, args = parser.parse_args_into_dataclasses(arguments)
+    args.output_dir = at_home(args.output_dir)
+    flags.samples = flags.samples and at_home(flags.samples)
     shown = sys.stdout
     if not first:
         shown = io.StringIO()

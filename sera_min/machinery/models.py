@@ -6,9 +6,11 @@ does: one that is trained or sampled wrongly here gives different numbers for on
 
 import math
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import find_adapter_config_file
@@ -17,15 +19,19 @@ from sera_min.bootstrap import sample_responses
 from sera_min.logprobs import plain_logprob, sequence_logprobs
 from sera_min.machinery.device import uncompiled
 from sera_min.machinery.errors import InputError, one_line
-from sera_min.machinery.rows import is_lfs_pointer, is_path
+from sera_min.machinery.folder import at_home, is_lfs_pointer, is_path, make_readable
 from sera_min.pairs import Ids, Pair, rows_of
 
+# Causal masks, positions, …, which folders of older versions hold as weights.
+OLD_CONSTANTS = (".attn.bias", ".attention.bias", "masked_bias", "causal_mask", "inv_freq", "position_ids", ".version")
+BESIDE_WEIGHTS = ("*processor*.json", "*template*.j*", "*token*.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
 STEPS = 8  # tokens that the check samples, no more than bootstrap.STRIDE: no row leaves the batch
 
 
 def load(path: str | Path, device: str) -> tuple[Any, Any]:
     """A policy in float32, on `device` and without noise, and its tokenizer. Raises InputError."""
-    if not Path(path).exists() and is_path(str(path)):
+    path = at_home(path)
+    if not Path(path).exists() and is_path(path):
         raise InputError(f"{path}: no such folder")
     for file in sorted(Path(path).glob("*.*")):
         if file.is_file() and is_lfs_pointer(file):
@@ -47,11 +53,14 @@ def read_model(path: str | Path) -> tuple[Any, Any]:
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if getattr(config, "quantization_config", None):
         raise InputError("its weights are quantised: give the model that was quantised")
+    for part in (config, config.get_text_config()):
+        for name in ("output_router_logits", "output_attentions", "output_hidden_states"):
+            if getattr(part, name, False):
+                setattr(part, name, False)
     options: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **options)
     policy, info = loaded
-    # Old folders of GPT-2 hold a constant, masked_bias.
-    unexpected = [name for name in info["unexpected_keys"] if not name.endswith("masked_bias")]
+    unexpected = [name for name in info["unexpected_keys"] if not name.endswith(OLD_CONSTANTS)]
     problems = {"lack": info["missing_keys"], "hold tensors that the model has no place for:": unexpected}
     for problem, names in problems.items():
         if names:
@@ -61,17 +70,34 @@ def read_model(path: str | Path) -> tuple[Any, Any]:
     size = policy.get_input_embeddings().num_embeddings
     if len(tokenizer) > size:
         raise InputError(f"its tokenizer has {len(tokenizer)} ids, the model embeds {size}")
-    make_savable(policy.generation_config)
+    check_savable(policy, tokenizer, path)
     return policy, tokenizer
 
 
-def make_savable(settings: Any) -> None:
-    """transformers reads settings that it refuses to save. ValueError now, not after the training."""
-    try:
-        settings.validate(strict=True)
-    except ValueError:  # Llama 2 sets how to sample, but not do_sample
-        settings.do_sample = True
-        settings.validate(strict=True)
+def check_savable(policy: Any, tokenizer: Any, path: str | Path) -> None:
+    """What transformers would refuse to write is an error now; what it leaves out, as a processor, is kept."""
+    source = Path(path)
+    if not source.is_dir():
+        source = Path(snapshot_download(str(path), allow_patterns=list(BESIDE_WEIGHTS)))
+    with TemporaryDirectory() as place:
+        try:
+            policy.save_pretrained(place, state_dict={})
+        except ValueError:  # Llama 2 sets how to sample, but not do_sample
+            policy.generation_config.do_sample = True
+            policy.save_pretrained(place, state_dict={})
+        tokenizer.save_pretrained(place)
+        saved = {file.name for file in Path(place).iterdir()}
+    files = [file for file in source.iterdir() if any(map(file.match, BESIDE_WEIGHTS))]
+    policy.beside_weights = {file.name: file.read_bytes() for file in files if file.name not in saved}
+
+
+def save_model(folder: Path, policy: Any, tokenizer: Any) -> None:
+    """What `load` reads again, and other programs too."""
+    policy.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name, content in getattr(policy, "beside_weights", {}).items():
+        (folder / name).write_bytes(content)
+    make_readable(folder)
 
 
 def remove_noise(policy: Any) -> None:

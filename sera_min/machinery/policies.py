@@ -25,7 +25,7 @@ from sera_min.machinery.config import Resolved
 from sera_min.machinery.device import autocast, compile_layers, retry_on_oom, sampling_tokens, uncompiled
 from sera_min.machinery.errors import InputError, Paused, in_one_line
 from sera_min.machinery.folder import read_json, read_jsonl, write, write_jsonl, writing
-from sera_min.machinery.models import eos_ids_of, load, pad_id_of
+from sera_min.machinery.models import eos_ids_of, load, pad_id_of, save_model
 from sera_min.pairs import Ids, Rows, Samples
 
 REASON = {True: "stop", False: "length"}  # finish_reason, by whether a sample ended
@@ -104,8 +104,7 @@ class Policies:
         """Keep a policy as π_θi, and remove what nothing will ask for any more."""
         check_finite(policy, f"policy-{i}")
         with writing(self.state / f"policy-{i}") as beside:
-            policy.save_pretrained(beside)
-            self.tokenizer.save_pretrained(beside)
+            save_model(beside, policy, self.tokenizer)
         self.held[i] = policy
         for checkpoint in self.state.glob("checkpoint-*"):
             checkpoint.unlink()

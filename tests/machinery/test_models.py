@@ -1,14 +1,17 @@
 """What a folder holds is what is loaded, or it is refused in one line; and what a model does wrongly is seen at once."""
 
 import json
+import os
+import shutil
 import weakref
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from shared import CHATML, bpe_tokenizer, tiny_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from shared import CHATML, FAMILIES, bpe_tokenizer, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from sera_min.logprobs import score, sequence_logprobs
@@ -19,6 +22,7 @@ from sera_min.machinery.models import (
     eos_ids_of,
     load,
     pad_id_of,
+    save_model,
 )
 from sera_min.machinery.rows import is_lfs_pointer
 from sera_min.pairs import Pair
@@ -69,11 +73,14 @@ def test_every_float_is_read(tmp_path, dtype):
 
 
 def test_old_constants_are_no_weights(tmp_path):
-    """The causal mask and rotary frequencies, which folders of older versions hold."""
+    """Causal masks, rotary frequencies, a version: what folders of older versions hold."""
     change_weights(save(tmp_path), lambda weights: weights.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
     load(tmp_path, "cpu")
     masks = {"transformer.h.0.attn.bias": torch.ones(1, 1, 64, 64), "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)}
     change_weights(save(tmp_path, "gpt2"), lambda weights: weights.update(masks))
+    load(tmp_path, "cpu")
+    older = {"model.decoder.version": torch.ones(1), "model.decoder.layers.0.self_attn.attention.bias": torch.ones(1, 1, 9, 9)}
+    change_weights(save(tmp_path, "opt"), lambda weights: weights.update(older))
     load(tmp_path, "cpu")
 
 
@@ -120,16 +127,82 @@ def test_named_templates(tmp_path):
 
 @pytest.mark.parametrize("settings", [{"temperature": 0.6, "top_p": 0.9}, {"pad_token_id": -1}, {"length_penalty": 2.0}, {"output_scores": True}], ids=str)
 def test_what_is_loaded_can_be_saved(tmp_path, settings):
-    """transformers reads settings of generate that it will not write: said now, not after the training."""
+    """Versions of transformers read settings of generate that they will not write: said now, not after the training."""
     file = save(tmp_path / "model") / "generation_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
     try:
-        policy, _ = load(tmp_path / "model", "cpu")
+        policy, tokenizer = load(tmp_path / "model", "cpu")
     except InputError as error:
         assert next(iter(settings)) in str(error)
         return
-    policy.save_pretrained(tmp_path / "policy")
-    assert "temperature" in settings or "pad_token_id" in settings
+    save_model(tmp_path / "policy", policy, tokenizer)
+    load(tmp_path / "policy", "cpu")
+
+
+def test_what_cannot_be_saved_is_refused_with_all_that_is_said(tmp_path, monkeypatch):
+    reason = "GenerationConfig is invalid:\n" + "- `a`: b\n" * 40 + "- `length_penalty` is set"
+    save(tmp_path)
+    monkeypatch.setattr(GenerationConfig, "save_pretrained", Mock(side_effect=ValueError(reason)))
+    assert refused(tmp_path).endswith("- `length_penalty` is set")
+
+
+def test_settings_that_are_saved_with_do_sample(tmp_path, monkeypatch):
+    """Llama 2's, which older versions of transformers will not write as they are."""
+    save_settings = GenerationConfig.save_pretrained
+
+    def as_in_4(settings, *args, **kwargs):
+        settings.validate(strict=True)
+        save_settings(settings, *args, **kwargs)
+
+    monkeypatch.setattr(GenerationConfig, "save_pretrained", as_in_4)
+    file = save(tmp_path / "model") / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "temperature": 0.6}))
+    save_model(tmp_path / "policy", *load(tmp_path / "model", "cpu"))
+    assert json.loads((tmp_path / "policy/generation_config.json").read_text())["do_sample"] is True
+
+
+BESIDE = ("preprocessor_config.json", "video_preprocessor_config.json", "chat_template.json", "tokenizer.model", "tekken.json.tiktoken")
+NOT_KEPT = ("pytorch_model.bin", "model.safetensors.index.json", "optimizer.pt", "trainer_state.json", "training_args.bin", "README.md")
+
+
+def test_what_lies_beside_the_weights_is_in_policy_too(tmp_path):
+    """From iteration to iteration, though the folder that a policy was loaded from is gone; and all can read it."""
+    save(tmp_path / "model")
+    for name in (*BESIDE, *NOT_KEPT[2:]):
+        (tmp_path / "model" / name).write_text(f'{{"is": "{name}"}}')
+        (tmp_path / "model" / name).chmod(0o600)
+    source = tmp_path / "model"
+    for i in (1, 2):
+        policy, tokenizer = load(source, "cpu")
+        shutil.rmtree(source)
+        source = tmp_path / f"policy-{i}"
+        save_model(source, policy, tokenizer)
+    names = {file.name for file in source.iterdir()}
+    assert names >= {*BESIDE, "config.json", "model.safetensors", "tokenizer.json"} and not names & {*NOT_KEPT}
+    assert (source / "tokenizer.model").read_text() == '{"is": "tokenizer.model"}'
+    hidden = os.umask(0)
+    os.umask(hidden)
+    assert {file.stat().st_mode & 0o777 for file in source.iterdir()} == {0o666 & ~hidden}
+
+
+def test_a_config_that_asks_for_more_outputs_is_that_of_the_model_without(tmp_path, monkeypatch):
+    """Router logits of batches, attentions, hidden states: nobody here reads them, and some cannot be sampled or saved with."""
+    monkeypatch.setitem(FAMILIES, "mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2})
+    save(tmp_path, "mixtral")
+    want = score(load(tmp_path, "cpu")[0], [PAIR.prompt], [PAIR.chosen], max_tokens=99)[0]
+    file = tmp_path / "config.json"
+    more = dict.fromkeys(("output_router_logits", "output_attentions", "output_hidden_states"), True)
+    file.write_text(json.dumps({**json.loads(file.read_text()), **more}))
+    policy, tokenizer = load(tmp_path, "cpu")
+    check_before_training(policy, PAIR, [1])
+    assert torch.equal(score(policy, [PAIR.prompt], [PAIR.chosen], max_tokens=99)[0], want)
+    save_model(tmp_path / "policy", policy, tokenizer)
+
+
+def test_a_model_in_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save(tmp_path / "a [model]")
+    load("~/a [model]", "cpu")
 
 
 @pytest.mark.parametrize("named, ends", [(None, [1]), (0, [1, 0]), (1, [1]), ([7, 1], [1, 7])])
