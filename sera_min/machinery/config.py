@@ -17,7 +17,7 @@ from transformers import HfArgumentParser
 
 from sera_min import playground
 from sera_min.machinery import folder
-from sera_min.machinery.errors import InputError, Paused
+from sera_min.machinery.errors import InputError, Paused, print_replaces
 
 
 def seed_of(seed: int, t: int, phase: str) -> int:
@@ -84,6 +84,7 @@ GROUPS = {  # of --help, by the flag that each begins with
     "label_smoothing": "training",
     "label_noise": "the playground",
 }
+PATHS = ("model_name_or_path", "dataset_name", "eval_dataset_name", "output_dir")
 MEMORY = ("max_tokens", "gradient_checkpointing", "save_steps", "pause_before_sampling")
 SHARES = ("keep", "bootstrap", "ensemble_gamma", "top_p", "eval_fraction", "label_noise")
 ABOVE_0 = ("beta", "learning_rate", "temperature", "top_p")
@@ -102,6 +103,9 @@ def resolve(flags: Config) -> Resolved:
     if flags.in_playground or flags.eval_dataset_name:
         values["eval_split"] = "test"
     values |= {name: value for name, value in asdict(flags).items() if value is not None}
+    for name in PATHS:
+        if values.get(name):
+            values[name] = folder.at_home(values[name])
     values.setdefault("max_prompt_length", max(1, values["max_length"] // 2))
     values.setdefault("max_new_tokens", max(1, values["max_length"] - values["max_prompt_length"]))
     config = Resolved(**values)
@@ -160,7 +164,7 @@ def check_together(c: Resolved) -> None:
 
 def resumed(flags: Config, variant: str) -> Resolved:
     """The flags that a run was begun with. Beside the folder only MEMORY's may be given."""
-    out = Path(str(flags.resume_from_checkpoint))
+    out = Path(folder.at_home(str(flags.resume_from_checkpoint)))
     file = out / "config.json"
     if not file.exists():
         raise InputError(f"--resume_from_checkpoint {out}: no run has begun there")
@@ -216,9 +220,11 @@ def command_line(main: Callable[[Config], Any], description: str | None, argumen
     """`main` from flags. What the user can mend ends in one line and exit status 1."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    print_replaces()
     flags = parse(arguments, description)
-    out = Path(flags.resume_from_checkpoint or flags.output_dir)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    out = Path(folder.at_home(flags.resume_from_checkpoint or flags.output_dir))
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:  # what ignores it is to go on
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(flags)
     except Paused as pause:

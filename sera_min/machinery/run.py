@@ -19,7 +19,7 @@ from sera_min.machinery import data, device, folder, report
 from sera_min.machinery.config import Config, Resolved, seed_of
 from sera_min.machinery.data import Given, preferences
 from sera_min.machinery.device import autocast, check_memory, has_bfloat16, prepare, uncompiled
-from sera_min.machinery.errors import InputError
+from sera_min.machinery.errors import InputError, print_replaces
 from sera_min.machinery.models import check_before_training, check_positions
 from sera_min.machinery.policies import REASON, Policies, check_finite
 from sera_min.pairs import Ids, Pair, Review, ReviewedPairs, Samples
@@ -33,6 +33,7 @@ def open_run(
 
     Everything is read and checked before anything is written. Raises InputError.
     """
+    print_replaces()
     if flags.resume_from_checkpoint:
         config = configuration.resumed(flags, variant)
     else:
@@ -224,11 +225,20 @@ class Run:
             folder.write_jsonl(here / "samples.jsonl", self.sample_lines(review.samples, rewards))
 
     def pair_lines(self, chosen: ReviewedPairs) -> Iterator[dict[str, Any]]:
-        """Pairs as TRL reads them to the same token ids; `row` is that of the user's data."""
+        """Pairs as texts; with their token ids where TRL reads others. `row` is that of the user's data."""
         margins = chosen.margins.tolist()
         for pair, margin, source, i in zip(chosen.pairs, margins, chosen.sources, chosen.pair_index):
             texts = self.pair_texts(pair)
-            yield {**texts, "margin": margin, "source": source, "row": self.file_rows[i]}
+            line = {**texts, "margin": margin, "source": source, "row": self.file_rows[i]}
+            if self.as_trl_reads(**texts) != pair:
+                line["token_ids"] = pair._asdict()
+            yield line
+
+    def as_trl_reads(self, prompt: str, chosen: str, rejected: str) -> Pair:
+        tokenizer = self.policies.tokenizer
+        x, w, l = tokenizer([prompt, prompt + chosen, prompt + rejected]).input_ids
+        end = [tokenizer.eos_token_id]
+        return Pair(x, w[len(x) :] + end, l[len(x) :] + end)
 
     def pair_texts(self, pair: Pair) -> dict[str, str]:
         tokenizer = self.policies.tokenizer

@@ -4,6 +4,7 @@ Its numbers are test_oracle.py's, what it draws test_drawn.py's, and what it say
 """
 
 import copy
+import io
 import json
 import os
 import pickle
@@ -1033,3 +1034,66 @@ def test_every_test_that_the_docs_promise_is_there():
     promised = {*re.findall(r"`(test_\w+)`", (ROOT / "docs/running.md").read_text())}
     defined = {name for file in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"^def (test_\w+)", file.read_text(), re.MULTILINE)}
     assert len(promised) > 20 and promised <= defined, sorted(promised - defined)
+
+
+# What the terminal, the shell and the starter of a run do to it
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "gbk", "ascii"])
+def test_a_terminal_that_has_no_such_letter_does_not_end_a_run(encoding, monkeypatch, tmp_path):
+    """In --help, on the command line, and where a run is begun from Python."""
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding=encoding))
+    with pytest.raises(SystemExit) as end:
+        configuration.command_line(main, train.__doc__, ["--help"])
+    assert end.value.code == 0
+    configuration.command_line(lambda flags: print("π_θ, K̃, ½, –, 日本"), None, [])
+    sys.stdout.flush()
+    assert shown.getvalue().endswith(("? 日本\n" if encoding == "gbk" else "??\n").encode(encoding)[-3:])
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+    with pytest.raises(InputError, match="already holds a run"):
+        (tmp_path / "config.json").write_text("{}")
+        main(small(tmp_path))
+    print("π_θ")
+
+
+def test_a_signal_that_the_starter_ignores_stays_ignored():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        configuration.command_line(lambda flags: os.kill(os.getpid(), signal.SIGTERM), None, [])
+        with folder.signals_noted() as noted:
+            os.kill(os.getpid(), signal.SIGINT)
+        assert not noted and signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_tilde_is_the_home(tmp_path, monkeypatch):
+    """Which a shell leaves as it is in --output_dir=~/run."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = Config(model_name_or_path="~/m", dataset_name="~/d.json", eval_dataset_name="some/data", output_dir="~/run", device="cpu")
+    config = resolve(flags)
+    assert (config.model_name_or_path, config.dataset_name) == (f"{tmp_path}/m", f"{tmp_path}/d.json")
+    assert config.eval_dataset_name == "some/data" and config.output_dir == f"{tmp_path}/run"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(configuration.config_json(config, "SeRA"))
+    assert configuration.resumed(Config(resume_from_checkpoint="~/run"), "SeRA") == config
+
+
+def test_a_pair_that_trl_would_read_to_other_ids_has_them_in_its_line(tmp_path):
+    """A sample is seldom spelled as the tokenizer spells its text, and its bytes need not be characters."""
+    run = a_run(tmp_path / "run", small(tmp_path / "run"), 0, tiny_model())
+    tokenizer, rng = run.policies.tokenizer, random.Random(0)
+    samples = [[rng.randrange(3, len(tokenizer)) for _ in range(9)] + [1] for _ in range(20)]
+    texts = [[*tokenizer(text, add_special_tokens=False).input_ids, 1] for text in (" the fox", " is lovely")]
+    pairs = [Pair(tokenizer("Tell me:").input_ids, w, l) for w, l in [*zip(samples[::2], samples[1::2]), texts]]
+    run.file_rows = list(range(len(pairs)))
+    marked = 0
+    for pair, line in zip(pairs, run.pair_lines(training_set_of(pairs, torch.zeros(len(pairs), 2)))):
+        read = [[*tokenizer(line["prompt"] + line[name]).input_ids[len(pair.prompt) :], 1] for name in ("chosen", "rejected")]
+        assert line.get("token_ids", pair._asdict()) == pair._asdict() and ("token_ids" in line) == (read != list(pair[1:]))
+        marked += "token_ids" in line
+    assert 5 < marked <= 10 and "token_ids" not in line
