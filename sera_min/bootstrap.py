@@ -7,7 +7,8 @@ Sampling, flattening and pairing are three functions, so samples may come from a
 that was cut off by the length limit is never paired. Do not append an end of sequence to it: the
 model never wrote one there, so the log-probability of that token says nothing about the response.
 
-Copy this file alone: it needs torch and tqdm, and a causal language model of transformers.
+Copy this file alone: it needs torch and tqdm, and a causal language model of transformers. (A copy of
+select.py needs another name: see there.)
 From sera_min 0.1.0, Apache-2.0; SeRA, arXiv:2410.09362.
 """
 
@@ -29,7 +30,7 @@ Sample = tuple[Ids, bool]  # token ids, and whether they end with an end of sequ
 def plain_sample(model, prompt: Ids, max_new_tokens: int, temperature: float, end: int) -> Sample:
     """y ~ π(·|x), as one first writes it: right, but it reads x and y anew for every token of y.
 
-    `sample_responses`, below, does the same for many prompts at a time.
+    `sample_responses`, below, does the same for many prompts at a time. It also takes several ends, this one only one.
     """
     y: Ids = []
     while len(y) < max_new_tokens and end not in y:
@@ -136,7 +137,7 @@ def sample_responses(
     and machine give the same samples; random generators are left as they were. Raises ValueError for
     an empty prompt and numbers that make no sense, FloatingPointError for probabilities of NaN.
     """
-    check_sampling(prompts, n, max_new_tokens, temperature, top_p, eos_token_id)
+    check_sampling(prompts, n, max_new_tokens, temperature, top_p, eos_token_id, pad_token_id)
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
     room = max_tokens or CACHE_TOKENS.get(model.device.type, 2**15)
     draw_next = DrawNext(temperature, top_p)
@@ -155,12 +156,14 @@ def sample_responses(
     return samples
 
 
-def check_sampling(prompts, n, max_new_tokens, temperature, top_p, eos_token_id) -> None:
+def check_sampling(prompts, n, max_new_tokens, temperature, top_p, eos_token_id, pad_token_id) -> None:
     if n < 1 or max_new_tokens < 1 or not temperature > 0 or not 0 < top_p <= 1:
         numbers = f"n {n}, max_new_tokens {max_new_tokens}, temperature {temperature}, top_p {top_p}"
         raise ValueError(f"{numbers}: expected numbers above 0, top_p at most 1")
     if eos_token_id in (None, []):
         raise ValueError("eos_token_id is missing: no sample could end")
+    if pad_token_id is None:
+        raise ValueError("pad_token_id is missing: any token will do, as an end of sequence")
     if [] in prompts:
         raise ValueError(f"prompt {prompts.index([])} is empty")
 
@@ -185,6 +188,8 @@ def prompt_batches(prompts: list[Ids], n: int, max_new_tokens: int, room: int) -
 def our_settings(model, ends: list[int], pad: int) -> Iterator[None]:
     """Eval mode, and nothing of the model's generation_config, whose top_k may be 50 by default."""
     config = model.generation_config
+    owners = [part for part in model.modules() if "generation_config" in vars(part)]  # with PEFT the base is one too
+    configs = [part.generation_config for part in owners]
     modes = [(part, part.training) for part in model.modules()]
     greedy = {"do_sample": False, "repetition_penalty": 1.0, "num_beams": 1, "return_dict_in_generate": True}
     model.generation_config = type(config)(eos_token_id=ends, pad_token_id=pad, **greedy)
@@ -193,6 +198,8 @@ def our_settings(model, ends: list[int], pad: int) -> Iterator[None]:
         yield
     finally:
         model.generation_config = config
+        for part, own in zip(owners, configs):
+            part.generation_config = own
         for part, mode in modes:  # not model.train(): a part may have been in eval mode before
             part.training = mode
 
@@ -271,6 +278,9 @@ def continue_all(
         kept = torch.tensor(going_on, device=model.device)
         ids = output.sequences[kept]  # (B, P + stride) of a smaller B
         mask = torch.cat([mask[kept], torch.ones_like(new[kept])], 1)
+        if not cache:  # all is read again, but for columns that are padding in every row
+            longest = int(mask.sum(1).max())
+            ids, mask = ids[:, -longest:], mask[:, -longest:]
         for keys_and_values in cache.values():
             keys_and_values.batch_select_indices(kept)
     return written

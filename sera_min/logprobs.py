@@ -6,7 +6,8 @@
 r is DPO's implicit reward (arXiv:2305.18290, eq. 5) without the factor β, and without a term that
 depends on x alone and cancels in the difference of two responses to x.
 
-Copy this file alone: it needs torch and tqdm, and a causal language model of transformers.
+Copy this file alone: it needs torch and tqdm, and a causal language model of transformers. (A copy of
+select.py needs another name: see there.)
 From sera_min 0.1.0, Apache-2.0; SeRA, arXiv:2410.09362.
 """
 
@@ -55,10 +56,13 @@ def token_logprobs(model, prompts: list[Ids], responses: list[Ids]) -> tuple[Ten
     Returns B tensors, (|y|,) each, float32 (float64 if the model is), differentiable. Dropout is
     the model's own: switch it off before you compare a policy with a reference. Padding is yours to
     remove: a padding id would be scored. Load the model in float32, for the reason above, and hand in
-    the model itself, not one wrapped for several GPUs or in another precision. Raises ValueError
-    for an empty prompt or response and for ids that the model does not have, TypeError for what is
-    no list of ids.
+    the model itself, not one wrapped for several GPUs or in another precision: for several GPUs wrap
+    (DDP, FSDP2) a module of your own whose forward calls this. To compile, call `compile()` of the
+    model's body: of a compiled whole nothing compiled would run. Raises ValueError for an empty batch,
+    prompt or response, for ids that the model does not have and for models that this cannot read,
+    TypeError for what is no list of ids.
     """
+    check_model(model)
     head = model.get_output_embeddings().weight  # (V, H)
     check_token_ids(prompts, responses, vocab_size=head.shape[0])
     inputs, positions = pad_right(prompts, responses)  # (B, T), (R,)
@@ -135,8 +139,11 @@ def score(
     In batches of at most `max_tokens` tokens, padding included. Returns CPU tensors in the order of
     the rows: float32 (N,) sums in nats, int64 (N,) token counts. `desc` shows a progress bar.
     A row longer than the `original_max_position_embeddings` of a rope "longrope" (Phi-3) changes the
-    log-probs of its batch: score such rows one at a time.
+    log-probs of its batch: score such rows one at a time. Under FSDP every rank needs as many batches.
     """
+    check_model(model)
+    if prompts:
+        check_token_ids(prompts, responses, vocab_size=model.get_output_embeddings().weight.shape[0])
     lengths = [len(x) + len(y) for x, y in zip(prompts, responses, strict=True)]
     batches = token_batches(lengths, max_tokens)
     sums = torch.empty(len(prompts))
@@ -188,7 +195,18 @@ def implicit_reward(policy_logps: Tensor, reference_logps: Tensor, lengths: Tens
 HEAD_LOGITS = {"cuda": 2**26, "cpu": 2**23}
 
 
+def check_model(model) -> None:
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError("a model with prompt or prefix tuning: what was learnt would be left out")
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} has an encoder: expected a causal language model")
+    if model.get_output_embeddings() is None:
+        raise ValueError(f"{type(model).__name__} has no head over the vocabulary: expected AutoModelForCausalLM's")
+
+
 def check_token_ids(prompts: list[Ids], responses: list[Ids], vocab_size: int) -> None:
+    if not prompts:
+        raise ValueError("an empty batch has no log-probabilities")
     for row, (x, y) in enumerate(zip(prompts, responses, strict=True)):
         for name, ids in (("prompt", x), ("response", y)):
             if not isinstance(ids, list):
@@ -196,6 +214,8 @@ def check_token_ids(prompts: list[Ids], responses: list[Ids], vocab_size: int) -
                 raise TypeError(f"row {row}: the {name} is a {kind}, expected a list of token ids")
             if not ids:
                 raise ValueError(f"row {row}: an empty {name} has no log-probability")
+            if any(isinstance(i, float) for i in ids):
+                raise TypeError(f"row {row}: the {name} has ids that are no integers")
             if min(ids) < 0 or max(ids) >= vocab_size:
                 ends = f"{min(ids)} to {max(ids)}"
                 raise ValueError(f"row {row}: the {name} has ids {ends}, not 0 to {vocab_size - 1}")

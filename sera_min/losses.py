@@ -6,7 +6,9 @@ Each maps (B,) margins to (B,) losses, unreduced. r is the implicit reward, see 
 in logprobs.py: IPO and SimPO take it per token, and SimPO's has no reference. TRL has all four
 losses, and the values are TRL's.
 
-Copy this file alone: it needs torch.
+β is above 0, and label_smoothing a share, not per cent: nothing here checks it.
+
+Copy this file alone: it needs torch. (A copy of select.py needs another name: see there.)
 From sera_min 0.1.0, Apache-2.0; SeRA, arXiv:2410.09362.
 """
 

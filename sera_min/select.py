@@ -45,8 +45,10 @@ def ensemble_margin(newest: Tensor, previous: Tensor | None = None, gamma: float
 def select_top(margins: Tensor, k: int) -> Tensor:
     """The k largest of (N,) margins: the numbers of their pairs, int64 (k,), largest margin first.
 
-    Of equal margins the first comes first. Raises TypeError where k is not an integer, ValueError
-    where it is not in 0..N or a margin is NaN (which would be sorted as the largest).
+    Of equal margins the first comes first. To index a list, use the result's `.tolist()`. While the
+    policy is the reference, margins are rounding, and so is their order. Raises TypeError where k is
+    not an integer, ValueError where it is not in 0..N or a margin is NaN (which would be sorted as the
+    largest).
     """
     if margins.ndim != 1:
         raise ValueError(f"margins must be (N,), not {tuple(margins.shape)}")

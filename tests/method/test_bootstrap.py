@@ -303,6 +303,7 @@ def test_from_prompts_to_pairs():
     ({"temperature": 0.0}, "temperature 0.0, .* expected numbers above 0"), ({"temperature": -1.0}, "above 0"),
     ({"top_p": 0.0}, "top_p at most 1"), ({"top_p": 50.0}, "top_p at most 1"), ({"max_new_tokens": 0}, "above 0"),
     ({"eos_token_id": []}, "eos_token_id is missing"), ({"eos_token_id": None}, "eos_token_id is missing"),
+    ({"pad_token_id": None}, "pad_token_id is missing: any token will do"),
 ])  # fmt: skip
 def test_numbers_that_make_no_sense_are_an_error(changed, says):
     options = {"max_new_tokens": 3, "temperature": 1.0, "top_p": 1.0, "eos_token_id": 1, "pad_token_id": 0, "seed": 0}
@@ -310,3 +311,43 @@ def test_numbers_that_make_no_sense_are_an_error(changed, says):
         sample_responses(tiny_model(), [[5, 6]], 2, **options | changed)
     with pytest.raises(ValueError, match="prompt 1 is empty"):
         sample_responses(tiny_model(), [[5, 6], []], 2, **options)
+
+
+def test_a_row_that_is_left_is_read_without_padding(monkeypatch):
+    """Where the cache does not serve, and the model looks at padding if a batch is one row, as Mamba-2 before 5.16 does."""
+
+    def of_one_row(hidden, mask):
+        if mask is not None and mask.shape[0] > 1 and mask.shape[1] > 1:
+            return hidden * mask[:, :, None]
+        return hidden
+
+    monkeypatch.setattr("transformers.models.mamba2.modeling_mamba2.apply_mask_to_padding_states", of_one_row)
+    monkeypatch.setattr(bootstrap, "STRIDE", 4)
+    monkeypatch.setitem(
+        FAMILIES, "mamba2", {"num_heads": 4, "head_dim": 8, "n_groups": 1, "state_size": 8, "chunk_size": 8}
+    )
+    model, long, short = tiny_model("mamba2", hidden_size=16), list(range(30, 45)), [7, 8]
+    greedily = {"n": 1, "temperature": 1e-6, "pad_token_id": 50}
+    alone = sample(model, [short], max_new_tokens=16, eos_token_id=99, **greedily)[0]  # it never ends
+    first = sample(model, [long], max_new_tokens=4, eos_token_id=99, **greedily)[0][0][0]
+    ends = [token for token in first if token not in alone[0][0]]
+    together = sample(model, [long, short], max_new_tokens=16, eos_token_id=ends, **greedily)
+    assert ends and together[0][0][1] and together[1] == alone
+
+
+def test_every_part_of_a_model_has_its_settings_back():
+    """A model of PEFT hands what it is given on to its base, which a merge takes out."""
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.device, self.generation_config = base, base.device, base.generation_config
+
+        def generate(self, **inputs):
+            self.base.generation_config = self.generation_config
+            return self.base.generate(**inputs)
+
+    model = tiny_model()
+    settings = model.generation_config
+    sample(Wrapped(model), [[5, 6], [7]])
+    assert model.generation_config is settings

@@ -2,6 +2,7 @@
 
 import random
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -345,3 +346,25 @@ def test_a_part_that_is_frozen_in_eval_mode_stays_so(what):
         }
         bootstrap.sample_responses(model, [[5, 6]], 2, **options)
     assert [part.training for part in model.modules()] == before and True in before and False in before
+
+
+def test_what_cannot_be_read_is_said_before_anything_is_computed():
+    """By the caller's own row, not the batch's; and models that would give another number than theirs, or none."""
+    model = tiny_model()
+    for both in (score, sequence_logprobs):
+        options = {"max_tokens": 4} if both is score else {}
+        with pytest.raises(ValueError, match="row 2: the response has ids 99 to 99, not 0 to 60"):
+            both(model, [[5], [6], [7]], [[8, 9, 9], [9], [99]], **options)
+        with pytest.raises(TypeError, match="row 0: the prompt has ids that are no integers"):
+            both(model, [[5.0]], [[8]], **options)
+    with pytest.raises(ValueError, match="an empty batch has no log-probabilities"):
+        sequence_logprobs(model, [], [])
+    model.active_peft_config = SimpleNamespace(is_prompt_learning=True)
+    with pytest.raises(ValueError, match="prompt or prefix tuning: what was learnt would be left out"):
+        score(model, [[5]], [[6]], max_tokens=4)
+    del model.active_peft_config
+    with pytest.raises(ValueError, match="LlamaModel has no head over the vocabulary"):
+        sequence_logprobs(model.model, [[5]], [[6]])
+    model.config.is_encoder_decoder = True
+    with pytest.raises(ValueError, match="LlamaForCausalLM has an encoder"):
+        sequence_logprobs(model, [[5]], [[6]])
