@@ -196,6 +196,8 @@ HEAD_LOGITS = {"cuda": 2**26, "cpu": 2**23}
 
 
 def check_model(model) -> None:
+    if not hasattr(model, "get_output_embeddings"):
+        raise TypeError(f"{type(model).__name__} is no model of transformers: see token_logprobs on wrapped ones")
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise ValueError("a model with prompt or prefix tuning: what was learnt would be left out")
     if getattr(model.config, "is_encoder_decoder", False):

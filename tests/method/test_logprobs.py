@@ -365,6 +365,8 @@ def test_what_cannot_be_read_is_said_before_anything_is_computed():
     del model.active_peft_config
     with pytest.raises(ValueError, match="LlamaModel has no head over the vocabulary"):
         sequence_logprobs(model.model, [[5]], [[6]])
+    with pytest.raises(TypeError, match="DataParallel is no model of transformers: see token_logprobs on wrapped ones"):
+        score(torch.nn.DataParallel(model), [[5]], [[6]], max_tokens=4)
     model.config.is_encoder_decoder = True
     with pytest.raises(ValueError, match="LlamaForCausalLM has an encoder"):
         sequence_logprobs(model, [[5]], [[6]])
