@@ -7,8 +7,7 @@ Sampling, flattening and pairing are three functions, so samples may come from a
 that was cut off by the length limit is never paired. Do not append an end of sequence to it: the
 model never wrote one there, so the log-probability of that token says nothing about the response.
 
-Copy this file alone: it needs torch and tqdm, and a causal language model of transformers. (A copy of
-select.py needs another name: see there.)
+Copy this file alone: it needs torch and tqdm, and a causal language model of transformers.
 From sera_min 0.1.0, Apache-2.0; SeRA, arXiv:2410.09362.
 """
 
