@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import find_adapter_config_file
 
 from sera_min.bootstrap import sample_responses
 from sera_min.logprobs import plain_logprob, sequence_logprobs
+from sera_min.machinery.adapters import adapter_settings, check_plain, merge_adapter
 from sera_min.machinery.device import uncompiled
 from sera_min.machinery.errors import InputError, one_line
 from sera_min.machinery.rows import is_lfs_pointer, is_path
@@ -41,8 +41,12 @@ def load(path: str | Path, device: str) -> tuple[Any, Any]:
 
 def read_model(path: str | Path) -> tuple[Any, Any]:
     """Only safetensors are read, and no code that comes with the model is run."""
-    if find_adapter_config_file(str(path)):
-        raise InputError("a LoRA adapter, not a model: merge it first, with PEFT's merge_and_unload")
+    adapter = adapter_settings(path)
+    if adapter:
+        check_plain(adapter)
+        policy, tokenizer = read_model(adapter["base_model_name_or_path"])
+        merge_adapter(policy, path, adapter)
+        return policy, tokenizer
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if getattr(config, "quantization_config", None):
