@@ -40,7 +40,7 @@ from sera_min.logprobs import implicit_reward
 from sera_min.machinery import folder, models
 from sera_min.machinery.config import Resolved, seed_of
 from sera_min.machinery.policies import Policies
-from sera_min.pairs import Ids, Pair, Preferences, Review, Rows, Samples, TrainingSet, rows_of
+from sera_min.pairs import Ids, Pair, Preferences, Review, ReviewedPairs, Rows, Samples, rows_of
 
 TOKENIZER = playground.make_tokenizer()
 Changes = dict[str, Callable]
@@ -63,7 +63,7 @@ def all_of(given: Preferences, policies: Policies) -> Review:
 def to_train_on(policies: Policies, pairs: list[Pair], against: int = 0, source: str = "own") -> Review:
     """These N pairs, and as π_ref the policy of iteration `against`."""
     reference = policies.log_prob(against, Rows(*rows_of(pairs), [0] * 2 * len(pairs))).view(-1, 2)
-    return Review(TrainingSet(pairs, reference, torch.zeros(len(pairs)), [source] * len(pairs), [0] * len(pairs)))
+    return Review(ReviewedPairs(pairs, reference, torch.zeros(len(pairs)), [source] * len(pairs), [0] * len(pairs)))
 
 
 def drawn(t: int, prompts: list[Ids], policies: Policies, config: Resolved) -> Samples:
@@ -80,7 +80,7 @@ def ranked(t: int, prompts: list[Ids], policies: Policies, config: Resolved, aga
 
 def best_and_worst(rows: Rows, rewards: Tensor) -> tuple[list[Pair], Tensor]:
     """The pairs that these rewards (R,) make of the samples, with their margins."""
-    best, worst, _ = best_worst_pairs(rows.numbers, rows.responses, rewards)
+    best, worst, _ = best_worst_pairs(rows.pair_numbers, rows.responses, rewards)
     x, y = rows.prompts, rows.responses
     pairs = [Pair(x[w], y[w], y[l]) for w, l in zip(best.tolist(), worst.tolist())]
     return pairs, rewards[best] - rewards[worst]
@@ -325,7 +325,7 @@ def dice() -> Changes:
             return all_of(given, policies)
         half = len(given.pairs) // 2
         rows, r = ranked(t, [x for x, _, _ in given.pairs[:half]], policies, config, against=t - 2)
-        made, _ = best_and_worst(rows, r - length_price(r, rows.lengths, rows.numbers) * rows.lengths)
+        made, _ = best_and_worst(rows, r - length_price(r, rows.lengths, rows.pair_numbers) * rows.lengths)
         return to_train_on(policies, made + given.pairs[half:], against=t - 1)
 
     return {"review": review}

@@ -55,7 +55,7 @@ from sera_min.machinery.folder import write
 from sera_min.machinery.models import check_before_training, check_positions, load
 from sera_min.machinery.policies import check_log_probs, key_of, read_samples
 from sera_min.machinery.run import Run
-from sera_min.pairs import Ids, Preferences, Rows, Samples, TrainingSet
+from sera_min.pairs import Ids, ReviewedPairs, Rows, Samples
 from train import SERA
 
 CHUNK = 64  # a task of one process is about so many rows or prompts; the samples depend on it
@@ -197,12 +197,13 @@ class Policies(policies.Policies):
 class SharedRun(Run):
     """What is left of a run of train.py: `write_review`."""
 
-    def __init__(self, config: Resolved, policies: Policies, given: Preferences) -> None:
-        self.config, self.policies, self.given = config, policies, given
+    def __init__(self, config: Resolved, policies: Policies, given: list[data.Given]) -> None:
+        self.config, self.policies, self.given = config, policies, data.preferences(given)
+        self.file_rows = [one.row for one in given]
         self.out = policies.out
 
 
-def train(t: int, data: TrainingSet, policies: Policies, args: DPOConfig) -> None:
+def train(t: int, data: ReviewedPairs, policies: Policies, args: DPOConfig) -> None:
     """π_θt from π_θ(t−1), by TRL and the engine that was launched, to its folder."""
     policies.forget()
     gc.collect()
@@ -256,13 +257,13 @@ def resolved(flags: Any, args: DPOConfig) -> Resolved:
     return config
 
 
-def check_samples(flags: Any, first: int, config: Resolved, given: Preferences, policies: Policies) -> None:
+def check_samples(flags: Any, first: int, config: Resolved, given: list, policies: Policies) -> None:
     if not flags.samples:
         return
     refuse(first == 1, f"--samples: nothing is reviewed before iteration 2; {policies.folder(1)} is missing")
     last = config.iterations
     refuse(first > last, f"--samples: no iteration is left to review, for {policies.folder(last)} is there")
-    no_pair = round(config.bootstrap * len(given.pairs)) == 0
+    no_pair = round(config.bootstrap * len(given)) == 0
     refuse(no_pair, "--samples: --bootstrap is too low for a single pair")
     refuse(not Path(flags.samples).is_file(), f"--samples {flags.samples}: no such file")
 
@@ -272,16 +273,16 @@ def main(flags: Any, args: DPOConfig) -> None:
     policies = Policies(Path(config.output_dir), config, bool(args.bf16), flags.samples)
     check_positions(policies.get(0), config.max_length, "--max_length")
     data.set_template(policies.tokenizer)
-    given = data.preferences(data.read(config, None, policies.tokenizer, policies.eos_ids)["given"])
+    given = data.read(config, None, policies.tokenizer, policies.eos_ids)["given"]
     first = policies.newest() + 1
     print(f"{PartialState().num_processes} processes; iterations {first} to {config.iterations}")
     check_samples(flags, first, config, given, policies)
     if first == 1:
-        check_before_training(policies.get(0), given.pairs[0], policies.eos_ids)
+        check_before_training(policies.get(0), given[0].pair, policies.eos_ids)
     prepare(config.device)
     run = SharedRun(config, policies, given)
     for t in range(first, config.iterations + 1):
-        reviewed = SERA.review(t, given, policies, config, SERA)
+        reviewed = SERA.review(t, run.given, policies, config, SERA)
         policies.samples = None  # they were of this review
         refuse(not reviewed.training_set.pairs, f"iteration {t}: no pair is left to train on")
         if is_main():

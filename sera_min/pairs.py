@@ -37,23 +37,23 @@ def rows_of(pairs: list[Pair]) -> tuple[list[Ids], list[Ids]]:
 
 
 @dataclass
-class TrainingSet:
-    """N pairs, and what the review knows of each. (Those that it does not select are one too.)"""
+class ReviewedPairs:
+    """N pairs, and what the review knows of each."""
 
     pairs: list[Pair]
     reference: Tensor  # (N, 2): log π_ref of chosen and rejected, nats
     margins: Tensor  # (N,): m̄_t, nats; 0 in iteration 1, where nothing is reviewed
     sources: list[str]  # "offline", a given pair, or "bootstrap"
-    numbers: list[int]  # in D: of the pair itself, or of the one whose prompt it answers
+    pair_numbers: list[int]  # in D: of the pair itself, or of the given one whose prompt it has
 
-    def and_also(self, other: "TrainingSet") -> "TrainingSet":
+    def and_also(self, other: "ReviewedPairs") -> "ReviewedPairs":
         """Both, one after the other."""
-        return TrainingSet(
+        return ReviewedPairs(
             self.pairs + other.pairs,
             torch.cat([self.reference, other.reference]),
             torch.cat([self.margins, other.margins]),
             self.sources + other.sources,
-            self.numbers + other.numbers,
+            self.pair_numbers + other.pair_numbers,
         )
 
 
@@ -63,7 +63,7 @@ class Rows:
 
     prompts: list[Ids]
     responses: list[Ids]
-    numbers: list[int]  # in D: of the pair that the row belongs to, or whose prompt it answers
+    pair_numbers: list[int]  # in D: of the pair that the row belongs to, or whose prompt it has
     logps: dict[int, Tensor] = field(default_factory=dict)  # i -> log π_θi(y|x), (R,), nats
 
     @property
@@ -71,31 +71,29 @@ class Rows:
         """|y|, int64 (R,)"""
         return torch.tensor([len(y) for y in self.responses], dtype=torch.int64)
 
-    def paired(self, best: Tensor, worst: Tensor, margins: Tensor, reference: Tensor) -> TrainingSet:
+    def paired(self, best: Tensor, worst: Tensor, margins: Tensor, reference: Tensor) -> ReviewedPairs:
         """Bootstrapped pairs. best, worst, margins: (P,), rows and nats; reference: (R,), of all rows."""
         pairs = []
         for w, l in zip(best.tolist(), worst.tolist()):
             pairs.append(Pair(self.prompts[w], self.responses[w], self.responses[l]))
         both = torch.stack([reference[best], reference[worst]], dim=1)  # (P, 2)
-        numbers = [self.numbers[w] for w in best.tolist()]
-        return TrainingSet(pairs, both, margins, ["bootstrap"] * len(pairs), numbers)
+        numbers = [self.pair_numbers[w] for w in best.tolist()]
+        return ReviewedPairs(pairs, both, margins, ["bootstrap"] * len(pairs), numbers)
 
 
 class Preferences:
     """Given pairs such as D, and their responses as rows: chosen, rejected, chosen, …"""
 
-    def __init__(self, pairs: list[Pair], file_rows: list[int], texts: list[str]) -> None:
+    def __init__(self, pairs: list[Pair]) -> None:
         self.pairs = pairs
-        self.file_rows = file_rows  # of each pair: the number of its row in the user's data
-        self.texts = texts  # of each pair: its prompt as people read it
         prompts, responses = rows_of(pairs)
         numbers = torch.arange(len(pairs)).repeat_interleave(2).tolist()  # 0, 0, 1, 1, …
         self.rows = Rows(prompts, responses, numbers)
 
-    def subset(self, numbers: Tensor, margins: Tensor, reference: Tensor) -> TrainingSet:
+    def subset(self, numbers: Tensor, margins: Tensor, reference: Tensor) -> ReviewedPairs:
         """The pairs with these numbers, in this order. margins: (|D|,); reference: (2|D|,)."""
         pairs = [self.pairs[i] for i in numbers.tolist()]
-        return TrainingSet(
+        return ReviewedPairs(
             pairs, reference.view(-1, 2)[numbers], margins[numbers], ["offline"] * len(pairs), numbers.tolist()
         )
 
@@ -103,7 +101,7 @@ class Preferences:
 class Review(NamedTuple):
     """What an iteration makes of D: in the first all of it, later by steps 3 to 6."""
 
-    training_set: TrainingSet
-    not_selected: TrainingSet | None = None  # the other given pairs, smallest margin first
+    training_set: ReviewedPairs
+    not_selected: ReviewedPairs | None = None  # the other given pairs, smallest margin first
     samples: Samples | None = None
     rewards: Tensor | None = None  # (R,): r̄_t of the samples that ended, in their order

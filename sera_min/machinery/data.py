@@ -109,12 +109,7 @@ def split_by_prompt(given: list[Given], share: float, seed: int) -> tuple[list[G
 
 
 def preferences(given: list[Given]) -> Preferences:
-    pairs, texts, rows = [], [], []
-    for ids, text, row in given:
-        pairs.append(Pair(*ids))
-        texts.append(text)
-        rows.append(row)
-    return Preferences(pairs, rows, texts)
+    return Preferences([Pair(*one.pair) for one in given])
 
 
 # From rows to token ids

@@ -17,11 +17,12 @@ from sera_min import playground
 from sera_min.machinery import config as configuration
 from sera_min.machinery import data, device, folder, report
 from sera_min.machinery.config import Config, Resolved, seed_of
+from sera_min.machinery.data import Given, preferences
 from sera_min.machinery.device import autocast, check_memory, has_bfloat16, prepare, uncompiled
 from sera_min.machinery.errors import InputError
 from sera_min.machinery.models import check_before_training, check_positions
 from sera_min.machinery.policies import REASON, LoRAPolicies, Policies, check_finite
-from sera_min.pairs import Ids, Pair, Review, Samples, TrainingSet
+from sera_min.pairs import Ids, Pair, Review, ReviewedPairs, Samples
 
 
 @contextmanager
@@ -73,8 +74,11 @@ class Run:
             print(f"data: as read when the run began, {len(self.data['given'])} pairs to train on")
         else:
             self.data = data.read(config, world, self.policies.tokenizer, self.policies.eos_ids)
-        self.given = data.preferences(self.data["given"])
-        self.held_out = data.preferences(self.data["held_out"])
+        given = [Given(*one) for one in self.data["given"]]
+        held_out = [Given(*one) for one in self.data["held_out"]]
+        self.given, self.held_out = preferences(given), preferences(held_out)
+        self.texts = [one.text for one in given]  # the prompts as people read them
+        self.file_rows = [one.row for one in given]
         self.prompts = self.data["prompts"]  # to be answered at every evaluation
 
     def check(self) -> None:
@@ -223,12 +227,12 @@ class Run:
             rewards = review.rewards.tolist()
             folder.write_jsonl(here / "samples.jsonl", self.sample_lines(review.samples, rewards))
 
-    def pair_lines(self, chosen: TrainingSet) -> Iterator[dict[str, Any]]:
+    def pair_lines(self, chosen: ReviewedPairs) -> Iterator[dict[str, Any]]:
         """Pairs as TRL reads them to the same token ids; `row` is that of the user's data."""
         margins = chosen.margins.tolist()
-        for pair, margin, source, i in zip(chosen.pairs, margins, chosen.sources, chosen.numbers):
+        for pair, margin, source, i in zip(chosen.pairs, margins, chosen.sources, chosen.pair_numbers):
             texts = self.pair_texts(pair)
-            yield {**texts, "margin": margin, "source": source, "row": self.given.file_rows[i]}
+            yield {**texts, "margin": margin, "source": source, "row": self.file_rows[i]}
 
     def pair_texts(self, pair: Pair) -> dict[str, str]:
         tokenizer = self.policies.tokenizer
@@ -289,7 +293,7 @@ class Run:
     def finish(self) -> None:
         """The report; the last policy becomes policy/; state/ goes, nothing is left to resume."""
         if self.wants_report:
-            prompts = dict(zip(self.given.file_rows, self.given.texts))
+            prompts = dict(zip(self.file_rows, self.texts))
             is_flipped = self.world.is_flipped if self.config.in_playground else None
             report.write_report(self.out, prompts, is_flipped)
         spent = [f"{s:.0f} {phase}" for phase, s in self.policies.seconds.most_common()]

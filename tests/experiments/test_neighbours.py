@@ -39,7 +39,7 @@ def pairs_of(changes, t, offline, *, sampled=(), logps=0.0, policies=None, **fla
         eos_ids=[neighbours.TOKENIZER.eos_token_id],
     )
     config = resolve(Config(device="cpu", beta=1.0, **flags))
-    given = Preferences(offline, list(range(len(offline))), [text(x) for x, _, _ in offline])
+    given = Preferences(offline)
     return changes["review"](t, given, policies or asked, config, None)
 
 

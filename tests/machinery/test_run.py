@@ -37,7 +37,7 @@ from sera_min.machinery.config import Config, resolve
 from sera_min.machinery.errors import InputError
 from sera_min.machinery.policies import Policies
 from sera_min.machinery.run import Run
-from sera_min.pairs import Pair, Rows, TrainingSet
+from sera_min.pairs import Pair, ReviewedPairs, Rows
 from train import SERA, main
 
 ROOT = Path(__file__).parents[2]
@@ -363,7 +363,7 @@ def trained(out, model, pairs, reference, t=1, **changed):
 
 
 def training_set_of(pairs, reference):
-    return TrainingSet(pairs, reference, torch.zeros(len(pairs)), ["offline"] * len(pairs), list(range(len(pairs))))
+    return ReviewedPairs(pairs, reference, torch.zeros(len(pairs)), ["offline"] * len(pairs), list(range(len(pairs))))
 
 
 def some_pairs(n):
