@@ -173,12 +173,6 @@ class Rounded(lora.LoRA):
         return together.bfloat16()
 
 
-def merge_into_bfloat16(policy) -> None:
-    lora.merge_lora(policy)
-    for layer in lora.linear_layers(policy).values():
-        layer.weight.data = layer.weight.data.bfloat16()
-
-
 def margins_of(policy, pairs: list[Pair], before: Tensor | None, autocast: bool) -> Tensor:
     prompts, responses = rows_of(pairs)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):

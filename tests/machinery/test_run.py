@@ -203,6 +203,17 @@ def test_the_contract_in_the_playground(world, tmp_path, figures, loss_type):
     }  # fmt: skip
 
 
+def test_lora_in_the_playground(world, sft, tmp_path):
+    """policy/ has the SFT policy's weights, but for those of the linear layers."""
+    out = tmp_path / "run"
+    main(small(out, use_peft=True, iterations=1), world)
+    weights, before = load_file(out / "policy/model.safetensors"), sft[0].state_dict()
+    assert weights.keys() == before.keys() and resolve(small(out, use_peft=True)).learning_rate == pytest.approx(3e-3)
+    changed = {name for name in weights if not torch.equal(weights[name], before[name])}
+    assert changed == {name for name in weights if "_proj" in name}
+    assert (out / "adapter/adapter_model.safetensors").exists()
+
+
 def test_every_loss_has_its_beta():
     """The larger one suits the playground's small model; given, it is what was given."""
     for name in ("dpo", "ipo", "slic", "simpo"):
