@@ -230,7 +230,8 @@ def precision(results: dict, model: str, data: str) -> None:
 
 
 def four_steps(policy, pairs: list[Pair], reference: Tensor, rate: float) -> None:
-    config = replace(resolve(Config(model_name_or_path="m", dataset_name="d", device="cpu")), learning_rate=rate, max_tokens=2048)
+    flags = Config(model_name_or_path="m", dataset_name="d", learning_rate=rate, max_tokens=2048, device="cpu")
+    config = resolve(flags)
     weights = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
     for step in range(4):
@@ -266,7 +267,8 @@ def tables(results: dict) -> str:
         for rate in settings["learning_rate"]:
             names = [name_of(method, rate, seed, "validation") for seed in TUNING_SEEDS]
             if all(name in results for name in names):
-                lines.append(f"|{method}|{rate:g}|{statistics.mean(results[name]['gold/reward'] for name in names):.3f}|")
+                mean = statistics.mean(results[name]["gold/reward"] for name in names)
+                lines.append(f"|{method}|{rate:g}|{mean:.3f}|")
     lines += ["", "## Each at its best, five other seeds, 95 % intervals of Student's t", ""]
     lines += ["|method|learning rate|true reward|win rate|KL|", "|---|--:|--:|--:|--:|"]
     rewards = {}
@@ -286,7 +288,9 @@ def tables(results: dict) -> str:
     for method in REAL:
         got = results.get(f"real, {method}")
         if got:
-            lines.append(f"|{method}|{got['seconds']:.0f}|{got['peak MiB']:.0f}|{got['left on disk, MiB']:.0f}|{got['kl']:.3f}|")
+            values = [got["seconds"], got["peak MiB"], got["left on disk, MiB"]]
+            cells = "|".join(f"{value:.0f}" for value in values)
+            lines.append(f"|{method}|{cells}|{got['kl']:.3f}|")
     lines += ["", "## Margins after four steps, with frozen weights in bfloat16, against float32", ""]
     lines += ["|learning rate|margins, nats|way|noise, nats|rank correlation|", "|--:|--:|---|--:|--:|"]
     for name, got in results.items():

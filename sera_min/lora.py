@@ -18,6 +18,7 @@ From sera_min 0.1.0, Apache-2.0; LoRA, arXiv:2106.09685, section 4.1; for SeRA, 
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 class LoRA(nn.Module):
     """A linear layer, and the two matrices that are trained beside it."""
 
-    def __init__(self, layer: nn.Module, r: int, alpha: float, generator: torch.Generator) -> None:
+    def __init__(self, layer: Any, r: int, alpha: float, generator: torch.Generator) -> None:
         super().__init__()
         self.layer = layer
         self.scale = alpha / r
@@ -43,9 +44,7 @@ class LoRA(nn.Module):
         return self.layer(x) + self.scale * change.to(self.A.dtype)  # float32, as one of the two is
 
 
-def add_lora(
-    model: nn.Module, r: int, alpha: float, target_modules: list[str] | None = None, seed: int = 0
-) -> None:
+def add_lora(model, r: int, alpha: float, target_modules: list[str] | None = None, seed: int = 0) -> None:
     """Puts A and B, float32, beside linear layers of a model of transformers; only they require gradients.
 
     target_modules: the last names of the layers, as "q_proj"; None: all but the head. The same seed
@@ -58,7 +57,7 @@ def add_lora(
         put(model, name, LoRA(layer, r, alpha, generator))
 
 
-def lora_state(model: nn.Module) -> dict[str, Tensor]:
+def lora_state(model) -> dict[str, Tensor]:
     """The As and Bs by the names that PEFT gives them: the tensors themselves, as state_dict() does."""
     state = {}
     for name, part in lora_parts(model).items():
@@ -68,7 +67,7 @@ def lora_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_lora(model: nn.Module, state: dict[str, Tensor] | None) -> None:
+def load_lora(model, state: dict[str, Tensor] | None) -> None:
     """What `lora_state` gave is copied into the model. None: B = 0, the reference.
 
     Raises ValueError where the matrices are of other layers or of another shape.
@@ -86,7 +85,7 @@ def load_lora(model: nn.Module, state: dict[str, Tensor] | None) -> None:
 
 
 @torch.no_grad()
-def merge_lora(model: nn.Module) -> None:
+def merge_lora(model) -> None:
     """W + (α/r)·B A, float32 or wider, takes the place of W; A and B are gone, and all weights can be trained."""
     for name, part in lora_parts(model).items():
         weight = weight_of(part.layer) + part.scale * part.B @ part.A  # (out, in)
@@ -102,7 +101,7 @@ def merge_lora(model: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def linear_layers(model: nn.Module, targets: list[str] | None = None) -> dict[str, nn.Module]:
+def linear_layers(model, targets: list[str] | None = None) -> dict[str, nn.Module]:
     """name -> layer: those called so, or all of them. Never the head."""
     layers: dict[str, nn.Module] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
@@ -130,18 +129,18 @@ def is_transposed(layer: nn.Module) -> bool:
     return type(layer).__name__ == "Conv1D"
 
 
-def weight_of(layer: nn.Module) -> Tensor:
+def weight_of(layer: Any) -> Tensor:
     """W, (out, in)"""
     if is_transposed(layer):
         return layer.weight.T
     return layer.weight
 
 
-def lora_parts(model: nn.Module) -> dict[str, LoRA]:
+def lora_parts(model) -> dict[str, LoRA]:
     return {name: part for name, part in model.named_modules() if isinstance(part, LoRA)}
 
 
-def put(model: nn.Module, name: str, part: nn.Module) -> None:
+def put(model, name: str, part: nn.Module) -> None:
     """`part` in the place of the module of this name."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, part)

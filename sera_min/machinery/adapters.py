@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 from transformers.utils import cached_file, find_adapter_config_file
 
 from sera_min.lora import add_lora, is_transposed, load_lora, lora_parts, lora_state, merge_lora
@@ -17,7 +16,7 @@ READ = (  # settings that are read here, or change nothing that an adapter compu
     "layers_pattern layers_to_transform lora_alpha lora_dropout megatron_core peft_type peft_version "
     "qalora_group_size r revision runtime_config target_modules task_type"
 ).split()
-PLAIN = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, False, "gaussian"]}
+PLAIN: dict[str, list] = {"peft_type": ["LORA"], "bias": ["none"], "init_lora_weights": [True, False, "gaussian"]}
 
 
 def adapter_settings(path: str | Path) -> dict[str, Any]:
@@ -46,10 +45,6 @@ def merge_adapter(base: Any, path: str | Path, settings: dict[str, Any]) -> None
     add_lora(base, settings["r"], settings["lora_alpha"], layers)
     load_lora(base, state)
     merge_lora(base)
-
-
-def read_matrices(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / MATRICES)
 
 
 def write_adapter(folder: Path, policy: Any, base: str | Path, alpha: int) -> None:

@@ -72,7 +72,9 @@ class Config:
     use_peft: bool = flag(False, "train small matrices beside frozen weights: LoRA")
     lora_r: int = flag(16, "r: their rank")
     lora_alpha: int = flag(32, "α: their product counts α/r times")
-    lora_target_modules: list[str] | None = flag(None, "names of the layers, as q_proj v_proj (all linear ones)")
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "names of the layers, as q_proj v_proj (all linear ones)"}
+    )
 
     label_noise: float = flag(0.3, "share of flipped labels")
 

@@ -18,21 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sera_min import bootstrap
 from sera_min.logprobs import score
 from sera_min.lora import add_lora, linear_layers, load_lora, lora_state, merge_lora
-from sera_min.machinery.adapters import adapter_settings, read_matrices, write_adapter
+from sera_min.machinery import device
+from sera_min.machinery.adapters import MATRICES, adapter_settings, write_adapter
 from sera_min.machinery.config import Resolved, seed_of
-from sera_min.machinery.device import (
-    autocast,
-    compile_layers,
-    has_bfloat16,
-    retry_on_oom,
-    sampling_tokens,
-    uncompiled,
-)
+from sera_min.machinery.device import autocast, compile_layers, retry_on_oom, sampling_tokens, uncompiled
 from sera_min.machinery.errors import InputError, Paused, in_one_line
 from sera_min.machinery.folder import read_json, read_jsonl, write, write_jsonl, writing
 from sera_min.machinery.models import eos_ids_of, load, pad_id_of
@@ -245,25 +240,22 @@ class LoRAPolicies(Policies):
         if i not in self.held:
             state = self.first
             if i > 0:
-                state = read_matrices(self.state / f"policy-{i}")
+                state = load_file(self.state / f"policy-{i}" / MATRICES)
             load_lora(self.model, state)
             self.held = {i: self.model}
         return self.model
 
     def hold(self, i: int, policy: Any, tokenizer: Any) -> None:
-        with in_one_line("--use_peft"):
-            self.add_lora(policy)
-        if has_bfloat16(self.config.device):  # in which the products are computed anyway
-            for layer in linear_layers(policy).values():
-                layer.weight.data = layer.weight.data.bfloat16()
-        self.model = policy.to(self.config.device)
-        self.first = {name: matrix.clone() for name, matrix in lora_state(policy).items()}
-        super().hold(i, policy, tokenizer)
-
-    def add_lora(self, policy: Any) -> None:
         config = self.config
         seed = seed_of(config.seed, 0, "LoRA")
-        add_lora(policy, config.lora_r, config.lora_alpha, config.lora_target_modules, seed)
+        with in_one_line("--use_peft"):
+            add_lora(policy, config.lora_r, config.lora_alpha, config.lora_target_modules, seed)
+        if device.has_bfloat16(config.device):
+            for layer in linear_layers(policy).values():
+                device.halve(layer)
+        self.model = policy.to(config.device)
+        self.first = {name: matrix.clone() for name, matrix in lora_state(policy).items()}
+        super().hold(i, policy, tokenizer)
 
     def write(self, i: int, policy: Any, folder: Path) -> None:
         if i > 0:
@@ -274,19 +266,17 @@ class LoRAPolicies(Policies):
         super().write(i, reference, folder)
 
     def finish(self, out: Path) -> None:
-        """out/adapter, for PEFT; and out/policy, float32: rounded to bfloat16 most of a small step would be lost."""
-        last = self.state / f"policy-{self.config.iterations}"
-        policy, self.tokenizer = load(self.folder(0), "cpu")
-        self.add_lora(policy)
-        load_lora(policy, read_matrices(last))
-        merge_lora(policy)
+        """out/adapter, for PEFT; and out/policy, float32: rounded to 16 bits most of a small step would be lost."""
+        last = self.config.iterations
         if adapter_settings(self.folder(0)):
             print("no adapter/ is written: π_ref is itself an adapter, merged into its base")
         else:
             with writing(out / "adapter") as beside:
-                shutil.copytree(last, beside)
+                shutil.copytree(self.state / f"policy-{last}", beside)
+        policy = self.get(last).to("cpu").float()
+        merge_lora(policy)
         with writing(out / "policy") as beside:
-            super().write(0, policy, beside)
+            super().write(last, policy, beside)
 
 
 def check_finite(policy: Any, name: str) -> None:

@@ -55,9 +55,8 @@ class Run:
         self.config, self.world, self.wants_report = config, world, wants_report
         self.out = Path(config.output_dir)
         self.state = self.out / "state"
-        self.policies = Policies(self.out, config)
-        if config.use_peft:
-            self.policies = LoRAPolicies(self.out, config)
+        kind = LoRAPolicies if config.use_peft else Policies
+        self.policies = kind(self.out, config)
         self.policies.compiled = not config.in_playground and device.can_compile(config.device)
         if config.in_playground and self.policies.newest() < 0:
             with self.policies.timed("SFT"):

@@ -162,7 +162,7 @@ def test_the_same_seed_gives_the_same_start():
 def test_which_layers():
     every = {name.rpartition(".")[2] for name in linear_layers(tiny_model())}
     assert every == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-    _, model, state = with_lora(targets=["layers.1.mlp.up_proj", "q_proj"])
+    _, _, state = with_lora(targets=["layers.1.mlp.up_proj", "q_proj"])
     of_layers = {name.removeprefix("base_model.model.model.layers.").rpartition(".lora_")[0] for name in state}
     assert of_layers == {"1.mlp.up_proj", "0.self_attn.q_proj", "1.self_attn.q_proj"}
 
