@@ -213,6 +213,7 @@ def train(t: int, data: ReviewedPairs, run: Run, config: Resolved, variant: "Var
     policy = run.policies.get(t - 1)
     run.policies.forget()  # it is changed in place, and no longer π_θ(t−1)
     policy.train()  # for gradient checkpointing, which asks for it; dropout is off in every policy
+    # With LoRA only its matrices have gradients, and change.
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     batches = variant.batches_of(len(data.pairs), t, config)
     # After a resume, run.steps restores policy and optimizer from the last checkpoint, and yields the steps after it.

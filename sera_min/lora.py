@@ -53,7 +53,10 @@ def add_lora(model, r: int, alpha: float, target_modules: list[str] | None = Non
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for name, layer in linear_layers(model, target_modules).items():
+    layers = linear_layers(model)
+    if target_modules is not None:
+        layers = called(layers, target_modules)
+    for name, layer in layers.items():
         put(model, name, LoRA(layer, r, alpha, generator))
 
 
@@ -101,27 +104,30 @@ def merge_lora(model) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def linear_layers(model, targets: list[str] | None = None) -> dict[str, nn.Module]:
-    """name -> layer: those called so, or all of them. Never the head."""
+def linear_layers(model) -> dict[str, nn.Module]:
+    """name -> layer, without the head."""
     layers: dict[str, nn.Module] = {}
     for name, layer in model.named_modules(remove_duplicate=False):
         if layer is model.get_output_embeddings():
             continue
-        if type(layer) is nn.Linear or is_transposed(layer):
+        if isinstance(layer, nn.Linear) or is_transposed(layer):
             if any(layer.weight is other.weight for other in layers.values()):
                 raise ValueError(f"{name} shares its weights with another layer: they cannot be told apart")
             layers[name] = layer
-    if targets is None:
-        return layers
+    if not layers:
+        raise ValueError("the model has no linear layer but perhaps its head")
+    return layers
 
-    called: dict[str, nn.Module] = {}
+
+def called(layers: dict[str, nn.Module], targets: list[str]) -> dict[str, nn.Module]:
+    """As in PEFT: layers.0.self_attn.q_proj is called q_proj, and self_attn.q_proj too."""
+    found: dict[str, nn.Module] = {}
     for target in targets:
-        # As in PEFT: layers.0.self_attn.q_proj is called q_proj, and self_attn.q_proj too.
         fitting = {name: layer for name, layer in layers.items() if f".{name}".endswith(f".{target}")}
         if not fitting:
             raise ValueError(f"no linear layer but perhaps the head is called {target!r}")
-        called |= fitting
-    return called
+        found |= fitting
+    return found
 
 
 def is_transposed(layer: nn.Module) -> bool:

@@ -202,3 +202,12 @@ def test_metrics_name_what_was_trained(finished):
     _, here = finished
     steps = [line for line in read(here / "whole/metrics.jsonl") if line["phase"] == "train"]
     assert len(steps) == 8 and steps[0]["loss"] == pytest.approx(0.693147, abs=1e-5)
+
+
+def test_a_model_that_reads_weights_without_calling_their_layer_is_refused(finished, tmp_path):
+    """As Mamba's mixers do: LoRA would change nothing there."""
+    flags, here = finished
+    shutil.copytree(here / "model", tmp_path / "model")
+    tiny_model("mamba", vocab_size=len(word_tokenizer(WORDS)), state_size=4).save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="MambaForCausalLM cannot be trained here: 'LoRA' object has no attribute 'weight'"):
+        main(replace(flags, model_name_or_path=str(tmp_path / "model"), output_dir=str(tmp_path / "out")))

@@ -60,7 +60,7 @@ def with_lora(family="llama", targets=None, dtype=torch.float64, **settings):
     return plain, model, state
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "stablelm", "olmo2", "phi3"])
+@pytest.mark.parametrize("family", [*FAMILIES, "stablelm", "olmo2", "phi3", "falcon"])
 def test_log_probs_and_gradients_are_those_of_merged_weights(family):
     plain, model, state = with_lora(family)
     leaves = {name: matrix.clone().requires_grad_() for name, matrix in state.items()}
@@ -171,6 +171,13 @@ def test_which_layers():
 def test_a_name_of_no_layer_is_refused(targets):
     with pytest.raises(ValueError, match=f"is called '{targets[-1]}'"):
         add_lora(tiny_model(), R, ALPHA, targets)
+
+
+def test_a_model_without_linear_layers_is_refused():
+    model = tiny_model()
+    model.model.layers = nn.ModuleList()
+    with pytest.raises(ValueError, match="no linear layer but perhaps its head"):
+        add_lora(model, R, ALPHA)
 
 
 def test_layers_that_share_their_weights_are_refused():
