@@ -63,7 +63,7 @@ def margins_of(r: Tensor) -> Tensor:
 
 
 def loss_of(margins: Tensor, config: Resolved) -> Tensor:
-    """(m,) margins -> (m,) losses."""
+    """(n,) margins -> (n,) losses."""
     if config.loss_type == "dpo":
         return dpo_loss(margins, config.beta, config.label_smoothing)
     if config.loss_type == "ipo":
@@ -75,10 +75,11 @@ def loss_of(margins: Tensor, config: Resolved) -> Tensor:
 
 # ------------------------------------------------------------------ the review, steps 3 to 6
 #
-# policies.log_prob(i, rows) is log π_θi(y|x) of R rows, (R,), computed once; π_θ0 is the reference.
+# policies.log_prob(i, rows) is log π_θi(y|x) of R rows, (R,), computed once; π_θ0 is the reference, and
+# older policies are read from disk.
 # policies.sample(i, prompts, n, seed) draws n responses to each prompt from π_θi.
-# `variant` holds functions that an experiment may replace (class Variant, below): in SeRA itself
-# variant.mean_reward is `mean_reward`, variant.select_top is `select_top`, and so on.
+# variant.f is the function `f` of this file or of its imports, unless an experiment has replaced it
+# (class Variant, below).
 
 
 def mean_reward(t: int, rows: Rows, policies: Policies, config: Resolved) -> Tensor:
@@ -121,7 +122,7 @@ def bootstrap(
 
     # A sample that was cut off is only the beginning of a response: it is left out.
     prompt_of, responses, cut_off = ended_responses(samples)  # R rows
-    rows = Rows([prompts[i] for i in prompt_of], responses, pair_numbers=prompt_of)
+    rows = Rows([prompts[i] for i in prompt_of], responses, pair_index=prompt_of)
     r_bar = variant.mean_reward(t, rows, policies, config)  # (R,)
 
     best, worst, dropped = variant.best_worst_pairs(prompt_of, responses, r_bar)  # rows, (P,)
@@ -129,7 +130,8 @@ def bootstrap(
     wanted = round(config.bootstrap * len(prompts))
     top = variant.select_top(margins, min(wanted, len(margins)))  # (K̃,)
 
-    dropped["prompts without a pair"] += len(prompts) - len(set(prompt_of))  # all N cut off
+    # Prompts of which no sample ended never reached best_worst_pairs.
+    dropped["prompts without a pair"] += len(prompts) - len(set(prompt_of))
     counts = Counter({"cut-off samples": cut_off}) + dropped
     print(f"iteration {t}: {len(top)} of {wanted} bootstrapped pairs;", end=" ")
     print(f"dropped: {format_counts(counts)}")
@@ -159,14 +161,14 @@ def review(t: int, given: Preferences, policies: Policies, config: Resolved, var
 
 
 def pair_losses(policy: Any, pairs: list[Pair], reference: Tensor, config: Resolved) -> tuple[Tensor, Tensor]:
-    """The losses (m,) of m pairs, with gradients; and log π_θ of their responses, (m, 2).
+    """The losses (n,) of n pairs, with gradients; and log π_θ of their responses, (n, 2).
 
-    reference: (m, 2), log π_ref of chosen and rejected.
+    reference: (n, 2), log π_ref of chosen and rejected.
     """
-    prompts, responses = rows_of(pairs)  # 2m rows: chosen, rejected, …
+    prompts, responses = rows_of(pairs)  # 2n rows: chosen, rejected, …
     with autocast(config.device):
-        logps, lengths = sequence_logprobs(policy, prompts, responses)  # (2m,)
-    logps = logps.view(-1, 2)  # (m, 2)
+        logps, lengths = sequence_logprobs(policy, prompts, responses)  # (2n,)
+    logps = logps.view(-1, 2)  # (n, 2)
     r = reward(logps, reference.to(logps.device, non_blocking=True), lengths.view(-1, 2), config)
     return loss_of(margins_of(r), config), logps
 
@@ -211,12 +213,12 @@ def train_step(
 def train(t: int, data: ReviewedPairs, run: Run, config: Resolved, variant: "Variant") -> None:
     """π_θ(t−1) becomes π_θt."""
     policy = run.policies.get(t - 1)
-    run.policies.forget()  # it is changed in place, and no longer π_θ(t−1)
+    run.policies.forget()  # this copy becomes π_θt; π_θ(t−1) stays on disk
     policy.train()  # for gradient checkpointing, which asks for it; dropout is off in every policy
     # With LoRA only its matrices have gradients, and change.
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     batches = variant.batches_of(len(data.pairs), t, config)
-    # After a resume, run.steps restores policy and optimizer from the last checkpoint, and yields the steps after it.
+    # If there is a checkpoint, as after a kill, run.steps first loads it, and then yields the steps that remain.
     for step, batch in run.steps(t, batches, policy, optimizer):
         rate = learning_rate(step, len(batches), config)
         optimizer.param_groups[0]["lr"] = rate
@@ -273,13 +275,15 @@ def evaluate(t: int, run: Run, config: Resolved) -> dict[str, Any]:
 
     seed = seed_of(config.seed, t, "answers")
     answers = []
-    for [(answer, _)] in policies.sample(t, run.prompts, 1, seed):
-        answers.append(answer)
+    for of_prompt in policies.sample(t, run.prompts, 1, seed):
+        only = of_prompt[0]
+        answers.append(only[0])  # its token ids
     answered = Rows(run.prompts, answers, list(range(len(answers))))
     # KL(π_θ ‖ π_ref) is the mean of this over y ~ π_θ: an estimate, if they are drawn at temperature 1
     log_ratio = policies.log_prob(t, answered) - policies.log_prob(0, answered)
     metrics["kl"] = log_ratio.mean().item()
-    return metrics | run.judge(t, answers)
+    # answers.jsonl; and counts of the iteration's pairs. In the playground the true reward of both is known.
+    return metrics | run.write_answers(t, answers)
 
 
 # ------------------------------------------------------------------------------------ the loop
@@ -314,6 +318,7 @@ def main(flags: Config, variant: Variant = SERA) -> dict[str, Any]:
                 reviewed = variant.review(t, run.given, policies, config, variant)
                 run.write_review(t, reviewed)  # pairs.jsonl and others, to be read by people
                 train(t, reviewed.training_set, run, config, variant)
+            # After a resume the evaluation of a finished iteration is made again from files, and not logged twice.
             evaluation = run.log_evaluation(t, evaluate(t, run, config))
         run.finish()
     return evaluation

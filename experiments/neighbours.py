@@ -80,7 +80,7 @@ def ranked(t: int, prompts: list[Ids], policies: Policies, config: Resolved, aga
 
 def best_and_worst(rows: Rows, rewards: Tensor) -> tuple[list[Pair], Tensor]:
     """The pairs that these rewards (R,) make of the samples, with their margins."""
-    best, worst, _ = best_worst_pairs(rows.pair_numbers, rows.responses, rewards)
+    best, worst, _ = best_worst_pairs(rows.pair_index, rows.responses, rewards)
     x, y = rows.prompts, rows.responses
     pairs = [Pair(x[w], y[w], y[l]) for w, l in zip(best.tolist(), worst.tolist())]
     return pairs, rewards[best] - rewards[worst]
@@ -325,7 +325,7 @@ def dice() -> Changes:
             return all_of(given, policies)
         half = len(given.pairs) // 2
         rows, r = ranked(t, [x for x, _, _ in given.pairs[:half]], policies, config, against=t - 2)
-        made, _ = best_and_worst(rows, r - length_price(r, rows.lengths, rows.pair_numbers) * rows.lengths)
+        made, _ = best_and_worst(rows, r - length_price(r, rows.lengths, rows.pair_index) * rows.lengths)
         return to_train_on(policies, made + given.pairs[half:], against=t - 1)
 
     return {"review": review}

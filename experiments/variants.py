@@ -96,7 +96,7 @@ def group_means(values: Tensor, group: Tensor) -> Tensor:
 
 def length_free_reward(t: int, rows: Rows, policies: Policies, config: Resolved) -> Tensor:
     r = train.mean_reward(t, rows, policies, config)
-    return without_length(r, rows.lengths, rows.pair_numbers)
+    return without_length(r, rows.lengths, rows.pair_index)
 
 
 def length_free() -> Variant:
@@ -162,7 +162,7 @@ def with_both(t: int, given: Preferences, policies: Policies, config: Resolved, 
 
     def mean_reward(t: int, rows: Rows, policies: Policies, config: Resolved) -> Tensor:
         r = floored(t, rows, policies, config)
-        return without_length(r, rows.lengths, rows.pair_numbers)
+        return without_length(r, rows.lengths, rows.pair_index)
 
     return train.review(t, given, policies, config, replace(variant, mean_reward=mean_reward))
 

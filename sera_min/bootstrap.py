@@ -45,7 +45,7 @@ def ended_responses(samples: list[list[Sample]]) -> tuple[list[int], list[Ids], 
 
     Returns, for the R responses that ended, the number of their prompt, list (R,), and their token
     ids, list (R,); and how many samples were cut off. Raises TypeError where `ended` is not a bool
-    (an engine's "length" would count as true).
+    (a finish_reason such as "length" would count as true).
     """
     prompt_of: list[int] = []
     responses: list[Ids] = []
@@ -63,11 +63,11 @@ def ended_responses(samples: list[list[Sample]]) -> tuple[list[int], list[Ids], 
 
 
 def best_worst_pairs(prompt_of: list[int], responses: list[Ids], rewards: Tensor) -> tuple[Tensor, Tensor, Counter]:
-    """argmax and argmin of the reward over each prompt's different responses, where these differ.
+    """Of each prompt's distinct responses the one with the highest and the one with the lowest reward.
 
-    Of R rows: prompt_of[j] is the number of row j's prompt, responses[j] its token ids, rewards[j],
-    a float tensor (R,), its reward in nats. A reward of NaN means that the row has none, and is
-    never paired (a variant of ours makes such; the method does not).
+    Row j of R has the prompt with index prompt_of[j], the token ids responses[j], and the reward
+    rewards[j], a float tensor (R,), in nats. NaN means that a row has no reward: it is never paired
+    (experiments/variants.py has such rows; the method has not).
     Returns the row numbers of the best and of the worst response, int64 (P,) each, the first of
     equals; and what was dropped: "identical samples" (only the first is used), "samples without a
     reward", and "prompts without a pair" (fewer than two different rewards are left).
@@ -100,8 +100,8 @@ def best_worst_pairs(prompt_of: list[int], responses: list[Ids], rewards: Tensor
 
 
 # ------------------------------------------------------------------------------------------------
-# You may skip what follows: `sample_responses` draws from what `plain_sample` draws from, many prompts
-# at a time and fast; and arguments are checked.
+# You may skip what follows: `sample_responses` draws from the distribution of `plain_sample`, many
+# prompts at a time and fast; and arguments are checked.
 #   - A prompt is read once for its n samples.
 #   - Samples that have ended leave the batch.
 #   - A token costs one random number, not one for every word of the vocabulary.

@@ -97,9 +97,9 @@ def body_of(model):
 def head_logprobs(model, body, output_type: type, hidden: Tensor, targets: Tensor) -> Tensor:
     """log π of r tokens from the hidden states that predict them: (r, H), (r,) -> (r,).
 
-    model(...) is head(body(...)). We already have the hidden states, so for this one call the body
-    computes nothing and returns them. The model then runs its head alone, with all else that it
-    does to logits: soft caps (gemma2), scaling (cohere, granite), biases (phi). Not thread-safe.
+    model(...) is head(body(...)), and some models also cap (gemma2), scale (cohere, granite) or shift
+    (phi) the logits. To have all of that without the body, we replace body.forward, for this one
+    call, by a function that returns our hidden states, and call the model. Not thread-safe.
     """
     output = output_type(last_hidden_state=hidden[None])  # (1, r, H)
     body_returns = patch.object(body, "forward", lambda *args, **kwargs: output)
@@ -116,8 +116,8 @@ def sequence_logprobs(model, prompts: list[Ids], responses: list[Ids]) -> tuple[
     """log π(y|x) in nats of B unpadded pairs (x, y) of token ids, differentiable.
 
     A response that ended holds its end of sequence: append it, nothing here does. Returns the sums,
-    float32 (B,) (float64 if the model is), and the numbers of tokens |y|, int64 (B,): apart, so that
-    averaging is the caller's visible choice. What `token_logprobs` says of dropout, padding and
+    float32 (B,) (float64 if the model is), and the token counts |y|, int64 (B,), so that whoever
+    wants averages divides. What `token_logprobs` says of dropout, padding and
     errors holds here.
     """
     rows = token_logprobs(model, prompts, responses)
@@ -133,7 +133,7 @@ def score(
     """`sequence_logprobs` of any number of rows N, in eval mode and without gradients.
 
     In batches of at most `max_tokens` tokens, padding included. Returns CPU tensors in the order of
-    the rows: float32 (N,) sums in nats, int64 (N,) numbers of tokens. `desc` shows a progress bar.
+    the rows: float32 (N,) sums in nats, int64 (N,) token counts. `desc` shows a progress bar.
     A row longer than the `original_max_position_embeddings` of a rope "longrope" (Phi-3) changes the
     log-probs of its batch: score such rows one at a time.
     """
@@ -151,7 +151,7 @@ def score(
 
 
 def token_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Numbers of rows, longest first, in batches of rows × longest row ≤ `max_tokens`.
+    """Indices of rows, longest row first, in batches of rows × longest row ≤ `max_tokens`.
 
     Rows of like length need next to no padding, and a batch that is too large for the memory is the
     first. A row longer than `max_tokens` is alone.

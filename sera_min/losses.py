@@ -49,8 +49,8 @@ def slic_loss(margin: Tensor, beta: float = 0.1, delta: float = 1.0) -> Tensor:
 def simpo_loss(margin: Tensor, beta: float = 2.0, gamma: float = 1.0) -> Tensor:
     """−log σ(βm − γ): DPO's loss without a reference, per token, with a target margin of γ/β.
 
-    margin: (B,) in nats per token, of rewards log π(y|x)/|y|. γ = 1 belongs to β = 2: with another
-    β give both; train.py takes γ = β/2.
+    margin: (B,) in nats per token, of rewards log π(y|x)/|y|. This γ is SimPO's own, not the
+    ensemble's. The defaults belong together: with another β give γ too (train.py: γ = β/2).
     Source: SimPO, arXiv:2405.14734, eq. 6; `simpo` in TRL's CPOTrainer, with other defaults.
     """
     return -F.logsigmoid(beta * margin - gamma)

@@ -44,7 +44,7 @@ class ReviewedPairs:
     reference: Tensor  # (N, 2): log π_ref of chosen and rejected, nats
     margins: Tensor  # (N,): m̄_t, nats; 0 in iteration 1, where nothing is reviewed
     sources: list[str]  # "offline", a given pair, or "bootstrap"
-    pair_numbers: list[int]  # in D: of the pair itself, or of the given one whose prompt it has
+    pair_index: list[int]  # index in D of the pair; of a bootstrapped one, of the pair that gave the prompt
 
     def and_also(self, other: "ReviewedPairs") -> "ReviewedPairs":
         """Both, one after the other."""
@@ -53,7 +53,7 @@ class ReviewedPairs:
             torch.cat([self.reference, other.reference]),
             torch.cat([self.margins, other.margins]),
             self.sources + other.sources,
-            self.pair_numbers + other.pair_numbers,
+            self.pair_index + other.pair_index,
         )
 
 
@@ -63,7 +63,7 @@ class Rows:
 
     prompts: list[Ids]
     responses: list[Ids]
-    pair_numbers: list[int]  # in D: of the pair that the row belongs to, or whose prompt it has
+    pair_index: list[int]  # index in D of the row's pair; of a sample, of the pair that gave the prompt
     logps: dict[int, Tensor] = field(default_factory=dict)  # i -> log π_θi(y|x), (R,), nats
 
     @property
@@ -77,8 +77,8 @@ class Rows:
         for w, l in zip(best.tolist(), worst.tolist()):
             pairs.append(Pair(self.prompts[w], self.responses[w], self.responses[l]))
         both = torch.stack([reference[best], reference[worst]], dim=1)  # (P, 2)
-        numbers = [self.pair_numbers[w] for w in best.tolist()]
-        return ReviewedPairs(pairs, both, margins, ["bootstrap"] * len(pairs), numbers)
+        pair_index = [self.pair_index[w] for w in best.tolist()]
+        return ReviewedPairs(pairs, both, margins, ["bootstrap"] * len(pairs), pair_index)
 
 
 class Preferences:
@@ -87,14 +87,14 @@ class Preferences:
     def __init__(self, pairs: list[Pair]) -> None:
         self.pairs = pairs
         prompts, responses = rows_of(pairs)
-        numbers = torch.arange(len(pairs)).repeat_interleave(2).tolist()  # 0, 0, 1, 1, …
-        self.rows = Rows(prompts, responses, numbers)
+        pair_index = torch.arange(len(pairs)).repeat_interleave(2).tolist()  # 0, 0, 1, 1, …
+        self.rows = Rows(prompts, responses, pair_index)
 
-    def subset(self, numbers: Tensor, margins: Tensor, reference: Tensor) -> ReviewedPairs:
-        """The pairs with these numbers, in this order. margins: (|D|,); reference: (2|D|,)."""
-        pairs = [self.pairs[i] for i in numbers.tolist()]
+    def subset(self, indices: Tensor, margins: Tensor, reference: Tensor) -> ReviewedPairs:
+        """The pairs at these indices, in this order. margins: (|D|,); reference: (2|D|,)."""
+        pairs = [self.pairs[i] for i in indices.tolist()]
         return ReviewedPairs(
-            pairs, reference.view(-1, 2)[numbers], margins[numbers], ["offline"] * len(pairs), numbers.tolist()
+            pairs, reference.view(-1, 2)[indices], margins[indices], ["offline"] * len(pairs), indices.tolist()
         )
 
 

@@ -30,9 +30,9 @@ def ensemble_margin(newest: Tensor, previous: Tensor | None = None, gamma: float
     """(1−γ)·newest + γ·previous in nats: of margins or, since it is linear, of rewards.
 
     newest: under π_θ(t−1). previous: under π_θ(t−2), of the same shape. At t = 2 the previous
-    policy is π_ref, whose reward r_0 is 0 everywhere, so r̄_2 = (1−γ)·r_1. A constant factor changes
-    no order if γ < 1: with previous = None, `newest` comes back as it is. (Under SimPO r_0 is not 0;
-    to leave it out is our choice.) Raises ValueError where shapes differ.
+    policy is π_ref, whose reward r_0 is 0 everywhere: the formula would only multiply r_1 by 1−γ,
+    which changes no ranking. So give previous = None, and `newest` comes back as it is. (Under SimPO
+    r_0 is not 0; to leave it out is our choice.) Raises ValueError where shapes differ.
     """
     if previous is None:
         return newest

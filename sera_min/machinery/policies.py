@@ -1,6 +1,6 @@
 """The policies π_θ0 = π_ref, π_θ1, …: two in memory, the others in folders. And what they say.
 
-train.py asks five things of this object: get, save, newest, log_prob and sample. What has been
+train.py asks six things of this object: get, forget, save, newest, log_prob and sample. What has been
 computed is kept on disk under a key made of the policy's number and all the token ids, so a
 result cannot be taken for that of other rows.
 """

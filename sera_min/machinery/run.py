@@ -229,7 +229,7 @@ class Run:
     def pair_lines(self, chosen: ReviewedPairs) -> Iterator[dict[str, Any]]:
         """Pairs as TRL reads them to the same token ids; `row` is that of the user's data."""
         margins = chosen.margins.tolist()
-        for pair, margin, source, i in zip(chosen.pairs, margins, chosen.sources, chosen.pair_numbers):
+        for pair, margin, source, i in zip(chosen.pairs, margins, chosen.sources, chosen.pair_index):
             texts = self.pair_texts(pair)
             yield {**texts, "margin": margin, "source": source, "row": self.file_rows[i]}
 
@@ -256,7 +256,7 @@ class Run:
     def answer_text(self, prompt: Ids, response: Ids) -> str:
         return data.decode(self.policies.tokenizer, response, self.policies.eos_ids, after=prompt)
 
-    def judge(self, t: int, answers: list[Ids]) -> dict[str, Any]:
+    def write_answers(self, t: int, answers: list[Ids]) -> dict[str, Any]:
         """Writes answers.jsonl, counts iteration t's pairs; in the playground the true rewards of both."""
         seed = seed_of(self.config.seed, 0, "reference answers")
         references = self.policies.sample(0, self.prompts, 1, seed)
