@@ -16,11 +16,13 @@ import io
 import json
 import math
 import multiprocessing
+import os
 import platform
 import resource
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -55,6 +57,16 @@ T_OF_4 = 2.776  # Student's t, 95 %, five seeds
 
 
 # The playground
+
+
+def die_with_parent() -> None:
+    """A worker ends when the study is killed."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def make_sft(folder: Path, seed: int) -> None:
@@ -107,7 +119,7 @@ def in_playground(results: dict) -> None:
     context = multiprocessing.get_context("spawn")
     folder = Path(tempfile.gettempdir()) / "sera_min-lora"  # what was made there is not made again
     folder.mkdir(exist_ok=True)
-    with ProcessPoolExecutor(2, mp_context=context) as pool:
+    with ProcessPoolExecutor(2, mp_context=context, initializer=die_with_parent) as pool:
         seeds = SEEDS + TUNING_SEEDS
         list(pool.map(make_sft, [folder] * len(seeds), seeds))
         tuning = []
