@@ -215,6 +215,7 @@ def train(t: int, data: ReviewedPairs, run: Run, config: Resolved, variant: "Var
     policy = run.policies.get(t - 1)
     run.policies.forget()  # this copy becomes π_θt; π_θ(t−1) stays on disk
     policy.train()  # for gradient checkpointing, which asks for it; dropout is off in every policy
+    # With LoRA only its matrices have gradients, and change.
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     batches = variant.batches_of(len(data.pairs), t, config)
     # If there is a checkpoint, as after a kill, run.steps first loads it, and then yields the steps that remain.

@@ -58,6 +58,7 @@ from sera_min.pairs import Pair, ReviewedPairs, rows_of
 SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, vocabulary
     "small": (256, 688, 4, 4, 4, 32_000), "135M": (576, 1536, 30, 9, 3, 49_152),
     "1.1B": (2048, 5632, 22, 32, 4, 32_000), "3B": (3072, 8192, 28, 24, 8, 128_256),
+    "8B": (4096, 14336, 32, 32, 8, 128_256),
 }  # fmt: skip
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Prompt and response lengths are log-normal about these means, so that random batches of 8 pairs are half padding.

@@ -41,6 +41,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import train
 from sera_min import bootstrap, logprobs, playground
+from sera_min.lora import add_lora, linear_layers
 from sera_min.machinery import device
 from sera_min.pairs import rows_of
 
@@ -67,7 +68,7 @@ SIZES = {
 }  # fmt: skip
 if not GPU:
     bench.PROMPT, bench.RESPONSE, PAIRS, SAMPLED, NEW = 20, 30, 4, 8, 6
-    bench.SHAPES.update(dict.fromkeys(FORMS, (64, 96, 2, 2, 2, 500)))
+    bench.SHAPES.update(dict.fromkeys([*FORMS, "8B"], (64, 96, 2, 2, 2, 500)))
     FORMS = {"135M": FORMS["135M"][1:]}
     TRL_BATCHES = {"135M": (2,)}
     FAMILIES = FAMILIES[:3]
@@ -174,10 +175,16 @@ def exact_family(family: str) -> dict[str, float]:
 class Steps:
     """train.py's own step, on new pairs each time."""
 
-    def __init__(self, shape: str, max_tokens: int, compiled: bool, checkpointing: bool) -> None:
+    def __init__(self, shape: str, max_tokens: int, compiled: bool, checkpointing: bool, lora: bool = False) -> None:
         forget()
         torch._dynamo.reset()
         self.model = made_model(shape).train()
+        if lora:
+            add_lora(self.model, 16, 32)
+            if GPU:
+                for layer in linear_layers(self.model).values():
+                    layer.weight.data = layer.weight.data.bfloat16()
+            forget()
         self.vocabulary = self.model.config.vocab_size
         if compiled:
             device.compile_layers(self.model)
@@ -258,6 +265,35 @@ def step_of_trl(shape: str, batch: int) -> dict[str, Any]:
     rates = [tokens_of(of_step) / s for of_step, s in zip(steps, seconds)][2:]
     found = {"tokens/s": statistics.median(rates), "slowest": min(rates), "peak GB": gigabytes()}
     return found | {"utilisation": mfu(shape, found["tokens/s"])}
+
+
+def with_lora() -> dict[str, Any]:
+    """A model of 8 billion parameters with LoRA: a training step, scoring and sampling."""
+    steps = Steps("8B", 16384, compiled=True, checkpointing=True, lora=True)
+    for seed in range(3):
+        steps.step(seed)
+    rates = [steps.step(seed) for seed in range(3, 7)]
+    found = {"step, tokens/s": statistics.median(rates), "step, peak GB": gigabytes()}
+    model = steps.model.eval()
+    del steps
+    forget()
+    pairs = pairs_of(model.config.vocab_size, 9)
+
+    def work() -> None:
+        with device.autocast(DEVICE):
+            logprobs.score(model, *rows_of(pairs), max_tokens=16384)
+
+    found["score, tokens/s"] = tokens_of(pairs) / statistics.median(timed(work, 3))
+    found["score, peak GB"] = gigabytes()
+    forget()
+    prompts = [pair.prompt[:256] for pair in pairs]
+    settings = {"max_new_tokens": NEW, "eos_token_id": 1, "max_tokens": device.MOST_CACHED}
+    began = clock()
+    with device.uncompiled():
+        tokens = bench.sample_ours(model, prompts, **settings)
+    found["sample, tokens/s"] = tokens / (clock() - began)
+    found["sample, peak GB"] = gigabytes()
+    return found
 
 
 def score() -> dict[str, Any]:
@@ -341,6 +377,7 @@ def own() -> dict[str, Any]:
 
 PARTS = {
     "environment": environment, "step": step, "sample": sample, "run": run, "own": own, "exact": exact, "score": score,
+    "lora": with_lora,
 }  # fmt: skip
 
 

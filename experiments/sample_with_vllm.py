@@ -29,13 +29,20 @@ def main(arguments: list[str] | None = None) -> None:
     asked, answer = waiting_request(parser.parse_args(arguments).out)
     try:
         from vllm import LLM, SamplingParams
+        from vllm.lora.request import LoRARequest
     except ImportError:
         sys.exit("error: vLLM is not installed: pip install vllm, best in an environment of its own")
     request = json.loads(asked.read_text(encoding="utf-8"))
     prompts, n, ends = request["prompts"], request["samples_per_prompt"], request["eos_token_ids"]
     # Products in bfloat16, as in train.py; no sampling settings but these; the ends by their ids, not by a tokenizer
-    options = {"generation_config": "vllm", "skip_tokenizer_init": True}
-    engine = LLM(request["policy"], dtype="bfloat16", **options)
+    options: dict = {"generation_config": "vllm", "skip_tokenizer_init": True}
+    adapter = Path(request["policy"], "adapter_config.json")
+    model, lora = request["policy"], None
+    if adapter.exists():  # a policy of --use_peft
+        about = json.loads(adapter.read_text(encoding="utf-8"))
+        model, lora = about["base_model_name_or_path"], LoRARequest("policy", 1, request["policy"])
+        options |= {"enable_lora": True, "max_lora_rank": max(16, about["r"])}
+    engine = LLM(model, dtype="bfloat16", **options)
     settings = [  # vLLM draws sample j of a prompt by its seed + j
         SamplingParams(
             n=n, temperature=request["temperature"], top_p=request["top_p"], max_tokens=request["max_new_tokens"],
@@ -43,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         for i in range(len(prompts))
     ]  # fmt: skip
-    outputs = engine.generate([{"prompt_token_ids": x} for x in prompts], settings)
+    outputs = engine.generate([{"prompt_token_ids": x} for x in prompts], settings, lora_request=lora)
     beside = answer.with_name(f".{answer.name}")
     with open(beside, "w", encoding="utf-8") as lines:
         for x, output in zip(prompts, outputs):

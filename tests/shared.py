@@ -52,7 +52,7 @@ def tiny_model(family: str = "llama", vocab_size: int = 61, **settings):
     config = AutoConfig.for_model(family, **{
         "vocab_size": vocab_size, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "intermediate_size": 24, "max_position_embeddings": 128, "pad_token_id": 0,
-        "eos_token_id": 1, "bos_token_id": 2, **FAMILIES[family], **settings,
+        "eos_token_id": 1, "bos_token_id": 2, **FAMILIES.get(family, {}), **settings,
     })  # fmt: skip
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()

@@ -37,7 +37,7 @@ class Config:
     bootstrap: float = flag(0.3, "K̃: bootstrapped pairs, as a share of the given pairs")
     loss_type: str = flag("dpo", "dpo, ipo, slic or simpo")
     beta: float = flag(None, "β: larger stays closer to π_ref (0.1; playground 1; simpo 2)")
-    learning_rate: float = flag(None, "at its peak (1e-6; playground: 3e-4)")
+    learning_rate: float = flag(None, "at its peak (1e-6; playground: 3e-4; with LoRA ten times as much)")
 
     model_name_or_path: str | None = flag(None, "SFT model π_ref (without one: the playground)")
     dataset_name: str | None = flag(None, "preferences D: hub name, json(l), csv, parquet, folder")
@@ -67,7 +67,14 @@ class Config:
     gradient_checkpointing: bool = flag(False, "less memory for activations, a third more time")
     save_steps: int = flag(500, "steps between checkpoints within an iteration")
     device: str = flag(None, "cuda, cuda:1 or cpu (cuda where there is one)")
-    seed: int = flag(0, "of the order of pairs, sampling, held-out prompts and the playground")
+    seed: int = flag(0, "of the order of pairs, sampling, held-out prompts, LoRA and the playground")
+
+    use_peft: bool = flag(False, "train small matrices beside frozen weights: LoRA")
+    lora_r: int = flag(16, "r: their rank")
+    lora_alpha: int = flag(32, "α: their product counts α/r times")
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "names of the layers, as q_proj v_proj (all linear ones)"}
+    )
 
     label_noise: float = flag(0.3, "share of flipped labels")
 
@@ -82,6 +89,7 @@ GROUPS = {  # of --help, by the flag that each begins with
     "model_name_or_path": "what is read and written",
     "iterations": "the review",
     "label_smoothing": "training",
+    "use_peft": "LoRA",
     "label_noise": "the playground",
 }
 PATHS = ("model_name_or_path", "dataset_name", "eval_dataset_name", "output_dir")
@@ -97,6 +105,8 @@ def resolve(flags: Config) -> Resolved:
         values = playground.DEFAULTS | {"beta": 1.0}
     if flags.loss_type == "simpo":
         values["beta"] = 2.0
+    if flags.use_peft:
+        values["learning_rate"] *= 10
     values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     if (flags.device or values["device"]) == "cpu":
         values["max_tokens"] = 16384
@@ -146,6 +156,9 @@ def check_together(c: Resolved) -> None:
         no_effect["label_noise"] = "on data of your own"
     if c.eval_split is not None:
         no_effect["eval_fraction"] = "where other pairs are evaluated on"
+    if not c.use_peft:
+        for name in ("lora_r", "lora_alpha", "lora_target_modules"):
+            no_effect[name] = "without --use_peft"
     if c.loss_type != "dpo":
         no_effect["label_smoothing"] = f"on {c.loss_type}"
     problems = {

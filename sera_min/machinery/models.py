@@ -13,10 +13,11 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import find_adapter_config_file
+from transformers.utils import cached_file
 
 from sera_min.bootstrap import sample_responses
 from sera_min.logprobs import plain_logprob, sequence_logprobs
+from sera_min.machinery.adapters import adapter_settings, check_plain, merge_adapter
 from sera_min.machinery.device import uncompiled
 from sera_min.machinery.errors import InputError, one_line
 from sera_min.machinery.folder import at_home, is_lfs_pointer, is_path, make_readable
@@ -47,8 +48,15 @@ def load(path: str | Path, device: str) -> tuple[Any, Any]:
 
 def read_model(path: str | Path) -> tuple[Any, Any]:
     """Only safetensors are read, and no code that comes with the model is run."""
-    if find_adapter_config_file(str(path)):
-        raise InputError("a LoRA adapter, not a model: merge it first, with PEFT's merge_and_unload")
+    adapter = adapter_settings(path)
+    if adapter:
+        check_plain(adapter)
+        policy, tokenizer = read_model(adapter["base_model_name_or_path"])
+        merge_adapter(policy, path, adapter)
+        if cached_file(path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False):
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+            check_tokenizer(policy, tokenizer)
+        return policy, tokenizer
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if getattr(config, "quantization_config", None):
@@ -65,13 +73,17 @@ def read_model(path: str | Path) -> tuple[Any, Any]:
     for problem, names in problems.items():
         if names:
             raise InputError(f"its files {problem} {', '.join(sorted(names)[:3])}")
+    check_tokenizer(policy, tokenizer)
+    check_savable(policy, tokenizer, path)
+    return policy, tokenizer
+
+
+def check_tokenizer(policy: Any, tokenizer: Any) -> None:
     if tokenizer.eos_token_id is None:
         raise InputError("its tokenizer has no EOS token: no response could end")
     size = policy.get_input_embeddings().num_embeddings
     if len(tokenizer) > size:
         raise InputError(f"its tokenizer has {len(tokenizer)} ids, the model embeds {size}")
-    check_savable(policy, tokenizer, path)
-    return policy, tokenizer
 
 
 def check_savable(policy: Any, tokenizer: Any, path: str | Path) -> None:

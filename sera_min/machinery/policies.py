@@ -5,6 +5,7 @@ computed is kept on disk under a key made of the policy's number and all the tok
 result cannot be taken for that of other rows.
 """
 
+import copy
 import hashlib
 import json
 import shutil
@@ -17,11 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sera_min import bootstrap
 from sera_min.logprobs import score
-from sera_min.machinery.config import Resolved
+from sera_min.lora import add_lora, linear_layers, load_lora, lora_state, merge_lora
+from sera_min.machinery import device
+from sera_min.machinery.adapters import MATRICES, adapter_settings, write_adapter
+from sera_min.machinery.config import Resolved, seed_of
 from sera_min.machinery.device import autocast, compile_layers, retry_on_oom, sampling_tokens, uncompiled
 from sera_min.machinery.errors import InputError, Paused, in_one_line
 from sera_min.machinery.folder import read_json, read_jsonl, write, write_jsonl, writing
@@ -104,12 +109,19 @@ class Policies:
         """Keep a policy as π_θi, and remove what nothing will ask for any more."""
         check_finite(policy, f"policy-{i}")
         with writing(self.state / f"policy-{i}") as beside:
-            save_model(beside, policy, self.tokenizer)
+            self.write(i, policy, beside)
         self.held[i] = policy
         for checkpoint in self.state.glob("checkpoint-*"):
             checkpoint.unlink()
         if i > 2:
             shutil.rmtree(self.state / f"policy-{i - 2}", ignore_errors=True)
+
+    def write(self, i: int, policy: Any, folder: Path) -> None:
+        save_model(folder, policy, self.tokenizer)
+
+    def finish(self, out: Path) -> None:
+        """The last policy becomes out/policy."""
+        (self.state / f"policy-{self.config.iterations}").rename(out / "policy")
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -212,6 +224,58 @@ class Policies:
             f"python experiments/sample_with_vllm.py {out}\n"
             f"to go on: python train.py --resume_from_checkpoint {out}"
         )
+
+
+class LoRAPolicies(Policies):
+    """With --use_peft: one model is in memory, and a policy is a folder of matrices, in PEFT's format."""
+
+    model: Any = None
+
+    def get(self, i: int) -> Any:
+        """The model, with the matrices of π_θi."""
+        if self.model is None:
+            reference, tokenizer = load(self.folder(0), "cpu")
+            self.hold(0, reference, tokenizer)
+        if i not in self.held:
+            state = self.first
+            if i > 0:
+                state = load_file(self.state / f"policy-{i}" / MATRICES)
+            load_lora(self.model, state)
+            self.held = {i: self.model}
+        return self.model
+
+    def hold(self, i: int, policy: Any, tokenizer: Any) -> None:
+        config = self.config
+        seed = seed_of(config.seed, 0, "LoRA")
+        with in_one_line("--use_peft"):
+            add_lora(policy, config.lora_r, config.lora_alpha, config.lora_target_modules, seed)
+        if device.has_bfloat16(config.device):
+            for layer in linear_layers(policy).values():
+                device.halve(layer)
+        self.model = policy.to(config.device)
+        self.first = {name: matrix.clone() for name, matrix in lora_state(policy).items()}
+        super().hold(i, policy, tokenizer)
+
+    def write(self, i: int, policy: Any, folder: Path) -> None:
+        if i > 0:
+            write_adapter(folder, policy, self.folder(0), self.config.lora_alpha)
+            return
+        reference = copy.deepcopy(policy)  # the playground's
+        merge_lora(reference)
+        super().write(i, reference, folder)
+
+    def finish(self, out: Path) -> None:
+        """out/adapter, for PEFT; and out/policy, float32: rounded to 16 bits most of a small step would be lost."""
+        last = self.config.iterations
+        if adapter_settings(self.folder(0)):
+            print("no adapter/ is written: π_ref is itself an adapter, merged into its base")
+        else:
+            with writing(out / "adapter") as beside:
+                shutil.copytree(self.state / f"policy-{last}", beside)
+        policy = self.get(last).to("cpu").float()
+        merge_lora(policy)
+        with writing(out / "policy") as beside:
+            super().write(last, policy, beside)
 
 
 def check_finite(policy: Any, name: str) -> None:

@@ -21,7 +21,7 @@ from sera_min.machinery.data import Given, preferences
 from sera_min.machinery.device import autocast, check_memory, has_bfloat16, prepare, uncompiled
 from sera_min.machinery.errors import InputError, print_replaces
 from sera_min.machinery.models import check_before_training, check_positions
-from sera_min.machinery.policies import REASON, Policies, check_finite
+from sera_min.machinery.policies import REASON, LoRAPolicies, Policies, check_finite
 from sera_min.pairs import Ids, Pair, Review, ReviewedPairs, Samples
 
 
@@ -56,7 +56,8 @@ class Run:
         self.config, self.world, self.wants_report = config, world, wants_report
         self.out = Path(config.output_dir)
         self.state = self.out / "state"
-        self.policies = Policies(self.out, config)
+        kind = LoRAPolicies if config.use_peft else Policies
+        self.policies = kind(self.out, config)
         self.policies.compiled = not config.in_playground and device.can_compile(config.device)
         if config.in_playground and self.policies.newest() < 0:
             with self.policies.timed("SFT"):
@@ -93,7 +94,9 @@ class Run:
                 check_before_training(policy, first, eos_ids, allowed=0.2)
         if self.config.max_tokens is None:
             self.find_max_tokens(policy)
-        needed = 10 * sum(p.nbytes for p in policy.parameters())  # four policies, two checkpoints
+        needed = 10 * sum(p.nbytes for p in trained_weights(policy).values())  # four policies, two checkpoints
+        if self.config.use_peft:
+            needed += 4 * sum(p.numel() for p in policy.parameters())  # policy/
         free = shutil.disk_usage(folder.existing(self.out)).free
         if free < needed and not (self.out / "config.json").exists():
             raise InputError(
@@ -133,7 +136,7 @@ class Run:
         state = self.read_checkpoint(t)
         done = state["step"]
         if done > 0:
-            policy.load_state_dict(state["policy"])
+            policy.load_state_dict(state["policy"], strict=False)
             optimizer.load_state_dict(state["optimizer"])
         del state  # which is as large as both
         self.bar = tqdm(batches[done:], f"iteration {t}: train", initial=done, total=len(batches), unit="step")
@@ -148,7 +151,7 @@ class Run:
 
     def save_checkpoint(self, t: int, step: int, policy: Any, optimizer: Any) -> None:
         check_finite(policy, f"iteration {t}, step {step}")
-        state = {"step": step, "policy": policy.state_dict(), "optimizer": optimizer.state_dict()}
+        state = {"step": step, "policy": trained_weights(policy), "optimizer": optimizer.state_dict()}
         with folder.writing(self.state / f"checkpoint-{t}.pt") as beside:
             torch.save(state, beside)
 
@@ -304,6 +307,10 @@ class Run:
             report.write_report(self.out, prompts, is_flipped)
         spent = [f"{s:.0f} {phase}" for phase, s in self.policies.seconds.most_common()]
         print("Seconds:", ", ".join(spent))
-        (self.state / f"policy-{self.config.iterations}").rename(self.out / "policy")
+        self.policies.finish(self.out)
         shutil.rmtree(self.state)
         print(f"The policy is in {self.out / 'policy'}, the rest of the run in {self.out}.")
+
+
+def trained_weights(policy: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach() for name, p in policy.named_parameters() if p.requires_grad}

@@ -89,14 +89,12 @@ def test_a_head_that_the_model_has_no_place_for(tmp_path):
     assert refused(tmp_path).endswith("tensors that the model has no place for: v_head.summary.weight")
 
 
-@pytest.mark.parametrize("alone", [True, False])
-def test_an_adapter_is_to_be_merged_first(tmp_path, alone):
-    save(tmp_path)
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": "m"}))
-    if alone:
-        for name in ("config.json", "model.safetensors"):
-            (tmp_path / name).unlink()
-    assert "a LoRA adapter, not a model: merge it first" in refused(tmp_path) and "merge_and_unload" in refused(tmp_path)
+def test_an_adapter_without_its_matrices_is_one_line(tmp_path):
+    save(tmp_path / "base")
+    save(tmp_path / "adapter")
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "base"), "r": 2, "lora_alpha": 4}
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(settings))
+    assert "adapter_model.safetensors" in refused(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("method", ["fp8", "gptq", "bitsandbytes", "of_next_year"])

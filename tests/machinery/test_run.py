@@ -204,6 +204,17 @@ def test_the_contract_in_the_playground(world, tmp_path, figures, loss_type):
     }  # fmt: skip
 
 
+def test_lora_in_the_playground(world, sft, tmp_path):
+    """policy/ has the SFT policy's weights, but for those of the linear layers."""
+    out = tmp_path / "run"
+    main(small(out, use_peft=True, iterations=1), world)
+    weights, before = load_file(out / "policy/model.safetensors"), sft[0].state_dict()
+    assert weights.keys() == before.keys() and resolve(small(out, use_peft=True)).learning_rate == pytest.approx(3e-3)
+    changed = {name for name in weights if not torch.equal(weights[name], before[name])}
+    assert changed == {name for name in weights if "_proj" in name}
+    assert (out / "adapter/adapter_model.safetensors").exists()
+
+
 def test_every_loss_has_its_beta():
     """The larger one suits the playground's small model; given, it is what was given."""
     for name in ("dpo", "ipo", "slic", "simpo"):
@@ -1000,6 +1011,7 @@ ALONE = {
     "logprobs": "m.implicit_reward(torch.ones(2), torch.zeros(2)).sum() == 2 and m.token_batches([1], 1) == [[0]]",
     "losses": "m.dpo_loss(torch.zeros(1)).item() > 0.69",
     "select": "m.select_top(m.ensemble_margin(torch.tensor([1., 2.])), 1).item() == 1",
+    "lora": "m.LoRA(torch.nn.Linear(3, 2), 1, 1.0, torch.Generator()).B.shape == (2, 1)",
     "bootstrap": "m.best_worst_pairs([0, 0], [[1], [2]], torch.tensor([0., 1.]))[0].tolist() == [1]",
 }
 
