@@ -29,7 +29,6 @@ def main(arguments: list[str] | None = None) -> None:
     asked, answer = waiting_request(parser.parse_args(arguments).out)
     try:
         from vllm import LLM, SamplingParams
-        from vllm.lora.request import LoRARequest
     except ImportError:
         sys.exit("error: vLLM is not installed: pip install vllm, best in an environment of its own")
     request = json.loads(asked.read_text(encoding="utf-8"))
@@ -39,6 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
     adapter = Path(request["policy"], "adapter_config.json")
     model, lora = request["policy"], None
     if adapter.exists():  # a policy of --use_peft
+        from vllm.lora.request import LoRARequest
+
         about = json.loads(adapter.read_text(encoding="utf-8"))
         model, lora = about["base_model_name_or_path"], LoRARequest("policy", 1, request["policy"])
         options |= {"enable_lora": True, "max_lora_rank": max(16, about["r"])}
