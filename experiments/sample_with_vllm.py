@@ -36,12 +36,13 @@ def main(arguments: list[str] | None = None) -> None:
     # Products in bfloat16, as in train.py; no sampling settings but these; the ends by their ids, not by a tokenizer
     options: dict = {"generation_config": "vllm", "skip_tokenizer_init": True}
     adapter = Path(request["policy"], "adapter_config.json")
-    model, lora = request["policy"], None
+    model, with_lora = request["policy"], {}
     if adapter.exists():  # a policy of --use_peft
         from vllm.lora.request import LoRARequest
 
         about = json.loads(adapter.read_text(encoding="utf-8"))
-        model, lora = about["base_model_name_or_path"], LoRARequest("policy", 1, request["policy"])
+        model = about["base_model_name_or_path"]
+        with_lora = {"lora_request": LoRARequest("policy", 1, request["policy"])}
         options |= {"enable_lora": True, "max_lora_rank": max(16, about["r"])}
     engine = LLM(model, dtype="bfloat16", **options)
     settings = [  # vLLM draws sample j of a prompt by its seed + j
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         for i in range(len(prompts))
     ]  # fmt: skip
-    outputs = engine.generate([{"prompt_token_ids": x} for x in prompts], settings, lora_request=lora)
+    outputs = engine.generate([{"prompt_token_ids": x} for x in prompts], settings, **with_lora)
     beside = answer.with_name(f".{answer.name}")
     with open(beside, "w", encoding="utf-8") as lines:
         for x, output in zip(prompts, outputs):
