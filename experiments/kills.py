@@ -108,7 +108,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=50, help="runs, each killed at least once")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--use_peft", action="store_true", help="runs with LoRA")
     arguments = parser.parse_args()
+    if arguments.use_peft:
+        FLAGS.append("--use_peft")
     torch.set_num_threads(1)
     tqdm.monitor_interval = 0  # its thread may hold tqdm's lock at a fork, and the child would wait for ever
     transformers.utils.logging.disable_progress_bar()
