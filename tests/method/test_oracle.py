@@ -6,7 +6,6 @@ test_drawn.py. Variants have their runs in tests/experiments/test_variants.py.
 
 import os
 import signal
-from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -124,10 +123,6 @@ def test_a_run_is_the_naive_run(world, tmp_path, monkeypatch, name):
 def test_a_run_that_is_interrupted_and_resumed_is_the_naive_run(world, tmp_path, monkeypatch):
     """Stopped in its first training step of iteration 2, and again while it samples in iteration 3."""
     drawn = Drawn(monkeypatch)
-    config = config_of(world, tmp_path / "whole", PLAIN, {})
-    train.main(config)
-    permutations = list(drawn.permutations)
-
     out, step, rand = tmp_path / "run", torch.optim.AdamW.step, torch.rand
     steps, draws = [], []
 
@@ -145,7 +140,7 @@ def test_a_run_that_is_interrupted_and_resumed_is_the_naive_run(world, tmp_path,
 
     monkeypatch.setattr(torch.optim.AdamW, "step", stops_at_the_fourth)
     with pytest.raises(KeyboardInterrupt):
-        train.main(replace(config, output_dir=str(out)))
+        train.main(config_of(world, out, PLAIN, {}))
     assert len(steps) == 4
     resumed = Config(resume_from_checkpoint=str(out))
     monkeypatch.setattr(torch, "rand", stops_in_iteration_3)
@@ -154,4 +149,6 @@ def test_a_run_that_is_interrupted_and_resumed_is_the_naive_run(world, tmp_path,
     assert len(steps) == 6  # no step of iteration 2 was done twice
     monkeypatch.setattr(torch, "rand", rand)
     train.main(resumed)
-    assert_the_same(out, world, PLAIN, permutations)
+    orders = {str(order): order for order in drawn.permutations}  # that of iteration 2 was drawn once more: the same
+    assert len(orders) == 3 < len(drawn.permutations)
+    assert_the_same(out, world, PLAIN, orders.values())
