@@ -35,8 +35,8 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import with_trl  # noqa: E402
 
 PAIRS, CHUNK = 20, 8  # three chunks, so that two processes have a share each, and not the same
-SIZES = {"max_length": 64, "max_prompt_length": 16}
-LIMITS = ["--max_length", "64", "--max_prompt_length", "16"]
+SIZES = {"max_length": 64, "max_prompt_length": 16, "max_new_tokens": 24}  # up to four sentences
+LIMITS = ["--max_length", "64", "--max_prompt_length", "16", "--max_new_tokens", "24"]
 
 
 def lines(file: Path) -> list[dict]:
@@ -72,7 +72,7 @@ def one_of_two(rank: int, arguments: list[str], out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, sft):
-    """A run of three iterations by one process, and the same by two."""
+    """A run of three iterations by one process, and two of them by two."""
     out = tmp_path_factory.mktemp("trl")
     model, tokenizer = sft
     model.save_pretrained(out / "model")
@@ -88,7 +88,7 @@ def runs(tmp_path_factory, sft):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         (out / "port").write_text(str(free.getsockname()[1]))
-    two = [FORK.Process(target=one_of_two, args=(rank, arguments("two", 2), out), daemon=True) for rank in range(2)]
+    two = [FORK.Process(target=one_of_two, args=(rank, [*arguments("two", 2), "--iterations", "2"], out), daemon=True) for rank in range(2)]
     try:
         for process in two:
             process.start()
@@ -99,12 +99,12 @@ def runs(tmp_path_factory, sft):
             process.kill()  # should they wait for each other
     log = (out / "log").read_text()
     assert [process.exitcode for process in two] == [0, 0] and "2 processes" in log, log[-3000:]
-    assert log.count(" bootstrapped pairs; dropped:") == 2  # once an iteration, not once a process
+    assert log.count(" bootstrapped pairs; dropped:") == 1  # once an iteration, not once a process
     return out
 
 
 def test_two_processes_do_what_one_does(runs):
-    for t in (1, 2, 3):
+    for t in (1, 2):
         one, two = (lines(runs / name / f"iteration-{t}/pairs.jsonl") for name in ("one", "two"))
         assert [p.pop("margin") for p in two] == pytest.approx([p.pop("margin") for p in one], abs=1e-3)
         assert one == two and len(one) == PAIRS
@@ -364,11 +364,11 @@ def messages(n: int) -> list[dict]:
 @pytest.mark.parametrize(
     "tokenizer, rows, added",
     [
-        (bpe_tokenizer(adds_bos=True), texts(4), []), (bpe_tokenizer(LLAMA2, adds_bos=True), messages(4), []),
-        (unigram_tokenizer(adds_bos=True), spaced(4), []), (unigram_tokenizer(LLAMA2, adds_bos=True), messages(4), []),
-        (bpe_tokenizer(CHATML), messages(4), []), (bpe_tokenizer(CHATML, adds_bos=True), messages(4), [2]),
+        (unigram_tokenizer(adds_bos=True), spaced(4), []),
+        (bpe_tokenizer(LLAMA2, adds_bos=True), messages(4), []),
+        (bpe_tokenizer(CHATML, adds_bos=True), messages(4), [2]),
     ],
-    ids=["text", "Llama-2", "SentencePiece text", "SentencePiece Llama-2", "ChatML", "ChatML without the tokenizer's BOS"],
+    ids=["SentencePiece text", "Llama-2", "ChatML without the tokenizer's BOS"],
 )  # fmt: skip
 def test_trl_reads_pairs_jsonl_as_it_is(tmp_path, tokenizer, rows, added):
     """TRL's token ids are those that sera_min scores and trains on, and a training step on them is taken.

@@ -49,7 +49,7 @@ def flags(tmp_path, monkeypatch) -> Config:
     tokenizer = word_tokenizer(WORDS)
     tokenizer.save_pretrained(tmp_path / "model")
     tiny_model(vocab_size=len(tokenizer), num_hidden_layers=1).save_pretrained(tmp_path / "model")
-    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, some_rows(18, random.Random(3)))))
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, some_rows(10, random.Random(3)))))
     monkeypatch.chdir(tmp_path)  # where output_dir is a relative path
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
@@ -139,6 +139,7 @@ def test_what_another_program_wrote_is_checked(flags):
 
 
 def test_a_run_that_waits_may_draw_its_samples_after_all(flags, tmp_path):
+    flags = replace(flags, iterations=2)
     paused_once(flags)
     command_line(train.main, None, ["--resume_from_checkpoint", flags.output_dir, "--pause_before_sampling", "false"])
     final = read(Path(flags.output_dir) / "metrics.jsonl")[-1]

@@ -1,8 +1,9 @@
 """SeRA once more, as slowly and plainly as possible: the oracle of test_oracle.py.
 
 It imports nothing of the project. One sequence at a time through `model(input_ids).logits`, in float64; no padding,
-no batches, no caches; every log-probability is computed anew wherever it is needed. Only what is drawn comes from
-outside: the order of the pairs in every epoch, the samples, and the numbers by which the random control chooses.
+no batches, no key-value caches; every log-probability is computed anew wherever it is needed, but those under π_ref,
+which never changes. Only what is drawn comes from outside: the order of the pairs in every epoch, the samples, and the
+numbers by which the random control chooses.
 
     settings    a dict of the run's flags, all given
     rows        D, dicts of the texts prompt, chosen, rejected; held_out: the same, to evaluate on
@@ -32,6 +33,7 @@ class NaiveSera:
         self.pairs = [self.encode(row) for row in rows]
         self.held_out = [self.encode(row) for row in held_out]
         self.policies = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()]  # θ_0 = π_ref
+        self.of_reference = {}  # log π_ref(y|x), by x and y
         self.evaluations, self.steps = [self.evaluate(0)], []
         self.trained_on, self.dropped, self.sample_rewards = {}, {}, {}  # by iteration
         for t in range(1, settings["iterations"] + 1):
@@ -53,9 +55,16 @@ class NaiveSera:
         logp = sum(token_logps(self.policies[i], x, y))
         if loss == "simpo":
             return logp / len(y)
-        with torch.no_grad():
-            reference = sum(token_logps(self.policies[0], x, y))
+        reference = self.reference(x, y)
         return (logp - reference) / len(y) if loss == "ipo" else logp - reference
+
+    def reference(self, x, y):
+        """log π_ref(y|x)."""
+        key = str((x, y))
+        if key not in self.of_reference:
+            with torch.no_grad():
+                self.of_reference[key] = sum(token_logps(self.policies[0], x, y))
+        return self.of_reference[key]
 
     def loss(self, margin):
         name, beta, eps = (self.settings[key] for key in ("loss_type", "beta", "label_smoothing"))
@@ -164,8 +173,7 @@ class NaiveSera:
     def evaluate(self, t):
         with torch.no_grad():
             measured = self.measure(t, self.held_out)
-            kl = [sum(token_logps(self.policies[t], x, y)) - sum(token_logps(self.policies[0], x, y))
-                  for x, y in self.answers(t)]  # fmt: skip
+            kl = [sum(token_logps(self.policies[t], x, y)) - self.reference(x, y) for x, y in self.answers(t)]
         shown = {f"eval_{name}": measured[name] for name in ("loss", "rewards/accuracies", "rewards/margins")}
         return {**shown, "kl": sum(kl).item() / len(kl)}
 
