@@ -73,7 +73,7 @@ class Config:
     lora_r: int = flag(16, "r: their rank")
     lora_alpha: int = flag(32, "α: their product counts α/r times")
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "names of the layers, as q_proj v_proj (all linear ones)"}
+        default=None, metadata={"help": "as q_proj v_proj (all linear layers)", "metavar": "NAME"}
     )
 
     label_noise: float = flag(0.3, "share of flipped labels")

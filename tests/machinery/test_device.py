@@ -53,10 +53,23 @@ def test_what_does_not_fit_the_gpu_is_refused_at_the_start(bfloat16, monkeypatch
         check_memory(model, "cpu")
         if fits:
             check_memory(model, "cuda:1")
-    says = r"needs 0 GB .* two moments(, bfloat16 copy)?\) and room for activations; the GPU has 0 GB. Take a smaller model"
+    says = r"needs 0 GB .* two moments(, bfloat16 copy)?\) and room for activations; the GPU has 0 GB. Take --use_peft"
     with pytest.raises(InputError, match=says) as refusal:
         check_memory(model, "cuda:1")
     assert ("bfloat16 copy" in str(refusal.value)) == bfloat16
+
+
+def test_what_is_frozen_needs_its_own_bytes_alone(monkeypatch):
+    model = tiny_model()
+    model.requires_grad_(False)
+    model.lm_head.to(torch.bfloat16).requires_grad_(True)
+    monkeypatch.setattr(device, "has_bfloat16", lambda device: True)
+    needed = sum(p.nbytes for p in model.model.parameters()) + 18 * model.lm_head.weight.numel()
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=needed))
+    check_memory(model, "cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=needed - 1))
+    with pytest.raises(InputError, match="needs 0 GB"):
+        check_memory(model, "cuda")
 
 
 def test_a_device_is_a_gpu_that_is_there_or_the_cpu(monkeypatch):
