@@ -48,7 +48,7 @@ from sera_min.pairs import Pair, rows_of
 RESULTS = ROOT / "experiments/results/lora.json"
 METHODS = {
     "full": {"learning_rate": [3e-4, 1e-3, 3e-3]},
-    "LoRA": {"learning_rate": [1e-3, 3e-3, 1e-2], "use_peft": True},
+    "LoRA": {"learning_rate": [3e-4, 1e-3, 3e-3], "use_peft": True},
 }
 TUNING_SEEDS = [10, 11]
 SEEDS = [0, 1, 2, 3, 4]
