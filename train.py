@@ -42,7 +42,7 @@ from sera_min.machinery.device import autocast, halve_if_out_of_memory
 from sera_min.machinery.errors import format_counts
 from sera_min.machinery.policies import Policies
 from sera_min.machinery.run import Run, open_run
-from sera_min.pairs import Pair, Preferences, Review, ReviewedPairs, Rows, Samples, padded_tokens, rows_of
+from sera_min.pairs import Pair, Preferences, Review, Rows, Samples, TrainingSet, padded_tokens, rows_of
 from sera_min.select import ensemble_margin, select_top
 
 # ---------------------------------------------------------------------------- reward and loss
@@ -96,7 +96,7 @@ def mean_reward(t: int, rows: Rows, policies: Policies, config: Resolved) -> Ten
 
 def select(
     t: int, given: Preferences, policies: Policies, config: Resolved, variant: "Variant"
-) -> tuple[ReviewedPairs, ReviewedPairs]:
+) -> tuple[TrainingSet, TrainingSet]:
     """Step 4: the K given pairs with the largest margin; and the others, smallest first."""
     r_bar = variant.mean_reward(t, given.rows, policies, config)  # (2|D|,): chosen, rejected, …
     margins = margins_of(r_bar.view(-1, 2))  # (|D|,)
@@ -111,7 +111,7 @@ def select(
 
 def bootstrap(
     t: int, given: Preferences, policies: Policies, config: Resolved, variant: "Variant"
-) -> tuple[ReviewedPairs, Samples, Tensor]:
+) -> tuple[TrainingSet, Samples, Tensor]:
     """Steps 5 and 6: of the pairs that the policy writes and ranks itself, the K̃ with the largest margin.
 
     Also returns all samples, and the rewards r̄_t of those that ended.
@@ -210,7 +210,7 @@ def train_step(
     }
 
 
-def train(t: int, data: ReviewedPairs, run: Run, config: Resolved, variant: "Variant") -> None:
+def train(t: int, data: TrainingSet, run: Run, config: Resolved, variant: "Variant") -> None:
     """π_θ(t−1) becomes π_θt."""
     policy = run.policies.get(t - 1)
     run.policies.forget()  # this copy becomes π_θt; π_θ(t−1) stays on disk

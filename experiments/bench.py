@@ -53,7 +53,7 @@ from sera_min.machinery.models import eos_ids_of, load
 from sera_min.machinery.policies import Policies
 from sera_min.machinery.rows import read_rows
 from sera_min.machinery.run import Run
-from sera_min.pairs import Pair, ReviewedPairs, rows_of
+from sera_min.pairs import Pair, TrainingSet, rows_of
 
 SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, vocabulary
     "small": (256, 688, 4, 4, 4, 32_000), "135M": (576, 1536, 30, 9, 3, 49_152),
@@ -135,8 +135,8 @@ def turns(sides: dict, repeats: int, desc: str) -> dict[str, list[float]]:
     return seconds
 
 
-def training_set(pairs: list[Pair], reference: torch.Tensor) -> ReviewedPairs:
-    return ReviewedPairs(pairs, reference, torch.zeros(len(pairs)), ["offline"] * len(pairs), list(range(len(pairs))))
+def training_set(pairs: list[Pair], reference: torch.Tensor) -> TrainingSet:
+    return TrainingSet(pairs, reference, torch.zeros(len(pairs)), ["offline"] * len(pairs), list(range(len(pairs))))
 
 
 def pair_logps(model, pairs: list[Pair], config: Resolved) -> torch.Tensor:

@@ -132,14 +132,14 @@ def iterate(file: Path, place: Path, tokenizer: Any) -> None:
     print(f"{format_counts(counts)}; prompt and answer: {tokens:.0f} tokens")
     given, _ = timed("split", partial(data.split_by_prompt, given, 0.05, 0))
     preferences = data.preferences(given)
-    file_rows = [one.row for one in given]
+    offline_rows = [one.row for one in given]
     del given
     flags = Config(
         model_name_or_path=str(place / "model"), dataset_name=str(file), max_train_pairs=20,
         output_dir=str(place / "run"), device="cpu",
     )  # fmt: skip
     with open_run(flags, wants_report=False) as run:  # of 20 rows, and then of all
-        run.given, run.file_rows = preferences, file_rows
+        run.given, run.offline_rows = preferences, offline_rows
         policies = Drawn(preferences)
         reviewed = timed("review", lambda: review(2, run.given, policies, run.config, SERA))
         timed("write pairs.jsonl, dropped.jsonl and samples.jsonl", lambda: run.write_review(2, reviewed))

@@ -40,7 +40,7 @@ from sera_min.logprobs import implicit_reward
 from sera_min.machinery import folder, models
 from sera_min.machinery.config import Resolved, seed_of
 from sera_min.machinery.policies import Policies
-from sera_min.pairs import Ids, Pair, Preferences, Review, ReviewedPairs, Rows, Samples, rows_of
+from sera_min.pairs import Ids, Pair, Preferences, Review, Rows, Samples, TrainingSet, rows_of
 
 TOKENIZER = playground.make_tokenizer()
 Changes = dict[str, Callable]
@@ -63,7 +63,7 @@ def all_of(given: Preferences, policies: Policies) -> Review:
 def to_train_on(policies: Policies, pairs: list[Pair], against: int = 0, source: str = "own") -> Review:
     """These N pairs, and as π_ref the policy of iteration `against`."""
     reference = policies.log_prob(against, Rows(*rows_of(pairs), [0] * 2 * len(pairs))).view(-1, 2)
-    return Review(ReviewedPairs(pairs, reference, torch.zeros(len(pairs)), [source] * len(pairs), [0] * len(pairs)))
+    return Review(TrainingSet(pairs, reference, torch.zeros(len(pairs)), [source] * len(pairs), [0] * len(pairs)))
 
 
 def drawn(t: int, prompts: list[Ids], policies: Policies, config: Resolved) -> Samples:

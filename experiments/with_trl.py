@@ -55,7 +55,7 @@ from sera_min.machinery.folder import at_home, make_readable, write
 from sera_min.machinery.models import check_before_training, check_positions, load
 from sera_min.machinery.policies import check_log_probs, key_of, read_samples
 from sera_min.machinery.run import Run
-from sera_min.pairs import Ids, ReviewedPairs, Rows, Samples
+from sera_min.pairs import Ids, Rows, Samples, TrainingSet
 from train import SERA
 
 CHUNK = 64  # a task of one process is about so many rows or prompts; the samples depend on it
@@ -202,11 +202,11 @@ class SharedRun(Run):
 
     def __init__(self, config: Resolved, policies: Policies, given: list[data.Given]) -> None:
         self.config, self.policies, self.given = config, policies, data.preferences(given)
-        self.file_rows = [one.row for one in given]
-        self.out = policies.out
+        self.offline_rows = [one.row for one in given]
+        self.out, self.tokenizer = policies.out, policies.tokenizer
 
 
-def train(t: int, data: ReviewedPairs, policies: Policies, args: DPOConfig) -> None:
+def train(t: int, data: TrainingSet, policies: Policies, args: DPOConfig) -> None:
     """π_θt from π_θ(t−1), by TRL and the engine that was launched, to its folder."""
     policies.forget()
     gc.collect()

@@ -37,7 +37,7 @@ def rows_of(pairs: list[Pair]) -> tuple[list[Ids], list[Ids]]:
 
 
 @dataclass
-class ReviewedPairs:
+class TrainingSet:
     """N pairs, and what the review knows of each."""
 
     pairs: list[Pair]
@@ -46,9 +46,9 @@ class ReviewedPairs:
     sources: list[str]  # "offline", a given pair, or "bootstrap"
     pair_index: list[int]  # index in D of the pair; of a bootstrapped one, of the pair that gave the prompt
 
-    def and_also(self, other: "ReviewedPairs") -> "ReviewedPairs":
+    def and_also(self, other: "TrainingSet") -> "TrainingSet":
         """Both, one after the other."""
-        return ReviewedPairs(
+        return TrainingSet(
             self.pairs + other.pairs,
             torch.cat([self.reference, other.reference]),
             torch.cat([self.margins, other.margins]),
@@ -71,14 +71,14 @@ class Rows:
         """|y|, int64 (R,)"""
         return torch.tensor([len(y) for y in self.responses], dtype=torch.int64)
 
-    def paired(self, best: Tensor, worst: Tensor, margins: Tensor, reference: Tensor) -> ReviewedPairs:
+    def paired(self, best: Tensor, worst: Tensor, margins: Tensor, reference: Tensor) -> TrainingSet:
         """Bootstrapped pairs. best, worst, margins: (P,), rows and nats; reference: (R,), of all rows."""
         pairs = []
         for w, l in zip(best.tolist(), worst.tolist()):
             pairs.append(Pair(self.prompts[w], self.responses[w], self.responses[l]))
         both = torch.stack([reference[best], reference[worst]], dim=1)  # (P, 2)
         pair_index = [self.pair_index[w] for w in best.tolist()]
-        return ReviewedPairs(pairs, both, margins, ["bootstrap"] * len(pairs), pair_index)
+        return TrainingSet(pairs, both, margins, ["bootstrap"] * len(pairs), pair_index)
 
 
 class Preferences:
@@ -90,10 +90,10 @@ class Preferences:
         pair_index = torch.arange(len(pairs)).repeat_interleave(2).tolist()  # 0, 0, 1, 1, …
         self.rows = Rows(prompts, responses, pair_index)
 
-    def subset(self, indices: Tensor, margins: Tensor, reference: Tensor) -> ReviewedPairs:
+    def subset(self, indices: Tensor, margins: Tensor, reference: Tensor) -> TrainingSet:
         """The pairs at these indices, in this order. margins: (|D|,); reference: (2|D|,)."""
         pairs = [self.pairs[i] for i in indices.tolist()]
-        return ReviewedPairs(
+        return TrainingSet(
             pairs, reference.view(-1, 2)[indices], margins[indices], ["offline"] * len(pairs), indices.tolist()
         )
 
@@ -101,7 +101,7 @@ class Preferences:
 class Review(NamedTuple):
     """What an iteration makes of D: in the first all of it, later by steps 3 to 6."""
 
-    training_set: ReviewedPairs
-    not_selected: ReviewedPairs | None = None  # the other given pairs, smallest margin first
+    training_set: TrainingSet
+    not_selected: TrainingSet | None = None  # the other given pairs, smallest margin first
     samples: Samples | None = None
     rewards: Tensor | None = None  # (R,): r̄_t of the samples that ended, in their order

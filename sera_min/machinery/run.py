@@ -22,7 +22,7 @@ from sera_min.machinery.device import autocast, check_memory, has_bfloat16, prep
 from sera_min.machinery.errors import InputError, print_replaces
 from sera_min.machinery.models import check_before_training, check_positions
 from sera_min.machinery.policies import REASON, LoRAPolicies, Policies, check_finite
-from sera_min.pairs import Ids, Pair, Review, ReviewedPairs, Samples
+from sera_min.pairs import Ids, Pair, Review, Samples, TrainingSet
 
 
 @contextmanager
@@ -68,17 +68,18 @@ class Run:
         longest = max(config.max_length, config.max_prompt_length + config.max_new_tokens)
         check_positions(policy, longest, "--max_length or --max_prompt_length + --max_new_tokens")
 
-        data.set_template(self.policies.tokenizer)
+        self.tokenizer = self.policies.tokenizer
+        data.set_template(self.tokenizer)
         if (self.state / "data.json").exists():
             self.data = folder.read_json(self.state / "data.json")
             print(f"data: as read when the run began, {len(self.data['given'])} pairs to train on")
         else:
-            self.data = data.read(config, world, self.policies.tokenizer, self.policies.eos_ids)
+            self.data = data.read(config, world, self.tokenizer, self.policies.eos_ids)
         given = [Given(*one) for one in self.data["given"]]
         held_out = [Given(*one) for one in self.data["held_out"]]
         self.given, self.held_out = preferences(given), preferences(held_out)
         self.texts = [one.text for one in given]  # the prompts as people read them
-        self.file_rows = [one.row for one in given]
+        self.offline_rows = [one.row for one in given]
         self.prompts = self.data["prompts"]  # to be answered at every evaluation
 
     def check(self) -> None:
@@ -227,35 +228,33 @@ class Run:
             rewards = review.rewards.tolist()
             folder.write_jsonl(here / "samples.jsonl", self.sample_lines(review.samples, rewards))
 
-    def pair_lines(self, chosen: ReviewedPairs) -> Iterator[dict[str, Any]]:
+    def pair_lines(self, chosen: TrainingSet) -> Iterator[dict[str, Any]]:
         """Pairs as texts; with their token ids where TRL reads others. `row` is that of the user's data."""
         margins = chosen.margins.tolist()
         for pair, margin, source, i in zip(chosen.pairs, margins, chosen.sources, chosen.pair_index):
             texts = self.pair_texts(pair)
-            line = {**texts, "margin": margin, "source": source, "row": self.file_rows[i]}
+            line = {**texts, "margin": margin, "source": source, "row": self.offline_rows[i]}
             if self.as_trl_reads(**texts) != pair:
                 line["token_ids"] = pair._asdict()
             yield line
 
     def as_trl_reads(self, prompt: str, chosen: str, rejected: str) -> Pair:
-        tokenizer = self.policies.tokenizer
-        x, w, l = tokenizer([prompt, prompt + chosen, prompt + rejected]).input_ids
-        end = [tokenizer.eos_token_id]
+        x, w, l = self.tokenizer([prompt, prompt + chosen, prompt + rejected]).input_ids
+        end = [self.tokenizer.eos_token_id]
         return Pair(x, w[len(x) :] + end, l[len(x) :] + end)
 
     def pair_texts(self, pair: Pair) -> dict[str, str]:
-        tokenizer = self.policies.tokenizer
-        ends = [tokenizer.eos_token_id]  # which TRL adds itself
-        prompt = data.decode(tokenizer, pair.prompt, ends)
+        ends = [self.tokenizer.eos_token_id]  # which TRL adds itself
+        prompt = data.decode(self.tokenizer, pair.prompt, ends)
         responses = [pair.chosen, pair.rejected]
-        chosen, rejected = data.decode_responses(tokenizer, pair.prompt, responses, ends)
+        chosen, rejected = data.decode_responses(self.tokenizer, pair.prompt, responses, ends)
         return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
     def sample_lines(self, samples: Samples, rewards: list[float]) -> Iterator[dict[str, Any]]:
         """The lines of samples.jsonl. A sample is usable if it ended and has a reward."""
         rewards_left = iter(rewards)  # those of samples that ended
         for pair, of_prompt in zip(self.given.pairs, samples):
-            prompt = data.decode(self.policies.tokenizer, pair.prompt, self.policies.eos_ids)
+            prompt = data.decode(self.tokenizer, pair.prompt, self.policies.eos_ids)
             for y, ended in of_prompt:
                 reward: float | None = next(rewards_left) if ended else None
                 if reward != reward:  # NaN
@@ -264,7 +263,7 @@ class Run:
                 yield {**line, "finish_reason": REASON[ended], "usable": reward is not None, "reward": reward}
 
     def answer_text(self, prompt: Ids, response: Ids) -> str:
-        return data.decode(self.policies.tokenizer, response, self.policies.eos_ids, after=prompt)
+        return data.decode(self.tokenizer, response, self.policies.eos_ids, after=prompt)
 
     def write_answers(self, t: int, answers: list[Ids]) -> dict[str, Any]:
         """Writes answers.jsonl, counts iteration t's pairs; in the playground the true rewards of both."""
@@ -302,7 +301,7 @@ class Run:
     def finish(self) -> None:
         """The report; the last policy becomes policy/; state/ goes, nothing is left to resume."""
         if self.wants_report:
-            prompts = dict(zip(self.file_rows, self.texts))
+            prompts = dict(zip(self.offline_rows, self.texts))
             is_flipped = self.world.is_flipped if self.config.in_playground else None
             report.write_report(self.out, prompts, is_flipped)
         spent = [f"{s:.0f} {phase}" for phase, s in self.policies.seconds.most_common()]

@@ -38,7 +38,7 @@ from sera_min.machinery.config import Config, resolve
 from sera_min.machinery.errors import InputError
 from sera_min.machinery.policies import Policies
 from sera_min.machinery.run import Run
-from sera_min.pairs import Pair, ReviewedPairs, Rows
+from sera_min.pairs import Pair, Rows, TrainingSet
 from train import SERA, main
 
 ROOT = Path(__file__).parents[2]
@@ -371,7 +371,7 @@ def trained(out, model, pairs, reference, t=1, **changed):
 
 
 def training_set_of(pairs, reference):
-    return ReviewedPairs(pairs, reference, torch.zeros(len(pairs)), ["offline"] * len(pairs), list(range(len(pairs))))
+    return TrainingSet(pairs, reference, torch.zeros(len(pairs)), ["offline"] * len(pairs), list(range(len(pairs))))
 
 
 def some_pairs(n):
@@ -1098,7 +1098,7 @@ def test_a_pair_that_trl_would_read_to_other_ids_has_them_in_its_line(tmp_path):
     samples = [[rng.randrange(3, len(tokenizer)) for _ in range(9)] + [1] for _ in range(20)]
     texts = [[*tokenizer(text, add_special_tokens=False).input_ids, 1] for text in (" the fox", " is lovely")]
     pairs = [Pair(tokenizer("Tell me:").input_ids, w, l) for w, l in [*zip(samples[::2], samples[1::2]), texts]]
-    run.file_rows = list(range(len(pairs)))
+    run.tokenizer, run.offline_rows = run.policies.tokenizer, list(range(len(pairs)))
     marked = 0
     for pair, line in zip(pairs, run.pair_lines(training_set_of(pairs, torch.zeros(len(pairs), 2)))):
         read = [[*tokenizer(line["prompt"] + line[name]).input_ids[len(pair.prompt) :], 1] for name in ("chosen", "rejected")]
