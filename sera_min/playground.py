@@ -33,6 +33,7 @@ VERBS = "is looks seems".split()
 
 SHARE_ON_TOPIC = SHARE_KIND = 0.625  # mean true reward: (2·0.625 − 1 + 2·0.625 − 1) / 2 = 0.25
 LEARNING_RATE = 3e-4  # of this world's small model
+LORA_LEARNING_RATE = 1e-3  # the best of three (experiments/lora_study.py)
 DEFAULTS = {  # of flags, in this world; 32 new tokens are five sentences of five words, the end, and room to ramble
     "max_train_pairs": 2000, "max_length": 64, "max_prompt_length": 16, "max_new_tokens": 32,
     "learning_rate": LEARNING_RATE,

@@ -37,7 +37,7 @@ class Config:
     bootstrap: float = flag(0.3, "K̃: bootstrapped pairs, as a share of the given pairs")
     loss_type: str = flag("dpo", "dpo, ipo, slic or simpo")
     beta: float = flag(None, "β: larger stays closer to π_ref (0.1; playground 1; simpo 2)")
-    learning_rate: float = flag(None, "at its peak (1e-6; playground: 3e-4; with LoRA ten times as much)")
+    learning_rate: float = flag(None, "at its peak (1e-6, with LoRA 1e-5; playground: 3e-4, with LoRA 1e-3)")
 
     model_name_or_path: str | None = flag(None, "SFT model π_ref (without one: the playground)")
     dataset_name: str | None = flag(None, "preferences D: hub name, json(l), csv, parquet, folder")
@@ -101,12 +101,14 @@ ABOVE_0 = ("beta", "learning_rate", "temperature", "top_p")
 def resolve(flags: Config) -> Resolved:
     """Every choice that was left open is made; what cannot be is an InputError."""
     values: dict[str, Any] = {"max_length": 1024, "learning_rate": 1e-6, "beta": 0.1}
+    with_lora = 1e-5
     if flags.in_playground:
         values = playground.DEFAULTS | {"beta": 1.0}
+        with_lora = playground.LORA_LEARNING_RATE
     if flags.loss_type == "simpo":
         values["beta"] = 2.0
     if flags.use_peft:
-        values["learning_rate"] *= 10
+        values["learning_rate"] = with_lora
     values["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     if (flags.device or values["device"]) == "cpu":
         values["max_tokens"] = 16384

@@ -204,7 +204,7 @@ def test_lora_in_the_playground(world, sft, tmp_path):
     out = tmp_path / "run"
     main(small(out, use_peft=True, iterations=1), world)
     weights, before = load_file(out / "policy/model.safetensors"), sft[0].state_dict()
-    assert weights.keys() == before.keys() and resolve(small(out, use_peft=True)).learning_rate == pytest.approx(3e-3)
+    assert weights.keys() == before.keys() and resolve(small(out, use_peft=True)).learning_rate == 1e-3
     changed = {name for name in weights if not torch.equal(weights[name], before[name])}
     assert changed == {name for name in weights if "_proj" in name}
     assert (out / "adapter/adapter_model.safetensors").exists()
