@@ -34,7 +34,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     if torch.cuda.is_available():
         device = "cuda"
     parser.add_argument("--policy", required=True, help="folder of a model and its tokenizer")
-    parser.add_argument("--prompt_file", required=True, help="rows of instruction or prompt")
+    parser.add_argument("--prompt_file", required=True, help="rows of instruction, question or prompt")
     parser.add_argument("--output", type=at_home, default="answers.json", help="answers.json unless given")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="of an answer (512)")
     parser.add_argument("--max_prompt_length", type=int, default=512, help="a longer one loses its beginning (512)")

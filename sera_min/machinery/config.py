@@ -252,6 +252,6 @@ def command_line(main: Callable[[Config], Any], description: str | None, argumen
     except KeyboardInterrupt:
         saved = "nothing is saved yet"
         if (out / "config.json").exists():
-            saved = f"to go on: --resume_from_checkpoint {out}"
+            saved = f"to go on: the same program with --resume_from_checkpoint {out}"
         print(f"interrupted; {saved}", file=sys.stderr)
         sys.exit(130)

@@ -147,7 +147,7 @@ def check_positions(policy: Any, longest: int, flags: str) -> None:
     config = policy.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or math.inf
     if longest > positions:
-        raise InputError(f"{flags} is {longest}: the model has {positions} positions")
+        raise InputError(f"{flags} is {longest}: the model has {positions} positions, so give a smaller one")
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     if rope.get("rope_type") != "longrope":
         return
