@@ -36,9 +36,8 @@ GEMMA = (  # one BOS; trims; a turn ends with a token that is not the tokenizer'
 )
 TURN_TOKENS = {CHATML: ["<|im_start|>", "<|im_end|>"], GEMMA: ["<start_of_turn>", "<end_of_turn>"]}
 FAMILIES = {
-    "llama": {}, "mistral": {}, "qwen2": {}, "qwen3": {"head_dim": 8}, "gemma": {"head_dim": 8},
-    "gemma2": {"head_dim": 8, "final_logit_softcapping": 2.0}, "cohere": {"logit_scale": 0.3},
-    "granite": {"logits_scaling": 3.0}, "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "llama": {}, "qwen3": {"head_dim": 8}, "gemma2": {"head_dim": 8, "final_logit_softcapping": 2.0},
+    "cohere": {"logit_scale": 0.3}, "granite": {"logits_scaling": 3.0}, "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64},
     "gpt_neox": {}, "opt": {"ffn_dim": 24, "word_embed_proj_dim": 12}, "phi": {},
     "lfm2": {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8},
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""A dozen architectures of every kind: scored, trained and sampled right, or refused. All: experiments/families.py."""
+"""Architectures of every kind: scored, trained and sampled right, or refused. All: experiments/families.py."""
 
 import sys
 from pathlib import Path
@@ -10,11 +10,9 @@ from sera_min import bootstrap
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 import families
 
-RIGHT = ["mamba", "falcon_h1", "lfm2", "qwen3_next", "jamba", "llama4_text", "modernbert-decoder", "gemma3", "hrm_text"]
+RIGHT = ["mamba", "falcon_h1", "qwen3_next", "llama4_text", "modernbert-decoder", "gemma3"]
 REFUSED = {
     "rwkv": "as it is sampled differs from its logits'",  # no padding on the left
-    "minimax": "as it is sampled differs from its logits'",
-    "recurrent_gemma": "as it is sampled differs from its logits'",
     "bert": "differs from its logits'",  # it looks to the right
 }
 
