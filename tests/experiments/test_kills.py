@@ -11,7 +11,8 @@ def test_killed_at_random_moments_it_ends_alike(sft, monkeypatch, capsys):
     import kills  # it sets a lock for tqdm's bars: not before other tests
 
     monkeypatch.setattr(kills.playground, "make_sft_policy", lambda *_, **__: sft)
-    smaller = ["--max_train_pairs", "24", "--max_new_tokens", "12"]  # four steps an iteration
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # which the forks would draw with
+    smaller = ["--max_train_pairs", "24", "--max_new_tokens", "12", "--iterations", "2"]  # four steps an iteration
     monkeypatch.setattr(kills, "FLAGS", [*kills.FLAGS, *smaller])
     monkeypatch.setattr(sys, "argv", ["kills.py", "--runs", "1"])
     kills.main()

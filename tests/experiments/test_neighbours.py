@@ -287,7 +287,7 @@ def test_a_small_run(method, small_world, monkeypatch):
 
 
 def test_quick_makes_the_tables_and_writes_nothing(small_world, monkeypatch, capsys):
-    """Two methods from end to end: one of claims.py, and one of these, beside each other."""
+    """Two methods from end to end: one of claims.py, and one of these, beside each other. Each is run once."""
     put_back_what_a_quick_run_changes(monkeypatch)
     monkeypatch.setattr(
         claims, "sft", lambda path, seed: shutil.copytree(small_world / "sft-0", path, dirs_exist_ok=True)
@@ -299,8 +299,18 @@ def test_quick_makes_the_tables_and_writes_nothing(small_world, monkeypatch, cap
         claims.EVERY.update(max_train_pairs=16, steps_per_iteration=1)
         claims.GRID["dpo"] = ([1.0], [1e-3])
 
+    made, runs_of_one_base = {}, neighbours.runs_of_one_base
+
+    def once(work, runs):
+        """A method's first run stands for its others, which have other labels and prompts."""
+        [method] = {spec.get("neighbour") for spec in runs.values()}
+        if method not in made:
+            [made[method]] = runs_of_one_base(work, runs).values()
+        return dict.fromkeys(runs, made[method])
+
     monkeypatch.setattr(claims, "make_quick", smaller)
     monkeypatch.setattr(claims, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(neighbours, "runs_of_one_base", once)
     monkeypatch.setattr(neighbours, "OF_CLAIMS", ("plain training",))
     monkeypatch.setattr(neighbours, "NEIGHBOURS", {"SPIN": neighbours.NEIGHBOURS["SPIN"]})
     monkeypatch.setattr(sys, "argv", ["neighbours.py", "--quick"])

@@ -150,7 +150,8 @@ def test_the_report_has_the_table_five_answers_every_review_and_the_figures(ende
     assert all((ended / name).read_bytes()[1:4] == b"PNG" for name in ("review.png", "curves.png"))
 
 
-def test_the_most_distrusted_and_trusted_pairs_are_shown_with_their_rows(ended):
+def test_the_most_distrusted_and_trusted_pairs_are_shown_with_their_rows(ended, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # slow, and not what is tested here
     report.write_report(ended, {row: f"user: {row}?" for row in ROWS}, is_flipped)
     text = (ended / "report.md").read_text().split("\n## The review of iteration ")[1]
     given_pairs, sampled = text.split("Pairs of its own samples:")
