@@ -36,4 +36,4 @@ def sft():
     """The playground's SFT policy after two seconds of training, and its tokenizer. Runs take a copy."""
     from sera_min import playground
 
-    return playground.make_sft_policy(0, "cpu", steps=60, batch=16)
+    return playground.make_sft_policy(0, "cpu", steps=100, batch=16)

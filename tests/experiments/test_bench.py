@@ -72,7 +72,7 @@ def test_a_row_that_is_copied_wrongly_is_seen():
 
 @pytest.fixture
 def tiny(monkeypatch):
-    for name, value in {"DEVICE": "cpu", "PAIRS": 8, "PROMPT": 12, "RESPONSE": 10, "MAX_TOKENS": 256}.items():
+    for name, value in {"DEVICE": "cpu", "PAIRS": 8, "PROMPT": 12, "RESPONSE": 10, "MAX_TOKENS": 512}.items():
         monkeypatch.setattr(bench, name, value)
     monkeypatch.setitem(bench.SHAPES, "small", (32, 64, 2, 2, 2, 120))
 

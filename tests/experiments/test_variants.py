@@ -163,15 +163,15 @@ def test_resume_knows_the_variant(world, tmp_path):
     out = tmp_path / "run"
     begun = replace(quickly("length_free"), review=stops)
     with pytest.raises(Stop):
-        train.main(flags_of(world, out), begun)
+        train.main(flags_of(world, out, iterations=2), begun)
     resumed = Config(resume_from_checkpoint=str(out))
     how = f"python experiments/variants.py length_free --resume_from_checkpoint {out}"
     for wrong in (train.SERA, variants.make_variant("random_pairs")):
         with pytest.raises(InputError, match=re.escape(how)):
             train.main(resumed, wrong)
     train.main(resumed, quickly("length_free"))
-    train.main(flags_of(world, tmp_path / "whole"), quickly("length_free"))
-    for file in ("iteration-3/pairs.jsonl", "policy/model.safetensors"):
+    train.main(flags_of(world, tmp_path / "whole", iterations=2), quickly("length_free"))
+    for file in ("iteration-2/pairs.jsonl", "policy/model.safetensors"):
         assert (out / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
 
 

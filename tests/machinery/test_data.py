@@ -313,7 +313,7 @@ columns = st.sampled_from([  # as often those of pairs that are read
 FAST, CHAT = bpe_tokenizer(), bpe_tokenizer(CHATML)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(columns, json_values))
 def test_any_row_is_a_pair_a_counted_drop_or_our_error(row):
     try:
@@ -377,12 +377,12 @@ raw = st.text(max_size=30).map(lambda text: json.dumps({"prompt": text, "chosen"
 halved = st.tuples(jsonl, st.floats(0, 1)).map(lambda both: both[0][: int(both[1] * len(both[0]))])
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=125, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.one_of(jsonl, deep, long, halved, st.binary(max_size=60), raw.map(lambda text: text.encode("utf-8", "replace"))),
        st.sampled_from(["json", "jsonl", "parquet"]))  # fmt: skip
-def test_any_file_is_pairs_counted_drops_or_our_error(tmp_path_factory, content, suffix):
+def test_any_file_is_pairs_counted_drops_or_our_error(tmp_path, content, suffix):
     """Any bytes under a data set's name: every row a pair or a counted drop, or one line that names the file."""
-    file = tmp_path_factory.mktemp("any") / f"d.{suffix}"
+    file = tmp_path / f"d.{suffix}"
     file.write_bytes(content)
     try:
         rows = read_rows(str(file), "train")

@@ -114,7 +114,7 @@ def test_the_table_is_what_the_metrics_say(run):
 
 def test_evaluation_pairs_have_no_wrong_label(world, tmp_path):
     """Trained on labels that are all flipped, the policy is wrong about pairs that are rightly labelled."""
-    final = run_in(world, config_of(tmp_path / "run", label_noise=1.0, iterations=1, epochs_per_iteration=6))
+    final = run_in(world, config_of(tmp_path / "run", label_noise=1.0, iterations=1, epochs_per_iteration=6, max_new_tokens=5))
     assert final["data/label_accuracy"] == 0.0
     assert final["eval_rewards/accuracies"] < 0.4 and final["eval_rewards/margins"] < 0
 
@@ -169,7 +169,7 @@ def test_the_playground_is_that_of_the_flags(world, tmp_path):
     watched = SimpleNamespace(**{**vars(world), "preferences": preferences, "make_sft_policy": make_sft_policy})
     texts = []
     for seed in (3, 4):
-        flags = {"iterations": 1, "label_noise": 0.0, "eval_split": "validation", "max_train_pairs": 64}
+        flags = {"iterations": 1, "label_noise": 0.0, "eval_split": "validation", "max_train_pairs": 64, "max_new_tokens": 5}
         run_in(watched, config_of(tmp_path / str(seed), seed=seed, **flags))
         pairs = read(tmp_path / str(seed) / "iteration-1" / "pairs.jsonl")
         assert share_right(pairs) == 1

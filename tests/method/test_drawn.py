@@ -93,11 +93,11 @@ def test_samples_end_or_are_as_long_as_asked_for(standing, tmp_path, monkeypatch
 def test_samples_differ_between_iterations_and_seeds_and_are_a_function_of_these(standing, tmp_path, monkeypatch):
     """The policy stands still: whatever differs was drawn anew."""
     Drawn(monkeypatch)
-    runs = {"a": {}, "b": {}, "seed": {"seed": 1}, "order": {"per_device_train_batch_size": 7, "epochs_per_iteration": 2}}
+    runs = {"a": {}, "seed": {"seed": 1}, "order": {"per_device_train_batch_size": 20, "epochs_per_iteration": 2}}
     for name, changed in runs.items():
         train.main(config_of(standing, tmp_path / name, iterations=3, **changed))
     drawn = {(name, t): samples_of(tmp_path / name, t) for name in runs for t in (2, 3)}
-    assert drawn["a", 2] == drawn["b", 2] == drawn["order", 2] and drawn["a", 3] == drawn["b", 3] == drawn["order", 3]
+    assert drawn["a", 2] == drawn["order", 2] and drawn["a", 3] == drawn["order", 3]
     different = [drawn["a", 2], drawn["a", 3], drawn["seed", 2], drawn["seed", 3]]
     for i, one in enumerate(different):
         for other in different[:i]:
