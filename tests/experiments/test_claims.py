@@ -240,7 +240,7 @@ def test_quick_and_smaller(sft, tmp_path, monkeypatch, capsys):
     put_back_what_a_quick_run_changes(monkeypatch)
     few, make_quick = ("plain training", "SeRA"), claims.make_quick
     methods = {name: claims.METHODS[name] for name in few}
-    no_remedy = dict.fromkeys(claims.REMEDIES, {})  # their rows are SeRA's: two runs fewer
+    no_remedy = {name: {} for name in claims.REMEDIES}  # their rows are SeRA's: two runs fewer
     changed = {"SEEDS": [0], "LONG": 3, "IN_FIGURE": {"SeRA": ("black", "o")}, "REMEDIES": no_remedy}
     for name, value in {**changed, "methods_of": lambda part: methods if part == "main" else {}}.items():
         monkeypatch.setattr(claims, name, value)
