@@ -13,6 +13,18 @@ gc.disable()  # while everything is imported, where a collection of garbage find
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 
 
+APART = {"test_bench", "test_drawn", "test_families", "test_oracle", "test_pause", "test_variants"}
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """A file is on one core, where what its tests share is made once. The tests of APART share next to nothing: they come
+    last, each on the core that is free."""
+    for item in items:
+        if item.path.stem not in APART:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 def pytest_collection_finish():
     """What is imported by now stays: a collection of garbage need not look at it, which takes half a second each time."""
     gc.freeze()

@@ -80,7 +80,7 @@ def tiny(monkeypatch):
 @pytest.mark.parametrize("options", [bench.FAIR, bench.SHIPPED], ids=["fair", "shipped"])
 def test_trl_s_trainer_and_ours_take_the_same_steps(tiny, monkeypatch, options):
     monkeypatch.setattr(bench, "LEARNING_RATE", 1e-3)
-    got = bench.side_by_side("small", options, 4, 1, 5, "")
+    got = bench.side_by_side("small", options, 4, 1, 3, "")
     assert got["loss difference"] < 1e-4 and got["rate"].keys() == {"ours", "TRL"}
 
 

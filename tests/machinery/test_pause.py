@@ -139,6 +139,7 @@ def test_what_another_program_wrote_is_checked(flags):
 
 
 def test_a_run_that_waits_may_draw_its_samples_after_all(flags, tmp_path):
+    flags = replace(flags, iterations=2)
     paused_once(flags)
     command_line(train.main, None, ["--resume_from_checkpoint", flags.output_dir, "--pause_before_sampling", "false"])
     final = read(Path(flags.output_dir) / "metrics.jsonl")[-1]

@@ -241,7 +241,7 @@ def test_a_pair_names_the_row_that_it_is_from(model_dir, tmp_path):
 
 def test_a_model_and_data_of_one_s_own(model_dir, preferences, tmp_path, capsys):
     out = tmp_path / "run"
-    final = main(real(model_dir, preferences, out))
+    final = main(real(model_dir, preferences, out, iterations=2))
     printed = capsys.readouterr().out
     assert "21 read, 20 kept" in printed and "1 dropped: chosen equals rejected" in printed
     assert final["eval_rewards/accuracies"] > 0.5 and not any(key.startswith("gold") for key in final)

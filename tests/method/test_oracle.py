@@ -1,7 +1,7 @@
 """Whole runs against naive_sera.py: the same rewards, pairs, losses and weights, whatever the flags.
 
 The naive run is given what was drawn (the order of pairs, the samples): the rule by which these are drawn is tested in
-test_drawn.py. Variants have their runs in tests/experiments/test_variants.py.
+test_drawn.py. Variants have their runs in tests/experiments/test_variants.py, one of them with SLiC's loss.
 """
 
 import os
@@ -29,7 +29,6 @@ SCENARIOS = {  # name: what it changes of PLAIN, and of what must change nothing
     "dpo, label smoothing, four epochs of three steps": (
         {"label_smoothing": 0.1, "epochs_per_iteration": 4, "iterations": 2}, {}),
     "ipo, unequal micro-batches": ({"loss_type": "ipo", "beta": 0.2}, {"max_tokens": 40}),
-    "slic": ({"loss_type": "slic"}, {}),
     "simpo, many samples": ({"loss_type": "simpo", "beta": 2.0, "samples_per_prompt": 6, "keep": 0.5}, {"max_tokens": 60}),
     "plain dpo": ({"keep": 1.0, "bootstrap": 0.0}, {}),
 }  # fmt: skip
