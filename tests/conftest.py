@@ -13,16 +13,15 @@ gc.disable()  # while everything is imported, where a collection of garbage find
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 
 
-APART = {"test_bench", "test_drawn", "test_families", "test_oracle", "test_pause", "test_variants"}
+LONGEST = """test_run test_with_trl test_neighbours test_oracle test_variants test_claims test_reported test_drawn
+    test_pause test_families test_bootstrap test_bench test_logprobs test_data test_kills""".split()
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """A file is on one core, where what its tests share is made once. The tests of APART share next to nothing: they come
-    last, each on the core that is free."""
-    for item in items:
-        if item.path.stem not in APART:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+    """On several cores the files that take longest begin first, and the short ones fill up the end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        places = {name: place for place, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: places.get(item.path.stem, len(LONGEST)))
 
 
 def pytest_collection_finish():
