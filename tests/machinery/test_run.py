@@ -522,6 +522,19 @@ def test_what_a_model_or_a_tokenizer_raises_is_one_line(tmp_path):
         held.draw(0, [[5]], 2, seed=0)
 
 
+def test_what_is_evaluated_are_the_answers_of_the_policy_itself():
+    policies = SimpleNamespace(
+        sample=lambda i, prompts, n, seed: [[([7 + i, 1], True)] for _ in prompts],
+        log_prob=lambda i, rows: torch.tensor([float(10 * i + y[0]) for y in rows.responses]),
+    )
+    run = SimpleNamespace(
+        policies=policies, held_out=SimpleNamespace(pairs=[]), prompts=[[5], [6]],
+        judge=lambda t, answers: {"t": t, "answers": answers},
+    )  # fmt: skip
+    metrics = train.evaluate(2, run, resolve(Config(device="cpu")))
+    assert metrics == {"kl": 20.0, "t": 2, "answers": [[9, 1], [9, 1]]}
+
+
 # A run that is stopped, and goes on
 
 
