@@ -5,7 +5,7 @@
     python experiments/lora_study.py precision --model DIR --data FILE
 
 playground: both at several learning rates, two tuning seeds each, on validation prompts; then, each at its best, five
-other seeds on test prompts. real: each run is a process of its own. precision: margins of 64 pairs after four steps
+other seeds on test prompts. real: each run is a process of its own. precision: margins of 32 pairs after four steps
 that were taken in float32, computed with the frozen weights in bfloat16; see `precision`.
 Writes experiments/results/lora.json, in which what is there is not run again, and lora.md.
 """
@@ -201,7 +201,7 @@ def margins_of(policy, pairs: list[Pair], before: Tensor | None, autocast: bool)
 
 
 def precision(results: dict, model: str, data: str) -> None:
-    """Noise and rank correlation, against float32, of the margins after four steps of 16 pairs.
+    """Noise and rank correlation, against float32, of the margins after four steps of 8 pairs.
 
     Three ways to compute them under autocast, beside frozen weights in bfloat16: with our float32 sum; with the sum
     rounded to bfloat16; and with the matrices merged into the weights, rounded to bfloat16.
@@ -210,13 +210,13 @@ def precision(results: dict, model: str, data: str) -> None:
     with torch.no_grad():
         for p in policy.parameters():
             p.copy_(p.bfloat16())  # as published
-    limits = {"eos_ids": models.eos_ids_of(policy, tokenizer), "max_length": 256, "max_prompt_length": 128}
-    pairs, _ = encode(read_rows(data, "train", 80), tokenizer, name=data, **limits)
-    pairs = pairs[:64]
+    limits = {"eos_ids": models.eos_ids_of(policy, tokenizer), "max_length": 128, "max_prompt_length": 64}
+    pairs, _ = encode(read_rows(data, "train", 40), tokenizer, name=data, **limits)
+    pairs = pairs[:32]
     lora.add_lora(policy, 16, 32)
     start = {name: matrix.clone() for name, matrix in lora.lora_state(policy).items()}
     reference = {exact: margins_of(policy, pairs, None, not exact) for exact in (True, False)}
-    for rate in (1e-5, 3e-5, 1e-4):
+    for rate in (1e-5, 1e-4):
         lora.load_lora(policy, start)
         four_steps(policy, pairs, reference[True], rate)
         got = {"float32": margins_of(policy, pairs, reference[True], False)}
@@ -253,7 +253,7 @@ def four_steps(policy, pairs: list[Pair], reference: Tensor, rate: float) -> Non
     weights = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
     for step in range(4):
-        batch = slice(16 * step, 16 * step + 16)
+        batch = slice(8 * step, 8 * step + 8)
         train.train_step(policy, optimizer, pairs[batch], reference.view(-1, 2)[batch], config, train.SERA)
 
 
