@@ -529,7 +529,7 @@ def test_what_is_evaluated_are_the_answers_of_the_policy_itself():
     )
     run = SimpleNamespace(
         policies=policies, held_out=SimpleNamespace(pairs=[]), prompts=[[5], [6]],
-        judge=lambda t, answers: {"t": t, "answers": answers},
+        write_answers=lambda t, answers: {"t": t, "answers": answers},
     )  # fmt: skip
     metrics = train.evaluate(2, run, resolve(Config(device="cpu")))
     assert metrics == {"kl": 20.0, "t": 2, "answers": [[9, 1], [9, 1]]}
