@@ -2,8 +2,8 @@
 
     y = W x + (α/r) · B A x       W (out, in) frozen;  A (r, in) random;  B (out, r), zero at first
 
-With B = 0 the model is the reference, bit for bit. So all policies of a run are one model with other
-As and Bs, which are megabytes: a review loads nothing.
+With B = 0 the change is 0, and this model is the reference. So all policies of a run are one model
+with other As and Bs, which are megabytes: a review loads nothing.
 
 The sum is float32, whatever the type of W x. bfloat16 has 8 significant bits: as long as B A x is
 much smaller than W x, a sum rounded to it is W x again, and the policy the reference.
@@ -49,8 +49,11 @@ def add_lora(model, r: int, alpha: float, target_modules: list[str] | None = Non
 
     target_modules: the last names of the layers, as "q_proj"; None: all but the head. The same seed
     gives the same A on any device. If the weights are bfloat16, call the model under torch.autocast.
-    Raises ValueError where a name is that of no such layer, and for a layer that shares its weights.
+    Raises ValueError where a name is that of no such layer, for a layer that shares its weights, and
+    for a model that has LoRA already.
     """
+    if lora_parts(model):
+        raise ValueError("the model has LoRA already")
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     layers = linear_layers(model)
@@ -89,7 +92,10 @@ def load_lora(model, state: dict[str, Tensor] | None) -> None:
 
 @torch.no_grad()
 def merge_lora(model) -> None:
-    """W + (α/r)·B A, float32 or wider, takes the place of W; A and B are gone, and all weights can be trained."""
+    """W + (α/r)·B A, float32 or wider, takes the place of W; A and B are gone, and all weights can be trained.
+
+    Of a model in bfloat16 call .float() first: the other weights keep their type.
+    """
     for name, part in lora_parts(model).items():
         weight = weight_of(part.layer) + part.scale * part.B @ part.A  # (out, in)
         if is_transposed(part.layer):
@@ -125,7 +131,8 @@ def called(layers: dict[str, nn.Module], targets: list[str]) -> dict[str, nn.Mod
     for target in targets:
         fitting = {name: layer for name, layer in layers.items() if f".{name}".endswith(f".{target}")}
         if not fitting:
-            raise ValueError(f"no linear layer but perhaps the head is called {target!r}")
+            names = ", ".join(sorted({name.rpartition(".")[2] for name in layers}))
+            raise ValueError(f"no layer is called {target!r}; there are {names}, and the head cannot have LoRA")
         found |= fitting
     return found
 

@@ -30,6 +30,8 @@ def adapter_settings(path: str | Path) -> dict[str, Any]:
 
 def check_plain(settings: dict[str, Any]) -> None:
     """Raises InputError where the settings ask for more than W + (α/r)·B A."""
+    if not settings.get("base_model_name_or_path"):
+        raise InputError("an adapter that names no base")
     more = {name for name, value in settings.items() if value and name not in READ}
     for name, values in PLAIN.items():
         if settings.get(name, values[0]) not in values:
@@ -41,6 +43,8 @@ def check_plain(settings: dict[str, Any]) -> None:
 
 def merge_adapter(base: Any, path: str | Path, settings: dict[str, Any]) -> None:
     """The base becomes the model that the adapter makes of it."""
+    if Path(path).is_dir() and not (Path(path) / MATRICES).exists():
+        raise InputError(f"it holds no {MATRICES}: only safetensors are read")
     state = load_file(str(cached_file(path, MATRICES)))
     layers = [name.split(".lora_")[0].removeprefix("base_model.model.") for name in state]
     add_lora(base, settings["r"], settings["lora_alpha"], layers)
@@ -50,7 +54,6 @@ def merge_adapter(base: Any, path: str | Path, settings: dict[str, Any]) -> None
 
 def write_adapter(folder: Path, policy: Any, base: str | Path, alpha: int) -> None:
     parts = lora_parts(policy)
-    layers = {name.rpartition(".")[2] for name in parts}
     first = next(iter(parts.values()))
     settings = {
         "peft_type": "LORA",
@@ -58,7 +61,7 @@ def write_adapter(folder: Path, policy: Any, base: str | Path, alpha: int) -> No
         "base_model_name_or_path": str(base),
         "r": len(first.A),
         "lora_alpha": alpha,
-        "target_modules": sorted(layers),
+        "target_modules": list(parts),
         "fan_in_fan_out": is_transposed(first.layer),
         "inference_mode": True,
     }

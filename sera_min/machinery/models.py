@@ -19,7 +19,7 @@ from sera_min.bootstrap import sample_responses
 from sera_min.logprobs import plain_logprob, sequence_logprobs
 from sera_min.machinery.adapters import adapter_settings, check_plain, merge_adapter
 from sera_min.machinery.device import uncompiled
-from sera_min.machinery.errors import InputError, one_line
+from sera_min.machinery.errors import InputError, in_one_line, one_line
 from sera_min.machinery.folder import at_home, is_lfs_pointer, is_path, make_readable
 from sera_min.pairs import Ids, Pair, rows_of
 
@@ -40,7 +40,10 @@ def load(path: str | Path, device: str) -> tuple[Any, Any]:
     try:
         policy, tokenizer = read_model(path)
     except Exception as error:  # files that are missing, broken, or need another package
-        raise InputError(f"{path}: {one_line(error)}") from None
+        where = path
+        if not Path(path).exists():
+            where = f"{path}: no such folder here; on the hub"
+        raise InputError(f"{where}: {one_line(error)}") from None
     policy.to(device)
     remove_noise(policy)
     return policy, tokenizer
@@ -51,7 +54,9 @@ def read_model(path: str | Path) -> tuple[Any, Any]:
     adapter = adapter_settings(path)
     if adapter:
         check_plain(adapter)
-        policy, tokenizer = read_model(adapter["base_model_name_or_path"])
+        base = adapter["base_model_name_or_path"]
+        with in_one_line(f"its base {base}"):
+            policy, tokenizer = read_model(str(base))
         merge_adapter(policy, path, adapter)
         if cached_file(path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False):
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)

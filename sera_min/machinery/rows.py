@@ -90,7 +90,7 @@ def read_folder(folder: Path, split: str, config: str | None) -> list[Any]:
             seen = shutil.copytree(seen, Path(place).resolve() / "links", copy_function=os.symlink)
         files = datasets.load_dataset_builder(str(seen), config).config.data_files
     if split not in files:
-        raise ValueError(f"its splits are {', '.join(files)}")
+        raise ValueError(f"its splits are {', '.join(map(str, files))}")
     rows = []
     for file in files[split]:
         path = folder / Path(file).relative_to(seen)
@@ -201,7 +201,7 @@ def prompt_and_answer(prompt: str | Messages | None, answer: Any, row: dict) -> 
     if dialogue[-1]["role"] != "assistant":
         raise Unusable("a dialogue ends without an answer")
     if len(dialogue) < 2:
-        raise InputError(": expected a dialogue that ends with the assistant's turn")
+        raise InputError(": nothing stands before the answer: expected a 'prompt' beside it, or a dialogue")
     if not prompt and len(dialogue) > 2 and dialogue[-2]["role"] == "assistant":
         raise Unusable("two turns of the assistant follow each other")
     return dialogue[:-1], dialogue[-1]

@@ -262,7 +262,7 @@ BAD = {
     "role": ({"prompt": [{"role": "bot", "content": "x"}], "chosen": "b", "rejected": "c"}, "'prompt', message 0: expected a role"),
     "content": ({"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}, "message 0: 'content' is missing or null"),
     "empty dialogue": ({"chosen": [], "rejected": []}, "'chosen' is empty: expected messages"),
-    "one message": ({"chosen": [turn(A, "a")], "rejected": [turn(A, "b")]}, "'chosen': expected a dialogue that ends"),
+    "one message": ({"chosen": [turn(A, "a")], "rejected": [turn(A, "b")]}, "'chosen': nothing stands before the answer: expected"),
     "instruction": ({"instruction": 3, "chosen": "b", "rejected": "c"}, "row 1: 'instruction' is of type int"),
 }  # fmt: skip
 

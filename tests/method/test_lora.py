@@ -180,6 +180,12 @@ def test_a_model_without_linear_layers_is_refused():
         add_lora(model, R, ALPHA)
 
 
+def test_a_model_that_has_lora_is_refused():
+    _, model, _ = with_lora()
+    with pytest.raises(ValueError, match="has LoRA already"):
+        add_lora(model, R, ALPHA)
+
+
 def test_layers_that_share_their_weights_are_refused():
     model = tiny_model()
     model.model.layers[1].mlp = model.model.layers[0].mlp
