@@ -7,7 +7,8 @@ Sampling, flattening and pairing are three functions, so samples may come from a
 that was cut off by the length limit is never paired. Do not append an end of sequence to it: the
 model never wrote one there, so the log-probability of that token says nothing about the response.
 
-Copy this file alone: it needs torch and tqdm, and a causal language model of transformers.
+Copy this file alone: it needs torch and tqdm, and a causal language model of transformers. (A copy of
+select.py needs another name, see there; mypy --strict wants a type for `model`.)
 From sera_min 0.1.0, Apache-2.0; SeRA, arXiv:2410.09362.
 """
 
@@ -133,8 +134,9 @@ def sample_responses(
     from softmax(logits / temperature), cut to the likeliest ones that reach top_p together; the
     model's generation_config has no say. Prompts of similar length are sampled together, with at
     most `max_tokens` tokens in the key-value cache (None: CACHE_TOKENS). The same seed, batch size
-    and machine give the same samples; random generators are left as they were. Raises ValueError for
-    an empty prompt and numbers that make no sense, FloatingPointError for probabilities of NaN.
+    and machine give the same samples; random generators are left as they were. Where pad and end are
+    one token, transformers may warn of right padding: there is none. Raises ValueError for an empty
+    prompt and numbers that make no sense, FloatingPointError for probabilities of NaN.
     """
     check_sampling(prompts, n, max_new_tokens, temperature, top_p, eos_token_id, pad_token_id)
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)

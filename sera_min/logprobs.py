@@ -6,7 +6,8 @@
 r is DPO's implicit reward (arXiv:2305.18290, eq. 5) without the factor β, and without a term that
 depends on x alone and cancels in the difference of two responses to x.
 
-Copy this file alone: it needs torch and tqdm, and a causal language model of transformers.
+Copy this file alone: it needs torch and tqdm, and a causal language model of transformers. (A copy of
+select.py needs another name, see there; mypy --strict wants a type for `model`.)
 From sera_min 0.1.0, Apache-2.0; SeRA, arXiv:2410.09362.
 """
 

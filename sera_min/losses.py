@@ -8,7 +8,7 @@ losses, and the values are TRL's.
 
 β is above 0, and label_smoothing a share, not per cent: nothing here checks it.
 
-Copy this file alone: it needs torch.
+Copy this file alone: it needs torch. (A copy of select.py needs another name, see there.)
 From sera_min 0.1.0, Apache-2.0; SeRA, arXiv:2410.09362.
 """
 
