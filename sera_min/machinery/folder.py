@@ -30,6 +30,7 @@ def writing(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(beside, ignore_errors=True)  # a folder that a kill has left
         yield beside
         beside.replace(path)
     except Exception as error:  # safetensors and torch raise their own kinds

@@ -95,6 +95,9 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path, monkeypatch):
     checkpoint = torch.load(state / "checkpoint-2.pt", weights_only=True)
     assert checkpoint["step"] == 1 and all(name.endswith((".A", ".B")) for name in checkpoint["policy"])
     assert len(checkpoint["optimizer"]["state"]) == len(checkpoint["policy"]) == 2 * 7
+    for left in (state / ".policy-2", out / ".adapter", out / ".policy"):  # by a kill in the midst of writing
+        left.mkdir()
+        (left / "adapter_config.json").write_text("{")
     main(Config(resume_from_checkpoint=str(out)))
     for name in ("policy/model.safetensors", "adapter/adapter_model.safetensors", "metrics.jsonl", "iteration-2/pairs.jsonl"):
         assert (out / name).read_bytes() == (here / "whole" / name).read_bytes(), name
