@@ -191,11 +191,11 @@ class Rounded(lora.LoRA):
         return together.bfloat16()
 
 
-def margins_of(policy, pairs: list[Pair], before: Tensor | None, autocast: bool) -> Tensor:
+def log_ratios(policy, pairs: list[Pair], before: Tensor | None, autocast: bool) -> Tensor:
     prompts, responses = rows_of(pairs)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         logps, _ = score(policy, prompts, responses, max_tokens=4096)
-    if before is not None:
+    if before is not None:  # those of the reference
         logps = logps - before
     return logps
 
@@ -215,15 +215,15 @@ def precision(results: dict, model: str, data: str) -> None:
     pairs = pairs[:32]
     lora.add_lora(policy, 16, 32)
     start = {name: matrix.clone() for name, matrix in lora.lora_state(policy).items()}
-    reference = {exact: margins_of(policy, pairs, None, not exact) for exact in (True, False)}
+    reference = {exact: log_ratios(policy, pairs, None, not exact) for exact in (True, False)}
     for rate in (1e-5, 1e-4):
         lora.load_lora(policy, start)
         four_steps(policy, pairs, reference[True], rate)
-        got = {"float32": margins_of(policy, pairs, reference[True], False)}
-        got["float32 sum"] = margins_of(policy, pairs, reference[False], True)
+        got = {"float32": log_ratios(policy, pairs, reference[True], False)}
+        got["float32 sum"] = log_ratios(policy, pairs, reference[False], True)
         for part in lora.lora_parts(policy).values():
             part.__class__ = Rounded
-        got["rounded sum"] = margins_of(policy, pairs, reference[False], True)
+        got["rounded sum"] = log_ratios(policy, pairs, reference[False], True)
         for part in lora.lora_parts(policy).values():
             part.__class__ = lora.LoRA
         trained = {name: matrix.clone() for name, matrix in lora.lora_state(policy).items()}
@@ -233,7 +233,7 @@ def precision(results: dict, model: str, data: str) -> None:
                 change = part.scale * part.B @ part.A
                 part.layer.weight.data = (part.layer.weight.data + change).bfloat16().float()
         lora.load_lora(policy, None)
-        got["merged, rounded"] = margins_of(policy, pairs, reference[False], True)
+        got["merged, rounded"] = log_ratios(policy, pairs, reference[False], True)
         for name, layer in lora.linear_layers(policy).items():
             layer.weight.data = weights[name]
         lora.load_lora(policy, trained)
