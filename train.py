@@ -300,6 +300,7 @@ class Variant:
     pair_losses: Callable[..., tuple[Tensor, Tensor]] = pair_losses
     review: Callable[..., Review] = review
     batches_of: Callable[..., list[list[int]]] = batches_of
+    evaluate: Callable[..., dict[str, Any]] = evaluate
     world: Any = playground  # where prompts, pairs and π_ref come from if the user gives none
     report: bool = True  # whether report.md and figures are written
 
@@ -319,7 +320,7 @@ def main(flags: Config, variant: Variant = SERA) -> dict[str, Any]:
                 run.write_review(t, reviewed)  # pairs.jsonl and others, to be read by people
                 train(t, reviewed.training_set, run, config, variant)
             # After a resume the evaluation of a finished iteration is made again from files, and not logged twice.
-            evaluation = run.log_evaluation(t, evaluate(t, run, config))
+            evaluation = run.log_evaluation(t, variant.evaluate(t, run, config))
         run.finish()
     return evaluation
 

@@ -1,50 +1,37 @@
-"""SeRA among its neighbours: related methods, each as the few lines in which it differs, in one loop and one world.
+"""Related methods, each as the few lines in which it differs from SeRA, for the same loop and the same small world.
 
-    python experiments/neighbours.py          45 minutes on two idle cores; stopped, it goes on
-    python experiments/neighbours.py --quick  one seed, small: does it all still run? It writes nothing
+    python experiments/claims.py --studies neighbours
 
-Every method is one function. It returns the functions of a train.Variant that are its own: `review` makes the
-pairs of iteration t; some have `pair_losses` of their own too. All else is SeRA's loop in the playground, whose true
-reward is known, with the reference π_θ0 unless the docstring says another, and claims.py's comparison: equal optimizer
-steps (not epochs), one grid of β, tuned on validation prompts at 30 % flipped labels. Paper and code were read where a
-docstring says "and its code"; elsewhere it says what was read. No number here says how good a method is on its own
-task. Outside of such a loop are Linear Alignment (arXiv:2401.11458: only decoding changes) and ABR (offline
-reinforcement learning of control). Writes results/neighbours.json, .md and .png.
+Every method is one function, which makes a train.Variant: `review` makes the pairs of iteration t; some have
+`pair_losses` of their own too. All else is SeRA's loop in the playground, with the reference π_θ0 unless the docstring
+says another. These are methods whose code could be read; a docstring says what is simplified. No number here says how
+good a method is on its own task.
 """
 
-import argparse
 import copy
 import functools
 import json
 import math
 import random
-import sys
-import tempfile
-from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-
-import claims
 import torch
-import torch.nn.functional as F
-from distrust import filled
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import train
 from sera_min import logprobs, playground
 from sera_min.bootstrap import best_worst_pairs, ended_responses, sample_responses
-from sera_min.logprobs import implicit_reward
 from sera_min.machinery import folder, models
 from sera_min.machinery.config import Resolved, seed_of
 from sera_min.machinery.policies import Policies
 from sera_min.pairs import Ids, Pair, Preferences, Review, Rows, Samples, TrainingSet, rows_of
+from train import Variant
 
 TOKENIZER = playground.make_tokenizer()
-Changes = dict[str, Callable]
-text = functools.partial(TOKENIZER.decode, skip_special_tokens=True)  # Ids -> str
+
+
+def text(y: Ids) -> str:
+    return str(TOKENIZER.decode(y, skip_special_tokens=True))
 
 
 def ids(y: str) -> Ids:
@@ -86,7 +73,7 @@ def best_and_worst(rows: Rows, rewards: Tensor) -> tuple[list[Pair], Tensor]:
     return pairs, rewards[best] - rewards[worst]
 
 
-def rad(judged: bool) -> Changes:
+def rad(judged: bool) -> Variant:
     """RAD, reward-augmented data (arXiv:2410.08067 and its code). Each pair is two, under prompts that name a score g:
 
         −log σ(βm(y_w, y_l | x, g_w)) − log σ(βm(y_l, y_w | x, g_l)),    answered under the highest g
@@ -109,45 +96,10 @@ def rad(judged: bool) -> Changes:
             made += [Pair(starts[g_w] + x[4:], w, l), Pair(starts[g_l] + x[4:], l, w)] if g_w != g_l else []
         return to_train_on(policies, made)
 
-    return {"review": review}
+    return Variant("RAD", review=review)
 
 
-def spo(gamma: float = 0.1, degrees: int = 4) -> Changes:
-    """SPO, preference degree (arXiv:2409.17791: abstract read). The loss, and beside it a classifier's:
-
-        −log σ(βm) + γ·CE(W h, k),    h: mean hidden state of y_w without k/3 of its key words
-    Assumed: γ = 0.1, k = 0 … 3 at random, a linear W with its own Adam; key words: all but D's 6 most frequent.
-    """
-    rng, frequent, W = random.Random(), set[int](), torch.zeros(degrees, 64, requires_grad=True)
-    optimizer = torch.optim.Adam([W], 1e-3)
-
-    def review(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
-        rng.seed(f"{config.seed} {t}")
-        counts = Counter(token for pair in given.pairs for token in pair.chosen + pair.rejected)
-        frequent.update(token for token, _ in counts.most_common(6))
-        return all_of(given, policies)
-
-    def pair_losses(policy, pairs: list[Pair], *others) -> tuple[Tensor, Tensor]:
-        optimizer.step()  # of the batch before, whose gradient train.py has computed since
-        optimizer.zero_grad()
-        losses, logps = train.pair_losses(policy, pairs, *others)
-        k = [rng.randrange(degrees) for _ in pairs]
-        y = [without_key_words(pair.chosen, frequent, n / (degrees - 1), rng) for pair, n in zip(pairs, k)]
-        rows = pad_sequence([torch.tensor(pair.prompt + less) for pair, less in zip(pairs, y)], batch_first=True)
-        hidden = logprobs.body_of(policy)(input_ids=rows).last_hidden_state  # (m, T, 64)
-        h = [of[len(x) : len(x) + len(less)].mean(0) for of, (x, _, _), less in zip(hidden, pairs, y)]
-        return losses + gamma * F.cross_entropy(torch.stack(h) @ W.T, torch.tensor(k), reduction="none"), logps
-
-    return {"review": review, "pair_losses": pair_losses}
-
-
-def without_key_words(y: Ids, frequent: set[int], share: float, rng: random.Random) -> Ids:
-    key = [i for i, token in enumerate(y) if token not in frequent]
-    gone = rng.sample(key, round(share * len(key)))
-    return [token for i, token in enumerate(y) if i not in gone]
-
-
-def bmc(delta: float = 2.0) -> Changes:
+def bmc(delta: float = 2.0) -> Variant:
     """BMC, bridging and modelling correlations (arXiv:2408.07471 and its code). Pairs that are close, tokens weighed:
 
         m = Σ_i w_i r(ỹ_i) − Σ_i w_i r(y_l,i),    w_i = 1 + min(1/π_θ(y_i), δ) where the two differ, else 1
@@ -163,7 +115,6 @@ def bmc(delta: float = 2.0) -> Changes:
         return to_train_on(policies, [Pair(x, w, l) for x, w, l in edited if true_reward(x, w) > true_reward(x, l)])
 
     def pair_losses(policy, pairs: list[Pair], _, config: Resolved) -> tuple[Tensor, Tensor]:
-        claims.METER.add("scored", *rows_of(pairs))
         logps = logprobs.token_logprobs(policy, *rows_of(pairs))
         with torch.no_grad():
             before = logprobs.token_logprobs(reference[0], *rows_of(pairs))
@@ -173,7 +124,7 @@ def bmc(delta: float = 2.0) -> Changes:
         losses = train.loss_of(by_pair[:, 0] - by_pair[:, 1], config)
         return losses, torch.stack([p.sum() for p in logps]).view(-1, 2)
 
-    return {"review": review, "pair_losses": pair_losses}
+    return Variant("BMC", review=review, pair_losses=pair_losses)
 
 
 def mend(x: str, better: str, worse: str) -> str:
@@ -189,54 +140,7 @@ def confidence(logps: Tensor, y: Ids, other: Ids, delta: float) -> Tensor:
     return 1 + differs * (-logps.detach()).exp().clamp(max=delta)
 
 
-def active_labels(budget: int = 100) -> Changes:
-    """Active labels, on-policy (arXiv:2407.02119: abstract and notes read). From t = 2 only its own samples:
-
-        best and worst under r_(t−1); the `budget` pairs of the smallest margins are labelled by the true reward
-    The others keep the implicit reward's label: theirs is of a proxy reward model, trained on the queries, and it is
-    left out. What is worth a query is a small margin, not a core set of embeddings.
-    """
-
-    def review(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
-        if t == 1:
-            return all_of(given, policies)
-        made, margins = best_and_worst(*ranked(t, [x for x, _, _ in given.pairs], policies, config))
-        for p in margins.argsort()[:budget].tolist():
-            x, w, l = made[p]
-            made[p] = Pair(x, l, w) if true_reward(x, l) > true_reward(x, w) else made[p]
-        return to_train_on(policies, made)
-
-    return {"review": review}
-
-
-def aihf(w: float = 0.1) -> Changes:
-    """AIHF, joint demonstrations and preferences (arXiv:2406.06874: abstract and first page read). In one stage:
-
-        −log σ(βm) − w log π_θ(y*|x),    y*: a demonstration
-    Assumed: this direct form, w = 0.1. A demonstration is the best of 16 of this world's responses: nearly perfect.
-    """
-
-    def review(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
-        return all_of(given, policies)
-
-    def pair_losses(policy, pairs: list[Pair], *others) -> tuple[Tensor, Tensor]:
-        prompts = [pair.prompt for pair in pairs]
-        shown = [ids(demonstration(text(x))) for x in prompts]
-        claims.METER.add("trained", prompts, shown)
-        likelihood, _ = logprobs.sequence_logprobs(policy, prompts, shown)
-        losses, logps = train.pair_losses(policy, pairs, *others)
-        return losses - w * likelihood, logps
-
-    return {"review": review, "pair_losses": pair_losses}
-
-
-@functools.cache
-def demonstration(x: str) -> str:
-    rng = random.Random(x)
-    return max((playground.write_response(x, rng) for _ in range(16)), key=lambda y: playground.true_reward(x, y))
-
-
-def sapo(decay: float = 0.5) -> Changes:
+def sapo(decay: float = 0.5) -> Variant:
     """SAPO, self-augmented preferences (arXiv:2405.20830 and its code). The rejected response is not used:
 
         y_w = A B C, a chosen response of D;    y_l = A B′ C,  B′ ~ E(·|x, A);    E ← bE + (1−b)θ
@@ -253,7 +157,6 @@ def sapo(decay: float = 0.5) -> Changes:
                                     top_p=1.0, eos_token_id=policies.eos_ids, pad_token_id=TOKENIZER.pad_token_id,
                                     seed=seed_of(config.seed, t, "segments"))  # fmt: skip
             folder.write(file, json.dumps([y for [(y, _)] in made]))
-            claims.METER.add("sampled", folder.read_json(file))
         rows = zip(given.pairs, cuts, folder.read_json(file))
         return [Pair(x, y, spliced(y, cut, n, new, policies.eos_ids)) for (x, y, _), (cut, n), new in rows]
 
@@ -261,7 +164,7 @@ def sapo(decay: float = 0.5) -> Changes:
         made = [pair for i in (t - 1, t) if i > 0 for pair in rewritten(i, given, policies, config)]
         return to_train_on(policies, [pair for pair in made if pair.chosen != pair.rejected])
 
-    return {"review": review}
+    return Variant("SAPO", review=review)
 
 
 def spliced(y: Ids, cut: int, n: int, new: Ids, ends: list[int]) -> Ids:
@@ -278,41 +181,7 @@ def moving_average(policies: Policies, t: int, decay: float):
     return mean
 
 
-def irepo(votes: int = 8, temperature: float = 0.5) -> Changes:
-    """iREPO (arXiv:2405.15230: abstract read). Two samples of π_θ(t−1), the reference; regression to a soft label:
-
-        (βm − log(p / (1−p)))²,    p: the share of votes for the first
-    Assumed: 8 votes, for the first with probability σ(ΔR*/0.5), flipped as D's labels are; p keeps half a vote from 0
-    and 1. Of D only the prompts are used. Logged margins are less the logit.
-    """
-
-    def review(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
-        rng, noise = random.Random(f"{config.seed} {t}"), config.label_noise
-        prompts = [x for x, _, _ in given.pairs]
-        made = [Pair(x, a, b) for x, ((a, a_ended), (b, b_ended)) in zip(prompts, drawn(t, prompts, policies, config))
-                if a_ended and b_ended and a != b]  # fmt: skip
-        reviewed = to_train_on(policies, made, against=t - 1)
-        for (x, a, b), reference in zip(made, reviewed.training_set.reference):
-            ahead = true_reward(x, a) - true_reward(x, b)
-            likely = noise + (1 - 2 * noise) / (1 + math.exp(-ahead / temperature))
-            # With log π_ref of the first raised by logit(p)/β the loss is (βm)²: no other function need know p.
-            reference[0] += logit(sum(rng.random() < likely for _ in range(votes)), votes) / config.beta
-        return reviewed
-
-    def pair_losses(policy, pairs: list[Pair], reference: Tensor, config: Resolved) -> tuple[Tensor, Tensor]:
-        _, logps = train.pair_losses(policy, pairs, reference, config)
-        r = implicit_reward(logps, reference)
-        return (config.beta * (r[:, 0] - r[:, 1])) ** 2, logps
-
-    return {"review": review, "pair_losses": pair_losses}
-
-
-def logit(won: int, votes: int) -> float:
-    p = min(max(won, 0.5), votes - 0.5) / votes
-    return math.log(p / (1 - p))
-
-
-def dice() -> Changes:
+def dice() -> Variant:
     """DICE (arXiv:2406.09760 and its code). The best and the worst sample by a reward without length, and old pairs:
 
         −log σ(βm),    q(x,y) = log π_θ(t−1)(y|x) − log π_θ(t−2)(y|x) − α|y|,    reference π_θ(t−1)
@@ -328,7 +197,7 @@ def dice() -> Changes:
         made, _ = best_and_worst(rows, r - length_price(r, rows.lengths, rows.pair_index) * rows.lengths)
         return to_train_on(policies, made + given.pairs[half:], against=t - 1)
 
-    return {"review": review}
+    return Variant("DICE", review=review)
 
 
 def length_price(rewards: Tensor, lengths: Tensor, prompt_of: list[int]) -> float:
@@ -348,7 +217,7 @@ def length_price(rewards: Tensor, lengths: Tensor, prompt_of: list[int]) -> floa
     return min((k / 1000 for k in range(1001)), key=gap)
 
 
-def spin() -> Changes:
+def spin() -> Variant:
     """SPIN (arXiv:2401.01335 and its code). The chosen responses against own samples; the rejected ones are not used:
 
         −log σ(βm),    y_w: the chosen response of D,    y_l ~ π_θ(t−1)(·|x),    reference π_θ(t−1)
@@ -362,59 +231,14 @@ def spin() -> Changes:
                 made += [Pair(x, w, y) for y, ended in row if ended and y != w]
         return to_train_on(policies, made, against=t - 1)
 
-    return {"review": review}
+    return Variant("SPIN", review=review)
 
 
-NEIGHBOURS: dict[str, tuple] = {  # the method, what it is given beside D, and flags
-    "RAD, true scores": (lambda: rad(True), "the true score of every response", {}),
-    "RAD, own scores": (lambda: rad(False), "nothing", {}),
-    "SPO": (spo, "nothing", {}),
-    "BMC": (bmc, "an editor who knows true scores: no wrong label is left", {}),
-    "active labels": (active_labels, "200 true labels", {}),
-    "AIHF": (aihf, "a nearly perfect answer to every prompt", {}),
-    "SAPO": (sapo, "less: no rejected responses", {}),
-    "iREPO": (irepo, "up to 48,000 noisy votes; less: no pairs", {"samples_per_prompt": 2}),
-    "DICE": (dice, "nothing", {}),
-    "SPIN": (spin, "less: no rejected responses", {"samples_per_prompt": 2}),
+METHODS = {  # what makes it, and flags
+    "RAD, true scores": (lambda: rad(True), {}),
+    "RAD, own scores": (lambda: rad(False), {}),
+    "BMC": (bmc, {}),
+    "SAPO": (sapo, {}),
+    "DICE": (dice, {}),
+    "SPIN": (spin, {"samples_per_prompt": 2}),
 }
-OF_CLAIMS = "plain training", "robust DPO, ε = 0.3", "the smallest margins", "selection only", "SeRA"
-GIVEN = {name: given for name, (_, given, _) in NEIGHBOURS.items()} | {"robust DPO, ε = 0.3": "ε, of 30 % flipped"}
-
-
-def runs_of_one_base(work: Path, runs: dict[str, dict]) -> dict[str, dict]:
-    """claims.py's, of one method, with its functions."""
-    [method] = {spec.get("neighbour") for spec in runs.values()}
-    return claims.runs_of_one_base(work, runs, NEIGHBOURS[method][0]() if method else {})
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="writes nothing")
-    quick = parser.parse_args().quick
-    claims.SEEDS, claims.TUNING_SEEDS["dpo"], claims.GRID["dpo"] = range(5), [10, 11], ([0.03, 0.1, 0.3, 1.0], [1e-3])
-    claims.METHODS = {name: (claims.METHODS | claims.BASELINES)[name] for name in OF_CLAIMS}
-    claims.BASELINES = {name: {"neighbour": name, **flags} for name, (_, _, flags) in NEIGHBOURS.items()}
-    claims.IN_FIGURE = {method: (f"C{i % 5}", "os^"[i // 5]) for i, method in enumerate([*OF_CLAIMS, *NEIGHBOURS])}
-    if quick:
-        claims.make_quick()
-    with tempfile.TemporaryDirectory() as place:
-        file = Path(place, "quick.json") if quick else claims.RESULTS / "neighbours.json"
-        (runs, machines), known = claims.read(file), {} if quick else claims.read(claims.RESULTS / "claims.json")[0]
-        for desc in ("tuning", "studies"):
-            wanted = (
-                claims.tuning("main")
-                if desc == "tuning"
-                else [spec for noise in (0.3, 0.0) for row in claims.rows_at(runs, noise).values() for spec in row]
-            )
-            runs |= {name: known[name] for name in {*map(claims.name_of, wanted)} & known.keys()}
-            claims.make(wanted, runs, machines, file, Path(place), desc, runs_of_one_base)
-        shown = {f"neighbours: {noise:.0%}": claims.wide_table(runs, noise, GIVEN) for noise in (0.3, 0.0)}
-        print("\n\n".join(shown.values()))
-        if not quick:
-            claims.draw_frontier(runs, claims.RESULTS / "neighbours.png")
-            page = claims.RESULTS / "neighbours.md"
-            page.write_text(filled(page.read_text(), shown))
-
-
-if __name__ == "__main__":
-    main()

@@ -48,3 +48,20 @@ def sft():
     from sera_min import playground
 
     return playground.make_sft_policy(0, "cpu", steps=100, batch=16)
+
+
+@pytest.fixture
+def small_world(tmp_path, monkeypatch, sft):
+    """The playground of experiments/study.py in seconds: few prompts and pairs, short answers, and this SFT policy."""
+    import study
+
+    from sera_min import playground
+
+    every, rows = playground.prompts, playground.preferences
+    monkeypatch.setattr(playground, "prompts", lambda part: every(part)[:6])
+    monkeypatch.setattr(playground, "preferences", lambda n, part, **others: rows(min(n, 16), part, **others))
+    monkeypatch.setattr(playground, "make_sft_policy", lambda *_: sft)
+    monkeypatch.setitem(playground.DEFAULTS, "max_new_tokens", 12)  # up to two sentences
+    monkeypatch.setitem(playground.DEFAULTS, "max_train_pairs", 16)
+    monkeypatch.setattr(study, "SFT", tmp_path / "sft")
+    study.make_sft(0)

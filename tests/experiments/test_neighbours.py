@@ -2,9 +2,8 @@
 
 import inspect
 import math
-import random
-import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,18 +11,15 @@ import pytest
 import torch
 from shared import tiny_model
 
-import train
 from sera_min import playground
-from sera_min.logprobs import body_of, sequence_logprobs, token_logprobs
+from sera_min.logprobs import token_logprobs
 from sera_min.machinery.config import Config, resolve
-from sera_min.machinery.run import Run
 from sera_min.pairs import Pair, Preferences
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent.parent / "experiments")]
-import claims  # noqa: E402
 import neighbours  # noqa: E402
+import study  # noqa: E402
 from neighbours import ids, text  # noqa: E402
-from test_claims import InThisProcess, put_back_what_a_quick_run_changes  # noqa: E402
 
 X = ids("tell me about the fox and the cave")[:-1]
 GOOD, FAIR, BAD = "the fox is lovely .", "the owl is lovely .", "the owl is ugly ."  # true reward 1, 0, −1
@@ -40,7 +36,7 @@ def pairs_of(changes, t, offline, *, sampled=(), logps=0.0, policies=None, **fla
     )
     config = resolve(Config(device="cpu", beta=1.0, **flags))
     given = Preferences(offline)
-    return changes["review"](t, given, policies or asked, config, None)
+    return changes.review(t, given, policies or asked, config, None)
 
 
 def pair(chosen, rejected):
@@ -68,61 +64,6 @@ def test_rad_trains_on_both_responses_each_under_its_own_score():
     assert (text(second.prompt), text(second.chosen)) == (text(X), BAD)
 
 
-def gradients(pair_losses, policy, pairs, config):
-    """Of the sum of the losses; the log-probs are the policy's."""
-    policy.zero_grad()
-    losses, logps = pair_losses(policy, pairs, torch.zeros(len(pairs), 2), config)
-    torch.testing.assert_close(logps, train.pair_losses(policy, pairs, torch.zeros(len(pairs), 2), config)[1])
-    losses.sum().backward()
-    return torch.cat([p.grad.flatten() for p in policy.parameters()])
-
-
-def test_spo_and_aihf_add_their_terms_to_the_loss():
-    policy = playground.make_sft_policy(0, "cpu", steps=2)[0]
-    pairs, config = [pair(f"{GOOD} {GOOD}", BAD), pair(FAIR, GOOD)], resolve(Config(device="cpu"))
-    plain = gradients(train.pair_losses, policy, pairs, config)
-
-    aihf = gradients(neighbours.aihf(0.5)["pair_losses"], policy, pairs, config)
-    best = ids(neighbours.demonstration(text(X)))
-    rng = random.Random(text(X))
-    tried = [playground.true_reward(text(X), playground.write_response(text(X), rng)) for _ in range(16)]
-    assert neighbours.true_reward(X, best) == max(tried) > min(tried)
-    policy.zero_grad()
-    (-0.5 * sequence_logprobs(policy, [X, X], [best, best])[0].sum()).backward()
-    term = torch.cat([p.grad.flatten() for p in policy.parameters()])
-    torch.testing.assert_close(aihf, plain + term, rtol=1e-4, atol=1e-6)
-
-    for degree in (0, 3):  # nothing is taken away, and all key words
-        changes = neighbours.spo(gamma=0.7)
-        spo = inspect.getclosurevars(changes["pair_losses"]).nonlocals
-        spo["frequent"].update(ids("the is .")[:-1])
-        spo["W"].data = torch.randn(spo["W"].shape, generator=torch.Generator().manual_seed(0))
-        spo["rng"].randrange, w = (lambda _, degree=degree: degree), spo["W"].detach().clone()
-        with_degree = gradients(changes["pair_losses"], policy, pairs, config)
-        policy.zero_grad()
-        for one in pairs:
-            y = one.chosen if degree == 0 else [token for token in one.chosen if token in spo["frequent"]]
-            hidden = body_of(policy)(input_ids=torch.tensor([X + y])).last_hidden_state[0, len(X) :].mean(0)
-            (0.7 * -(w @ hidden).log_softmax(-1)[degree]).backward()
-        term = torch.cat(
-            [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in policy.parameters()]
-        )
-        torch.testing.assert_close(with_degree, plain + term, rtol=1e-4, atol=1e-5)
-        assert torch.equal(spo["W"], w) and spo["W"].grad.any()
-        changes["pair_losses"](policy, pairs, torch.zeros(2, 2), config)  # the next batch: first its Adam takes a step
-        assert not torch.equal(spo["W"], w) and spo["W"].grad is None
-
-
-def test_spo_takes_away_a_share_of_what_is_rare():
-    y, rare = ids("the fox is lovely . the cave seems dark ."), ids("fox lovely cave")[:-1]
-    frequent = {*y} - {*rare}
-    for share, left in ((0.0, 3), (1 / 3, 2), (2 / 3, 1), (1.0, 0)):
-        less = neighbours.without_key_words(y, frequent, share, random.Random(0))
-        assert sum(token in rare for token in less) == left and [t for t in less if t in frequent] == [
-            t for t in y if t in frequent
-        ]
-
-
 def test_bmc_mends_the_worst_sentence_and_weighs_where_the_two_differ():
     mended = neighbours.mend(text(X), f"{BAD} {GOOD}", f"{FAIR} {BAD} {FAIR}")
     assert mended == f"{FAIR} {GOOD} {FAIR}"
@@ -133,9 +74,9 @@ def test_bmc_mends_the_worst_sentence_and_weighs_where_the_two_differ():
     assert (w[1] * (logps[1] - math.log(0.4))).item() == pytest.approx(1.5596, abs=1e-4)
     changes = neighbours.bmc()
     policy, reference = (playground.make_sft_policy(seed, "cpu", steps=2)[0] for seed in (0, 1))
-    inspect.getclosurevars(changes["pair_losses"]).nonlocals["reference"].append(reference)
+    inspect.getclosurevars(changes.pair_losses).nonlocals["reference"].append(reference)
     pairs = [pair(GOOD, BAD)]
-    losses, logps = changes["pair_losses"](policy, pairs, None, resolve(Config(device="cpu", beta=1.0)))
+    losses, logps = changes.pair_losses(policy, pairs, None, resolve(Config(device="cpu", beta=1.0)))
     [w, l], [w_ref, l_ref] = (
         [one.detach() for one in token_logprobs(m, [X, X], [ids(GOOD), ids(BAD)])] for m in (policy, reference)
     )
@@ -147,21 +88,6 @@ def test_bmc_mends_the_worst_sentence_and_weighs_where_the_two_differ():
     m = by_hand[0] - by_hand[1]
     assert losses.tolist() == pytest.approx([math.log(1 + math.exp(-m))], rel=1e-4)
     assert logps[0].tolist() == pytest.approx([w.sum().item(), l.sum().item()], rel=1e-4)
-
-
-def test_active_labels_are_those_of_the_smallest_margins():
-    scores = {GOOD: 0.0, BAD: 1.0, FAIR: 5.0}  # r_1 has BAD above GOOD, by little
-    sampled = [[GOOD, BAD], [FAIR, GOOD], [FAIR, BAD]]
-
-    def asked(budget):
-        return pairs_of(neighbours.active_labels(budget=budget), 2, [pair(GOOD, BAD)] * 3, sampled=sampled,
-                        logps=lambda i, y: i * scores[y])  # fmt: skip
-
-    assert asked(100).training_set.reference.unique().item() == 0.0  # π_θ0's
-    # mended, as it was, as it was
-    assert [pair[1:] for pair in texts(asked(1))] == [(GOOD, BAD), (FAIR, GOOD), (FAIR, BAD)]
-    assert [pair[1:] for pair in texts(asked(2))][1:] == [(FAIR, GOOD), (FAIR, BAD)]
-    assert [pair[1:] for pair in texts(asked(3))][1:] == [(GOOD, FAIR), (FAIR, BAD)]
 
 
 def test_sapo_splices_and_averages():
@@ -176,38 +102,6 @@ def test_sapo_splices_and_averages():
     mean = neighbours.moving_average(SimpleNamespace(get=policies.__getitem__), 3, 0.5)
     assert {p.unique().item() for p in mean.parameters()} == {0.75}
     assert {p.unique().item() for p in policies[0].parameters()} == {0.0}  # the reference is as it was
-
-
-def test_irepo_regresses_to_the_logit_of_the_votes():
-    assert neighbours.logit(8, 10) == pytest.approx(math.log(4)) and neighbours.logit(8, 8) == pytest.approx(
-        math.log(15)
-    )
-    assert neighbours.logit(0, 8) == pytest.approx(-math.log(15)) and neighbours.logit(4, 8) == 0
-    changes = neighbours.irepo()
-    policy, one = tiny_model(vocab_size=len(neighbours.TOKENIZER)), [pair(GOOD, BAD)]
-    with torch.no_grad():
-        _, logps = train.pair_losses(policy, one, torch.zeros(1, 2), resolve(Config(device="cpu")))
-    reference = logps.clone()
-    reference[0, 0] -= 0.4 / 2 - neighbours.logit(8, 10) / 2  # βm = 0.4, p = 0.8
-    loss, _ = changes["pair_losses"](
-        policy, one, reference, SimpleNamespace(beta=2.0, device="cpu", loss_type="dpo", label_smoothing=0)
-    )
-    assert loss.item() == pytest.approx(0.9728, abs=1e-3) and loss.requires_grad
-    sampled = [[GOOD, BAD]] * 400
-    reviewed = pairs_of(changes, 1, [pair(GOOD, BAD)] * 400, sampled=sampled, label_noise=0.0, samples_per_prompt=2)
-    shifted = reviewed.training_set.reference
-    likely = 1 / (1 + math.exp(-2 / 0.5))  # ΔR* = 2
-    assert {round(v, 4) for v in shifted[:, 0].tolist()} <= {round(neighbours.logit(k, 8), 4) for k in range(9)}
-    votes = {round(neighbours.logit(k, 8), 4): k for k in range(9)}
-    mean = sum(votes[round(v, 4)] for v in shifted[:, 0].tolist()) / 3200
-    assert mean == pytest.approx(likely, abs=0.01) and shifted[:, 1].abs().max() == 0
-    reviewed = pairs_of(
-        changes, 2, [pair(GOOD, BAD)] * 400, sampled=sampled, logps=lambda i, y: -float(i), samples_per_prompt=2
-    )
-    shifted = reviewed.training_set.reference
-    assert shifted[:, 1].unique().item() == -1.0  # π_θ1's, and 30 % of the votes are flipped
-    mean = sum(votes[round(v + 1, 4)] for v in shifted[:, 0].tolist()) / 3200
-    assert mean == pytest.approx(0.7 * likely + 0.3 * (1 - likely), abs=0.03)
 
 
 def test_dice_s_price_of_length():
@@ -248,106 +142,24 @@ def test_spin_sets_the_chosen_against_samples_of_two_rounds():
     assert drawn_from == [0, 0, 1, 1, 2]
 
 
-@pytest.fixture(scope="module")
-def small_world(tmp_path_factory, sft):
-    every, rows = playground.prompts, playground.preferences
-    work = tmp_path_factory.mktemp("sft")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(playground, "prompts", lambda part: every(part)[:6])
-        patch.setattr(
-            playground, "preferences", lambda n, part, **of: rows(min(n, 16 if part == "train" else 8), part, **of)
-        )
-        patch.setattr(playground, "make_sft_policy", lambda *_: sft)
-        patch.setitem(playground.DEFAULTS, "max_new_tokens", 12)  # up to two sentences
-        claims.sft(work / "sft-0", 0)
-        yield work
+@pytest.mark.parametrize("method", neighbours.METHODS)
+def test_a_small_run(method, small_world):
+    make_variant, flags = neighbours.METHODS[method]
+    variant, sources = make_variant(), {}
 
+    def review(t, *others):
+        reviewed = variant.review(t, *others)
+        sources[t] = {*reviewed.training_set.sources}
+        return reviewed
 
-@pytest.mark.parametrize("method", neighbours.NEIGHBOURS)
-def test_a_small_run(method, small_world, monkeypatch):
-    flags = neighbours.NEIGHBOURS[method][2]
-    last = 3 if method in {"SAPO", "DICE", "SPIN"} else 2  # these look back further than to the newest policy
-    spec = {"iterations": last, "neighbour": method, "seed": 0, "beta": 0.3, "steps_per_iteration": 2, "device": "cpu", **flags}
-    sources, write = {}, Run.write_review
-
-    def seen(self, t, review):
-        sources[t] = {*review.training_set.sources}
-        write(self, t, review)
-
-    monkeypatch.setattr(Run, "write_review", seen)
-    [run] = neighbours.runs_of_one_base(small_world, {"one": spec}).values()
-    assert [row["iteration"] for row in run["iterations"]] == list(range(last + 1))
-    assert all(math.isfinite(row["kl"]) for row in run["iterations"]) and run["iterations"][last]["kl"] != 0
-    assert all(row["tokens/trained"] > 0 for row in run["iterations"][1:])
-    first = {"SPO", "AIHF", "active labels", "DICE", "RAD, own scores"}  # these begin with all of D
-    for t in range(1, last + 1):
-        assert (sources[t] == {"own"}) == (method not in {"SPO", "AIHF"} and (t > 1 or method not in first)), (
-            t,
-            sources[t],
-        )
-
-
-def test_quick_makes_the_tables_and_writes_nothing(small_world, monkeypatch, capsys):
-    """Two methods from end to end: one of claims.py, and one of these, beside each other. Each is run once."""
-    put_back_what_a_quick_run_changes(monkeypatch)
-    monkeypatch.setattr(
-        claims, "sft", lambda path, seed: shutil.copytree(small_world / "sft-0", path, dirs_exist_ok=True)
-    )
-    make_quick = claims.make_quick
-
-    def smaller():
-        make_quick()
-        claims.EVERY.update(max_train_pairs=16, steps_per_iteration=1)
-        claims.GRID["dpo"] = ([1.0], [1e-3])
-
-    made, runs_of_one_base = {}, neighbours.runs_of_one_base
-
-    def once(work, runs):
-        """A method's first run stands for its others, which have other labels and prompts."""
-        [method] = {spec.get("neighbour") for spec in runs.values()}
-        if method not in made:
-            [made[method]] = runs_of_one_base(work, runs).values()
-        return dict.fromkeys(runs, made[method])
-
-    monkeypatch.setattr(claims, "make_quick", smaller)
-    monkeypatch.setattr(claims, "ProcessPoolExecutor", InThisProcess)
-    monkeypatch.setattr(neighbours, "runs_of_one_base", once)
-    monkeypatch.setattr(neighbours, "OF_CLAIMS", ("plain training",))
-    monkeypatch.setattr(neighbours, "NEIGHBOURS", {"SPIN": neighbours.NEIGHBOURS["SPIN"]})
-    monkeypatch.setattr(sys, "argv", ["neighbours.py", "--quick"])
-    monkeypatch.setattr(claims, "RESULTS", None)  # would fail if something were written there
-    neighbours.main()
-    shown = capsys.readouterr().out
-    for noise in ("30%", "0%"):
-        at = shown.index(f"|{noise} flipped|given beside the pairs|")
-        assert shown[at:].splitlines()[2].startswith("|plain DPO|nothing|1|")
-        assert shown[at:].splitlines()[3].startswith("|SPIN|less: no rejected responses|1|")
-
-
-def test_the_tables_are_those_of_the_results(monkeypatch, tmp_path):
-    """With every run there nothing is run, and what is wrong on the page is mended."""
-    put_back_what_a_quick_run_changes(monkeypatch)
-    results, drawn = claims.RESULTS, []
-    text = (results / "neighbours.md").read_text()
-    assert text.count("<!-- neighbours: ") == 2 and "|AIHF|" in text
-    for name in ("claims.json", "neighbours.json"):
-        (tmp_path / name).symlink_to(results / name)
-    (tmp_path / "neighbours.md").write_text(text.replace("|AIHF|", "|another|"))
-
-    def make(wanted, runs, *_):
-        assert wanted and {*map(claims.name_of, wanted)} <= runs.keys()
-
-    monkeypatch.setattr(claims, "make", make)
-    monkeypatch.setattr(claims, "draw_frontier", lambda _, file: drawn.append(file.name))
-    monkeypatch.setattr(claims, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["neighbours.py"])
-    neighbours.main()
-    assert (tmp_path / "neighbours.md").read_text() == text and drawn == ["neighbours.png"]
+    result = study.play(replace(variant, review=review), 3, [3], seed=0, beta=0.3, **flags)
+    assert math.isfinite(result["3"]["kl"]) and result["3"]["kl"] != 0
+    begins_with_d = method in {"DICE", "RAD, own scores"}
+    assert sources == {1: {"offline" if begins_with_d else "own"}, 2: {"own"}, 3: {"own"}}
 
 
 def test_a_method_is_a_function_of_at_most_30_lines():
-    for name in ("rad", "spo", "bmc", "active_labels", "aihf", "sapo", "irepo", "dice", "spin"):
+    for name in ("rad", "bmc", "sapo", "dice", "spin"):
         method = getattr(neighbours, name)
         assert len(inspect.getsource(method).splitlines()) <= 30, name
         assert "arXiv:" in method.__doc__
-    assert len(Path(neighbours.__file__).read_text().splitlines()) <= 420

@@ -1,0 +1,258 @@
+"""What the studies of the playground share: runs in a pool of processes, one file of results, intervals, tables.
+
+A study names its runs, each a method and flags of train.py, and hands them to `run_all`. A run is `train.main` with a
+Variant, on one thread, from the SFT policy of its seed, which is made once. What the file of results holds is not run
+again, so a study that was stopped goes on where it was. A study that is killed leaves no process behind.
+"""
+
+import contextlib
+import io
+import json
+import math
+import multiprocessing
+import os
+import platform
+import re
+import tempfile
+import threading
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import transformers
+from scipy import stats
+from tqdm import tqdm
+
+import train
+from sera_min import playground
+from sera_min.machinery import folder, models
+from sera_min.machinery.config import Config, Resolved, seed_of
+from sera_min.machinery.run import Run
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SFT = Path(tempfile.gettempdir()) / "sera_min-sft"  # the SFT policies of the seeds, for all studies
+
+# ------------------------------------------------------------------------------------- a run
+
+
+def make_sft(seed: int) -> None:
+    """The SFT policy of a seed, once."""
+    if not (SFT / str(seed)).exists():
+        with quiet():
+            policy, tokenizer = playground.make_sft_policy(seed, "cpu")
+        with folder.writing(SFT / str(seed)) as beside:
+            policy.save_pretrained(beside)
+            tokenizer.save_pretrained(beside)
+
+
+def world_of(length_bias: float = 0.0) -> SimpleNamespace:
+    """The playground with SFT policies that are there, and with labels that favour length."""
+
+    def make_sft_policy(seed: int, device: str) -> tuple:
+        return models.load(SFT / str(seed), device)
+
+    def preferences(n: int, part: str, **others: Any) -> list[dict[str, str]]:
+        bias = 0.0
+        if part == "train":
+            bias = length_bias
+        return playground.preferences(n, part, length_bias=bias, **others)
+
+    changed = {"make_sft_policy": make_sft_policy, "preferences": preferences}
+    return SimpleNamespace(**vars(playground) | changed)
+
+
+def equal_steps(n: int, t: int, config: Resolved) -> list[list[int]]:
+    """In the place of `train.batches_of`: as many steps as an epoch of D has, however many pairs there are."""
+    size = config.per_device_train_batch_size
+    assert config.max_train_pairs is not None  # the playground has a number
+    steps = math.ceil(config.max_train_pairs / size)
+    generator = torch.Generator().manual_seed(seed_of(config.seed, t, "order"))
+    batches: list[list[int]] = []
+    while len(batches) < steps:
+        order = torch.randperm(n, generator=generator)
+        for batch in order.split(size):
+            batches.append(batch.tolist())
+    return batches[:steps]
+
+
+def play(variant: train.Variant, last: int, evaluated: list[int], length_bias: float = 0.0, **flags: Any) -> dict:
+    """A run of `last` iterations in the playground: iteration (as a text) -> what was measured, and the CPU's seconds.
+
+    evaluated: the iterations after which the policy is evaluated, which takes a third of a short run's time.
+    """
+
+    def evaluate(t: int, run: Run, config: Resolved) -> dict[str, Any]:
+        if t in evaluated:
+            return train.evaluate(t, run, config)
+        return {}
+
+    variant = replace(variant, batches_of=equal_steps, evaluate=evaluate, world=world_of(length_bias), report=False)
+    result: dict[str, Any] = {"machine": machine()}
+    began = time.process_time()
+    with tempfile.TemporaryDirectory() as place, quiet():
+        out = Path(place) / "run"
+        config = Config(output_dir=str(out), device="cpu", iterations=last, learning_rate=1e-3, **flags)
+        train.main(config, variant)
+        for t in range(1, last + 1):
+            result[str(t)] = facts_of(out / f"iteration-{t}")
+        for line in folder.read_jsonl(out / "metrics.jsonl"):
+            if line["phase"] != "train" and line["iteration"] in evaluated:
+                result[str(line["iteration"])] |= line
+    result["seconds"] = time.process_time() - began
+    return result
+
+
+def facts_of(iteration: Path) -> dict[str, float]:
+    """What only this world knows of the pairs of an iteration: those given (offline), and those bootstrapped.
+
+    auc: the area under the ROC curve of the margins as a test for flipped labels, over all of D. 0.5 is by chance.
+    """
+    pairs = pd.read_json(iteration / "pairs.jsonl", lines=True)
+    facts = {}
+    for source, some in pairs.groupby("source"):
+        longer = some.chosen.str.split().str.len() - some.rejected.str.split().str.len()
+        chosen = [playground.true_reward(x, y) for x, y in zip(some.prompt, some.chosen)]
+        facts[f"{source}/right"] = playground.precision(some.to_dict("records"))
+        facts[f"{source}/longer"] = float(longer.mean())  # words
+        facts[f"{source}/reward"] = sum(chosen) / len(chosen)
+        facts[f"{source}/margin"] = float(some.margin.mean())  # nats
+    if (iteration / "dropped.jsonl").exists():
+        dropped = pd.read_json(iteration / "dropped.jsonl", lines=True)
+        given = pd.concat([pairs[pairs.source == "offline"], dropped])
+        flipped = np.array([playground.is_flipped(row) for row in given.to_dict("records")])
+        if flipped.any():
+            facts["auc"] = float(auc(given.margin[~flipped], given.margin[flipped]))
+    return facts
+
+
+def auc(larger: pd.Series, smaller: pd.Series) -> float:
+    """How often one of the first is larger than one of the second; a tie counts one half."""
+    return stats.mannwhitneyu(larger, smaller).statistic / (len(larger) * len(smaller))
+
+
+@contextlib.contextmanager
+def quiet():
+    warnings.simplefilter("ignore")
+    transformers.utils.logging.disable_progress_bar()
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+# ------------------------------------------------------------------------------------ many runs
+
+
+def begin_worker() -> None:
+    """A worker computes with one thread, and ends when the study is killed."""
+    torch.set_num_threads(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def run_all(jobs: dict[str, tuple], file: Path) -> dict[str, Any]:
+    """Runs, on all cores and in this order, those jobs that `file` lacks. Returns what it then holds: name -> result.
+
+    jobs: name -> a function and its arguments, of which the last are flags with a seed.
+    """
+    results = read(file)
+    lacking = {name: job for name, job in jobs.items() if name not in results}
+    if not lacking:
+        return results
+    seeds = {flags["seed"] for *_, flags in lacking.values()}
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(mp_context=context, initializer=begin_worker) as pool:
+        list(tqdm(pool.map(make_sft, seeds), "SFT policies", len(seeds)))
+        name_of = {pool.submit(*job): name for name, job in lacking.items()}
+        for done in tqdm(as_completed(name_of), file.stem, len(name_of)):
+            results[name_of[done]] = done.result()
+            lines = [f"{json.dumps(name)}: {json.dumps(result)}" for name, result in sorted(results.items())]
+            folder.write(file, "{\n" + ",\n".join(lines) + "\n}\n")
+    return results
+
+
+def read(file: Path) -> dict[str, Any]:
+    if not file.exists():
+        return {}
+    return json.loads(file.read_text())
+
+
+def machine() -> str:
+    """What decides how sums are rounded."""
+    processor = platform.machine()
+    facts = Path("/proc/cpuinfo")
+    if facts.exists():
+        names = re.findall(r"^model name\s*: (.*)$", facts.read_text(), re.MULTILINE)
+        processor += " " + "".join(names[:1])
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"{processor} {instructions}, {os.cpu_count()} cores, one thread a run, torch {torch.__version__}"
+
+
+# ------------------------------------------------------------------------------ what is shown
+
+
+def interval(values: list[float], comparisons: int = 1) -> tuple[float, float, float]:
+    """Mean, and its 95 % interval by Student's t; of several comparisons, all of them at once (Bonferroni)."""
+    mean = sum(values) / len(values)
+    low, high = stats.t.interval(1 - 0.05 / comparisons, len(values) - 1, loc=mean, scale=stats.sem(values))
+    return mean, low, high
+
+
+def in_brackets(mean: float, low: float, high: float) -> str:
+    """+0.031 [-0.002, +0.064]"""
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """Mean ± standard deviation."""
+    numbers = [value for value in values if value is not None]
+    if not numbers:
+        return "–"
+    mean, deviation = pd.Series(numbers).agg(["mean", "std"])
+    if math.isnan(deviation):
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
+def markdown(table: pd.DataFrame) -> str:
+    lines = [list(table.columns), ["---", *["--:"] * (len(table.columns) - 1)], *table.astype(str).values.tolist()]
+    return "\n".join("|" + "|".join(line) + "|" for line in lines)
+
+
+def fill(page: Path, shown: dict[str, str]) -> None:
+    """Puts each text into its block of a page, between `<!-- NAME -->` and `<!-- end -->`."""
+    text = page.read_text(encoding="utf-8")
+    for name, block in shown.items():
+        before, begins, rest = text.partition(f"<!-- {name} -->\n")
+        if not begins:
+            raise KeyError(f"{page} has no block {name}")
+        after = rest.partition("<!-- end -->")[2]
+        text = f"{before}{begins}{block}\n<!-- end -->{after}"
+    page.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def figure(file: Path, x: str, y: str):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    drawn, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    yield axes
+    axes.set(xlabel=x, ylabel=y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small")
+    drawn.savefig(file, dpi=100)
+    plt.close(drawn)
