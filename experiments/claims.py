@@ -260,20 +260,24 @@ SHOWN = {"true reward": (REWARD, 3), "win rate": (WIN, 3), "KL, nats": (KL, 1), 
 OF_PAIRS = {"bootstrapped pairs right": ("bootstrap/right", 3), "words": ("gold/length", 1), "seconds": ("seconds", 0)}
 
 
+def differences_table(runs: pd.DataFrame, compared: list[tuple[str, str]]) -> str:
+    reward, win = by_seed(runs, REWARD), by_seed(runs, WIN)
+    lines = []
+    for ours, theirs in compared:
+        line = {f"{len(win)} seeds, 95 % for {len(compared)} comparisons": f"{ours} less {theirs}"}
+        line["true reward"] = difference(reward[ours], reward[theirs], len(compared))
+        line["win rate"] = difference(win[ours], win[theirs], len(compared))
+        line["ahead with"] = f"{(reward[ours] > reward[theirs]).sum()} seeds"
+        lines.append(line)
+    return markdown(pd.DataFrame(lines))
+
+
 COMPARED = [("SeRA", "plain DPO"), ("selection only", "plain DPO"), ("SeRA", "selection only")]
 
 
 def verdict_table(results: dict[str, Any]) -> str:
     runs = frame_of(results, "verdict")
-    reward, win = by_seed(runs, REWARD), by_seed(runs, WIN)
-    lines = []
-    for ours, theirs in COMPARED:
-        line = {f"{len(win)} seeds, 95 % for three comparisons": f"{ours} less {theirs}"}
-        line["true reward"] = difference(reward[ours], reward[theirs], 3)
-        line["win rate"] = difference(win[ours], win[theirs], 3)
-        line["ahead with"] = f"{(reward[ours] > reward[theirs]).sum()} seeds"
-        lines.append(line)
-    return results_table(runs, "plain DPO", SHOWN | OF_PAIRS) + "\n\n" + markdown(pd.DataFrame(lines))
+    return results_table(runs, "plain DPO", SHOWN | OF_PAIRS) + "\n\n" + differences_table(runs, COMPARED)
 
 
 def points_of(results: dict[str, Any], method: str) -> np.ndarray:
@@ -360,7 +364,8 @@ def ensemble_table(results: dict[str, Any]) -> str:
 
 def others_table(results: dict[str, Any]) -> str:
     runs = pd.concat([frame_of(results, "verdict"), frame_of(results, "others")])
-    return results_table(runs, "plain DPO", SHOWN)
+    compared = [("selection only", "random K"), ("SeRA", "random K"), ("SeRA + both", "SeRA")]
+    return results_table(runs, "plain DPO", SHOWN) + "\n\n" + differences_table(runs, compared)
 
 
 def long_table(results: dict[str, Any]) -> str:
@@ -529,7 +534,9 @@ def main(arguments: list[str] | None = None) -> None:
         parts = dict.fromkeys(part for asked in options.studies for part in ASKED_FOR[asked])
         for name in parts:
             results = study.run_all(jobs_of(name, results), file)
-    (place / "claims.md").write_text("# The studies of the playground\n\n" + "\n".join(tables_of(results)))
+    written = "\n".join(tables_of(results))
+    (place / "claims.md").write_text(f"# The studies of the playground\n\n{written}")
+    print(written)
     for name, draw in FIGURES.items():
         if name in studies_in(results):
             draw(results, place)

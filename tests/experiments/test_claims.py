@@ -122,18 +122,20 @@ def results_of(study_name, rewards, t=3):
     """Made up: (row, β) -> the KL and the true reward of each seed."""
     return {
         f"{study_name} | {row} | β = {beta:g} | seed {seed}": {
-            "seconds": 1.0, str(t): {"kl": kl, "gold/reward": reward, "gold/win_rate": reward}
+            "seconds": 1.0,
+            str(t): dict.fromkeys(["offline/right", "bootstrap/right", "gold/length"], 0.5)
+            | {"kl": kl, "gold/reward": reward, "gold/win_rate": reward},
         }
         for (row, beta), seeds in rewards.items() for seed, (kl, reward) in enumerate(seeds)
     }  # fmt: skip
 
 
 def test_the_best_beta_and_the_jobs_of_it():
-    results = results_of("tuning", {(method, beta): [(1, beta), (1, beta + (method == "SeRA") * (beta == 0.1))]
+    results = results_of("tuning", {(method, beta): [(1, beta), (1, beta + 9 * (method == "SeRA" and beta == 0.1))]
                                     for method in claims.THREE for beta in claims.BETAS})  # fmt: skip
-    assert claims.best_beta(results, "tuning", "plain DPO") == 1.0
+    assert claims.best_beta(results, "tuning", "plain DPO") == 3.0
     assert claims.best_beta(results, "tuning", "SeRA") == claims.best_beta(results, "tuning", "SeRA + floor") == 0.1
-    assert claims.best_beta(results, "tuning", claims.ABOVE_0) == 1.0
+    assert claims.best_beta(results, "tuning", claims.ABOVE_0) == 3.0
     jobs = claims.jobs_of("verdict", results)
     assert len(jobs) == 180 and jobs["verdict | SeRA | β = 0.1 | seed 59"][1:] == ("SeRA", {"beta": 0.1, "seed": 59})
 
@@ -153,11 +155,11 @@ def test_the_reward_at_a_distance():
 
 def test_the_verdict_s_differences_are_paired_by_seed():
     plain, sera = [0.1, 0.5, 0.3], [0.2, 0.7, 0.6]
-    rows = {("plain DPO", 1.0): plain, ("SeRA", 1.0): sera, ("selection only", 1.0): sera}
+    rows = {("plain DPO", 1.0): plain, ("SeRA", 1.0): sera, ("selection only", 1.0): [0.2, 0.7, 0.9]}
     table = claims.verdict_table(results_of("verdict", {row: [(1, value) for value in of] for row, of in rows.items()}))
     expected = study.in_brackets(*study.interval([0.1, 0.2, 0.3], 3))
     assert f"|SeRA less plain DPO|{expected}|{expected}|3 seeds|" in table
-    assert "|SeRA less selection only|+0.000" in table and "|plain DPO|1|0.300 ± 0.200|" in table
+    assert "|SeRA less selection only|-0.100 [" in table and "|plain DPO|1|0.300 ± 0.200|" in table
 
 
 def test_no_seed_serves_for_both():
