@@ -6,17 +6,6 @@
     python experiments/claims.py --check 12             12 of the runs again, drawn at random: do they end alike?
     python experiments/claims.py --write                run nothing: tables and figures anew from claims.json
 
-    verdict    SeRA, selection only and plain DPO, each at its own best β; and at equal distance from the reference
-    keep       which K, where 0 to 40 % of the labels are flipped; and no K at all: every pair with a margin above 0
-    ensemble   γ, over three and six iterations
-    others     other answers to wrong labels, and other margins to keep
-    clean      no label is flipped, and β as it was
-    long       six iterations: where a policy begins to fool itself, and two remedies
-    length     labels of which half favour the longer response
-    asked      what the paper's reviewers asked: all pairs of the samples, bootstrapped pairs alone, N
-    losses     IPO, SLiC and SimPO
-    neighbours related methods, see neighbours.py
-
 β is chosen on validation prompts with seeds of their own, by the mean win rate; results are on test prompts. The plan
 of verdict, keep and ensemble was written before their runs: results/plan.md. Writes results/claims.json (every run),
 claims.md and PNG figures.
@@ -31,6 +20,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,28 +84,14 @@ METHODS: dict[str, tuple[Callable[[], train.Variant], dict[str, Any]]] = {  # it
 
 
 def run_method(method: str, flags: dict[str, Any]) -> dict[str, Any]:
-    """Evaluated at the end; a run of six iterations after each."""
     make_variant, own = METHODS[method]
-    last, evaluated = T, [T]
-    if flags.get("long"):
-        last, evaluated = LONG, list(range(1, LONG + 1))
-    others = {name: value for name, value in flags.items() if name != "long"}
-    return study.play(make_variant(), last, evaluated, **{**own, **others})
+    return study.play(make_variant(), **{**own, **flags})
 
 
 # --------------------------------------------------------------------------------- the studies
 
 
 Rows = dict[str, tuple[str, dict[str, Any]]]  # a row of the table: its method, and what it changes
-
-
-@dataclass
-class Study:
-    rows: Rows
-    seeds: list[int]
-    tuning: str = ""  # the study that chose β; of a tuning study nothing, it takes every β of `betas`
-    betas: list[float] = field(default_factory=list)
-    flags: dict[str, Any] = field(default_factory=dict)  # of all runs
 
 
 def plainly(*methods: str) -> Rows:
@@ -126,106 +102,109 @@ def plainly(*methods: str) -> Rows:
 THREE = plainly("plain DPO", "selection only", "SeRA")
 OTHERS = plainly("random K", "the smallest margins", "the middle margins", "cDPO, ε = 0.3", "robust DPO, ε = 0.3",
                  "SeRA + floor", "SeRA + both")  # fmt: skip
-BETAS = [0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
-BETAS_OF = {"ipo": [0.03, 0.1, 0.3, 1.0], "slic": [0.03, 0.1, 0.3, 1.0], "simpo": [0.25, 0.5, 1.0, 2.0]}
-NAMES = {"ipo": "IPO", "slic": "SLiC-HF", "simpo": "SimPO"}
+LONGER = plainly("plain DPO", "SeRA", "SeRA + floor", "SeRA + both")
+BIASED = plainly(*THREE, "SeRA + length-free", "SeRA + both")
 KEEP, NOISE, GAMMA = (0.5, 0.6, 0.7, 0.8, 0.9), (0.0, 0.15, 0.3, 0.4), (0.0, 0.3, 0.5, 0.7)
 ABOVE_0 = "margins above 0"
-VALIDATION = {"eval_split": "validation"}
-BIASED = {"length_bias": 0.5, "label_noise": 0.15}
 
 
 def of_keep(k: float | str, noise: float) -> str:
     return f"{k}, {noise:.0%} flipped"
 
 
-def studies() -> dict[str, Study]:
-    keep: Rows = {}
-    for noise in NOISE:
-        for k in KEEP:
-            keep[of_keep(k, noise)] = ("selection only", {"keep": k, "label_noise": noise})
-        keep[of_keep(ABOVE_0, noise)] = (ABOVE_0, {"label_noise": noise})
-    gammas: Rows = {f"γ = {gamma}": ("SeRA", {"ensemble_gamma": gamma}) for gamma in GAMMA}
-    asked: Rows = {
-        "every pair of the samples": ("every pair of the samples", {}),
-        "bootstrapped pairs alone (K = 0, K̃ = all)": ("SeRA", {"keep": 0.0, "bootstrap": 1.0}),
-        "nothing removed (K = all)": ("SeRA", {"keep": 1.0}),
-        "N = 2": ("SeRA", {"samples_per_prompt": 2}),
-        "N = 8": ("SeRA", {"samples_per_prompt": 8}),
-    }
-    made = {
-        "tuning": Study(THREE, [*range(60, 80)], betas=BETAS, flags=VALIDATION),
-        "verdict": Study(THREE, [*range(60)], "tuning"),
-        "keep": Study(keep, [*range(20)], "tuning"),
-        "ensemble": Study(gammas, [*range(40)], "tuning",
-                          flags={"long": True}),
-        "tuning of others": Study(OTHERS, [*range(60, 65)], betas=BETAS, flags=VALIDATION),
-        "others": Study(OTHERS, [*range(20)], "tuning of others"),
-        "long": Study(plainly("plain DPO", "SeRA", "SeRA + floor", "SeRA + both"), [*range(10)], "tuning",
-                      flags={"long": True}),
-        "clean": Study(THREE, [*range(10)], "tuning", flags={"label_noise": 0.0}),
-        "length": Study(plainly(*THREE, "SeRA + length-free", "SeRA + both"), [*range(10)], "tuning", flags=BIASED),
-        "asked": Study(asked, [*range(10)], "tuning"),
-        "tuning of neighbours": Study(plainly(*neighbours.METHODS), [60, 61, 62], betas=BETAS, flags=VALIDATION),
-        "neighbours": Study(plainly(*neighbours.METHODS), [*range(10)], "tuning of neighbours"),
-    }  # fmt: skip
-    for loss, betas in BETAS_OF.items():
-        flags = {"loss_type": loss}
-        made[f"tuning of {loss}"] = Study(THREE, [60, 61, 62], betas=betas, flags=VALIDATION | flags)
-        made[loss] = Study(THREE, [*range(10)], f"tuning of {loss}", flags=flags)
-    return made
-
-
-STUDIES = studies()
-ASKED_FOR = {  # by the name on the command line, after the study that tunes it
-    "verdict": ["tuning", "verdict"],
-    "keep": ["tuning", "keep"],
-    "ensemble": ["tuning", "ensemble"],
-    "others": ["tuning of others", "others"],
-    "clean": ["tuning", "clean"],
-    "long": ["tuning", "long"],
-    "length": ["tuning", "length"],
-    "asked": ["tuning", "asked"],
-    "losses": [part for loss in NAMES for part in (f"tuning of {loss}", loss)],
-    "neighbours": ["tuning of neighbours", "neighbours"],
+GAMMAS: Rows = {f"γ = {gamma}": ("SeRA", {"ensemble_gamma": gamma}) for gamma in GAMMA}
+KS: Rows = {}
+for noise in NOISE:
+    for k in KEEP:
+        KS[of_keep(k, noise)] = ("selection only", {"keep": k, "label_noise": noise})
+    KS[of_keep(ABOVE_0, noise)] = (ABOVE_0, {"label_noise": noise})
+ASKED: Rows = {
+    "every pair of the samples": ("every pair of the samples", {}),
+    "bootstrapped pairs alone (K = 0, K̃ = all)": ("SeRA", {"keep": 0.0, "bootstrap": 1.0}),
+    "nothing removed (K = all)": ("SeRA", {"keep": 1.0}),
+    "N = 2": ("SeRA", {"samples_per_prompt": 2}),
+    "N = 8": ("SeRA", {"samples_per_prompt": 8}),
 }
 
 
-def jobs_of(name: str, results: dict[str, Any]) -> dict[str, tuple]:
-    """The runs of a study: name -> function and arguments."""
+@dataclass
+class Study:
+    title: str
+    rows: Rows
+    seeds: list[int]
+    tuning_seeds: list[int] = field(default_factory=list)  # none: β is that of `verdict`
+    betas: list[float] = field(default_factory=lambda: [0.01, 0.03, 0.1, 0.3, 1.0, 3.0])
+    flags: dict[str, Any] = field(default_factory=dict)  # of all runs
+    baseline: str = "plain DPO"  # what the table compares with
+    beside: tuple[str, ...] = ()  # rows of `verdict` that the table shows too
+
+
+STUDIES = {
+    "verdict": Study("Three methods, each at its best β", THREE, [*range(60)], [*range(60, 80)]),
+    "keep": Study("Selection only, by K and the share of flipped labels", KS, [*range(20)]),
+    "ensemble": Study("SeRA, by γ", GAMMAS, [*range(40)], flags={"iterations": LONG}),
+    "others": Study("Other answers to wrong labels, and other margins to keep", OTHERS, [*range(20)],
+                    [*range(60, 65)], beside=("plain DPO", "selection only", "SeRA")),
+    "clean": Study("No flipped label, and β as it was", THREE, [*range(10)], flags={"label_noise": 0.0}),
+    "long": Study("Six iterations", LONGER, [*range(10)], flags={"iterations": LONG}),
+    "length": Study("Half of the labels favour the longer response, and 15 % are flipped then", BIASED, [*range(10)],
+                    flags={"length_bias": 0.5, "label_noise": 0.15}, baseline="SeRA"),
+    "asked": Study("What the paper's reviewers asked", ASKED, [*range(10)], baseline="SeRA", beside=("SeRA",)),
+    "ipo": Study("IPO", THREE, [*range(10)], [60, 61, 62], [0.03, 0.1, 0.3, 1.0], {"loss_type": "ipo"}),
+    "slic": Study("SLiC-HF", THREE, [*range(10)], [60, 61, 62], [0.03, 0.1, 0.3, 1.0], {"loss_type": "slic"}),
+    "simpo": Study("SimPO", THREE, [*range(10)], [60, 61, 62], [0.25, 0.5, 1.0, 2.0], {"loss_type": "simpo"}),
+    "neighbours": Study("Related methods", plainly(*neighbours.METHODS), [*range(10)], [60, 61, 62],
+                        beside=("plain DPO", "selection only", "SeRA")),
+}  # fmt: skip
+
+
+def jobs_of(part: str, results: dict[str, Any]) -> dict[str, tuple]:
+    """The runs of a study, each method at its best β; or of "STUDY, tuning", which choose it on validation prompts."""
+    name = part.removesuffix(", tuning")
     asked = STUDIES[name]
+    seeds, flags = asked.seeds, asked.flags
+    if part != name:
+        seeds, flags = asked.tuning_seeds, {**asked.flags, "eval_split": "validation"}
     jobs: dict[str, tuple] = {}
-    for seed in asked.seeds:
+    for seed in seeds:
         for row, (method, changed) in asked.rows.items():
-            for beta in asked.betas or [best_beta(results, asked.tuning, method)]:
-                flags = {"beta": beta, "seed": seed, **asked.flags, **changed}
-                jobs[f"{name} | {row} | β = {beta:g} | seed {seed}"] = (run_method, method, flags)
+            betas = asked.betas
+            if part == name:
+                betas = [best_beta(results, tuned_by(name), method)]
+            for beta in betas:
+                job = (run_method, method, {"beta": beta, "seed": seed, **flags, **changed})
+                jobs[f"{part} | {row} | β = {beta:g} | seed {seed}"] = job
     return jobs
 
 
-def frame_of(results: dict[str, Any], name: str) -> pd.DataFrame:
-    """A line for every run and iteration of a study: row, beta, seed, t, and what was measured."""
-    lines = []
-    for run, result in results.items():
-        of_study, row, beta, seed = run.split(" | ")
-        if of_study == name:
-            known = {"row": row, "beta": float(beta.removeprefix("β = ")), "seed": int(seed.removeprefix("seed "))}
-            for t, measured in result.items():
-                if t.isdigit():
-                    lines.append({**known, "t": int(t), "seconds": result["seconds"], **measured})
-    rows = list(STUDIES[name].rows)
-    return pd.DataFrame(sorted(lines, key=lambda line: (rows.index(line["row"]), line["seed"])))
+def tuned_by(name: str) -> str:
+    if STUDIES[name].tuning_seeds:
+        return name
+    return "verdict"
 
 
-def best_beta(results: dict[str, Any], tuning: str, method: str) -> float:
+def best_beta(results: dict[str, Any], name: str, method: str) -> float:
     """That of the largest mean win rate. A variant that was not tuned takes the β of SeRA, or of selection only."""
-    runs = frame_of(results, tuning)
+    runs = frame_of(results, f"{name}, tuning")
     if method == ABOVE_0:
         method = "selection only"
     elif method not in set(runs.row):
         method = "SeRA"
-    of_method = runs[(runs.row == method) & (runs.t == T)]
-    return float(of_method.groupby("beta")[WIN].mean().idxmax())
+    return float(runs[(runs.row == method) & (runs.t == T)].groupby("beta")[WIN].mean().idxmax())
+
+
+def frame_of(results: dict[str, Any], part: str) -> pd.DataFrame:
+    """A line for every run and iteration of a study or its tuning: row, beta, seed, t, and what was measured."""
+    lines = []
+    for run, result in results.items():
+        of_part, row, beta, seed = run.split(" | ")
+        if of_part == part:
+            known = {"row": row, "beta": float(beta.removeprefix("β = ")), "seed": int(seed.removeprefix("seed "))}
+            for t, measured in result.items():
+                if t.isdigit():
+                    lines.append({**known, "t": int(t), "seconds": result["seconds"], **measured})
+    rows = list(STUDIES[part.removesuffix(", tuning")].rows)
+    return pd.DataFrame(sorted(lines, key=lambda line: (rows.index(line["row"]), line["seed"])))
 
 
 # ---------------------------------------------------------------------------------- the tables
@@ -240,24 +219,32 @@ def difference(ours: pd.Series, theirs: pd.Series, comparisons: int) -> str:
     return in_brackets(*interval(list(ours - theirs), comparisons))
 
 
-def results_table(runs: pd.DataFrame, baseline: str, shown: dict[str, tuple[str, int]]) -> str:
+SHOWN = {  # title -> what is measured, and its digits
+    "true reward": (REWARD, 3), "win rate": (WIN, 3), "KL, nats": (KL, 1), "right labels": (RIGHT, 3),
+    "longer by, words": ("offline/longer", 2), "bootstrapped pairs right": ("bootstrap/right", 3),
+    "seconds": ("seconds", 0),
+}  # fmt: skip
+
+
+def with_beside(results: dict[str, Any], name: str) -> pd.DataFrame:
+    verdict = frame_of(results, "verdict")
+    return pd.concat([verdict[verdict.row.isin(STUDIES[name].beside)], frame_of(results, name)])
+
+
+def results_table(results: dict[str, Any], name: str) -> str:
     """For each row its β, figures, mean ± spread over the seeds, and its win rate less the baseline's."""
+    asked, runs, lines = STUDIES[name], with_beside(results, name), []
     win = by_seed(runs, WIN)
-    lines = []
     for row in runs.row.unique():
         of_row = runs[(runs.row == row) & (runs.t == T) & runs.seed.isin(win.index)]
         line = {f"{len(win)} seeds": row, "β": f"{of_row.beta.iloc[0]:g}"}
-        for title, (key, digits) in shown.items():
+        for title, (key, digits) in SHOWN.items():
             line[title] = spread(list(of_row[key].dropna()), digits)
-        line[f"win rate less that of {baseline}"] = "–"
-        if row != baseline:
-            line[f"win rate less that of {baseline}"] = difference(win[row], win[baseline], win.shape[1] - 1)
+        line[f"win rate less that of {asked.baseline}"] = "–"
+        if row != asked.baseline:
+            line[f"win rate less that of {asked.baseline}"] = difference(win[row], win[asked.baseline], len(win.T) - 1)
         lines.append(line)
     return markdown(pd.DataFrame(lines))
-
-
-SHOWN = {"true reward": (REWARD, 3), "win rate": (WIN, 3), "KL, nats": (KL, 1), "right labels": (RIGHT, 3)}
-OF_PAIRS = {"bootstrapped pairs right": ("bootstrap/right", 3), "words": ("gold/length", 1), "seconds": ("seconds", 0)}
 
 
 def differences_table(runs: pd.DataFrame, compared: list[tuple[str, str]]) -> str:
@@ -276,13 +263,13 @@ COMPARED = [("SeRA", "plain DPO"), ("selection only", "plain DPO"), ("SeRA", "se
 
 
 def verdict_table(results: dict[str, Any]) -> str:
-    runs = frame_of(results, "verdict")
-    return results_table(runs, "plain DPO", SHOWN | OF_PAIRS) + "\n\n" + differences_table(runs, COMPARED)
+    tables = [results_table(results, "verdict"), differences_table(frame_of(results, "verdict"), COMPARED)]
+    return "\n\n".join([*tables, equal_kl_table(results)])
 
 
 def points_of(results: dict[str, Any], method: str) -> np.ndarray:
     """Where a method ends on validation prompts: KL and true reward, (betas, seeds, 2)."""
-    runs = frame_of(results, "tuning")
+    runs = frame_of(results, "verdict, tuning")
     of_method = runs[(runs.row == method) & (runs.t == T)]
     both = [of_method.pivot(index="beta", columns="seed", values=key).to_numpy() for key in (KL, REWARD)]
     return np.stack(both, axis=-1)
@@ -322,7 +309,7 @@ def equal_kl_table(results: dict[str, Any]) -> str:
 
 
 def tuning_table(results: dict[str, Any], name: str) -> str:
-    runs = frame_of(results, name)
+    runs = frame_of(results, f"{name}, tuning")
     means = runs[runs.t == T].groupby(["row", "beta"], sort=False)[WIN].mean().unstack().sort_index(axis=1)
     table = means.map(lambda rate: f"{rate:.3f}").rename(columns=lambda beta: f"β = {beta:g}")
     return markdown(table.reset_index(names=f"win rate, validation, {runs.seed.nunique()} seeds"))
@@ -331,18 +318,22 @@ def tuning_table(results: dict[str, Any], name: str) -> str:
 def keep_table(results: dict[str, Any]) -> str:
     """Win rate by K and share of flipped labels, and less that of K = 0.7; the share of right labels among the kept."""
     runs = frame_of(results, "keep")
-    win, right = by_seed(runs, WIN), by_seed(runs, RIGHT)
+    win, right, auc = by_seed(runs, WIN), by_seed(runs, RIGHT), by_seed(runs, "auc", 2)
+    heading = f"{len(win)} seeds; win rate, less that of K = 0.7; right labels"
     lines = []
     for k in (*KEEP, ABOVE_0):
-        line = {f"{len(win)} seeds; win rate, less that of K = 0.7; right labels": f"{k}"}
+        line = {heading: f"{k}"}
         for noise in NOISE:
             row = of_keep(k, noise)
-            less = difference(win[row], win[of_keep(0.7, noise)], len(KEEP) * len(NOISE))
-            if k == 0.7:
-                less = "–"
+            less = "–"
+            if k != 0.7:
+                less = difference(win[row], win[of_keep(0.7, noise)], len(KEEP) * len(NOISE))
             line[f"{noise:.0%} flipped"] = f"{win[row].mean():.3f}, {less}; {right[row].mean():.3f}"
         lines.append(line)
-    return markdown(pd.DataFrame(lines))
+    of_review = {heading: "AUC of the margin, first review"}
+    for noise in NOISE[1:]:
+        of_review[f"{noise:.0%} flipped"] = spread(list(auc[of_keep(0.7, noise)]))
+    return markdown(pd.DataFrame([*lines, of_review]).fillna("–"))
 
 
 def ensemble_table(results: dict[str, Any]) -> str:
@@ -363,9 +354,9 @@ def ensemble_table(results: dict[str, Any]) -> str:
 
 
 def others_table(results: dict[str, Any]) -> str:
-    runs = pd.concat([frame_of(results, "verdict"), frame_of(results, "others")])
     compared = [("selection only", "random K"), ("SeRA", "random K"), ("SeRA + both", "SeRA")]
-    return results_table(runs, "plain DPO", SHOWN) + "\n\n" + differences_table(runs, compared)
+    tables = [results_table(results, "others"), differences_table(with_beside(results, "others"), compared)]
+    return "\n\n".join(tables)
 
 
 def long_table(results: dict[str, Any]) -> str:
@@ -381,62 +372,28 @@ def long_table(results: dict[str, Any]) -> str:
     return markdown(pd.DataFrame(lines))
 
 
-def neighbours_table(results: dict[str, Any]) -> str:
-    runs = pd.concat([frame_of(results, "verdict"), frame_of(results, "neighbours")])
-    return results_table(runs, "plain DPO", SHOWN | {"words": ("gold/length", 1)})
-
-
-def length_table(results: dict[str, Any]) -> str:
-    more = {"words": ("gold/length", 1), "given pairs: chosen longer by, words": ("offline/longer", 2)}
-    return results_table(frame_of(results, "length"), "SeRA", SHOWN | more)
-
-
-def asked_table(results: dict[str, Any]) -> str:
-    runs = pd.concat([frame_of(results, "verdict"), frame_of(results, "asked")])
-    of_both = runs[runs.row.isin(["SeRA", *STUDIES["asked"].rows])]
-    return results_table(of_both, "SeRA", SHOWN | OF_PAIRS)
-
-
-def tuning(name: str) -> Callable[[dict[str, Any]], str]:
-    return lambda results: tuning_table(results, name)
-
-
-def against_plain(name: str) -> Callable[[dict[str, Any]], str]:
-    return lambda results: results_table(frame_of(results, name), "plain DPO", SHOWN)
-
-
-TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {  # what it shows: title, and how it is made
-    "verdict": ("Three methods, each at its best β: 30 % flipped labels, after three iterations", verdict_table),
-    "verdict, equal KL": ("The same at equal distance from the reference; validation prompts", equal_kl_table),
-    "tuning": ("By β: validation prompts", tuning("tuning")),
-    "keep": ("Selection only, by K and the share of flipped labels", keep_table),
-    "ensemble": ("SeRA, by γ", ensemble_table),
-    "others": ("Other answers to wrong labels, and other margins to keep", others_table),
-    "tuning of others": ("Theirs by β: validation prompts", tuning("tuning of others")),
-    "clean": ("No flipped label, and the same β", against_plain("clean")),
-    "long": ("Six iterations", long_table),
-    "length": ("Labels of which half favour the longer response, and 15 % are flipped then", length_table),
-    "asked": ("What the paper's reviewers asked", asked_table),
-    "neighbours": ("Related methods in the same loop and world", neighbours_table),
-    "tuning of neighbours": ("Theirs by β: validation prompts", tuning("tuning of neighbours")),
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {  # of studies that have more to show than `results_table`
+    "verdict": verdict_table,
+    "keep": keep_table,
+    "ensemble": ensemble_table,
+    "others": others_table,
+    "long": long_table,
 }
-for loss, title in NAMES.items():
-    TABLES[loss] = (title, against_plain(loss))
-    TABLES[f"tuning of {loss}"] = (f"{title} by β", tuning(f"tuning of {loss}"))
-
-
-def studies_in(results: dict[str, Any]) -> set[str]:
-    return {name.split(" | ")[0] for name in results}
 
 
 def tables_of(results: dict[str, Any]) -> Iterator[str]:
     """Those of the studies that have been run."""
-    for name, (title, make) in TABLES.items():
-        if name.split(",")[0] in studies_in(results):
-            yield f"## {title}\n\n{make(results)}\n"
+    run = parts_in(results)
+    for name, asked in STUDIES.items():
+        if name in run:
+            make = TABLES.get(name, partial(results_table, name=name))
+            yield f"## {asked.title}\n\n{make(results)}\n"
+        if f"{name}, tuning" in run:
+            yield f"## {asked.title}: by β\n\n{tuning_table(results, name)}\n"
 
 
-# --------------------------------------------------------------------------------- the figures
+def parts_in(results: dict[str, Any]) -> set[str]:
+    return {name.split(" | ")[0] for name in results}
 
 
 def draw_frontier(results: dict[str, Any], place: Path) -> None:
@@ -459,36 +416,31 @@ def draw_keep(results: dict[str, Any], place: Path) -> None:
             axes.errorbar(KEEP, of_noise.mean(), of_noise.sem(), marker="o", markersize=4, label=f"{noise:.0%} flipped")
 
 
-def draw_by_iteration(runs: pd.DataFrame, key: str, file: Path, label: str) -> None:
-    """Means over the seeds by iteration, and bands of a standard deviation."""
-    with study.figure(file, "iteration", label) as axes:
-        for row in runs.row.unique():
-            by_t = runs[runs.row == row].groupby("t")[key].agg(["mean", "std"]).dropna()
-            axes.plot(by_t.index, by_t["mean"], marker="o", markersize=3, label=row)
-            axes.fill_between(by_t.index, by_t["mean"] - by_t["std"], by_t["mean"] + by_t["std"], alpha=0.15)
-
-
 def draw_long(results: dict[str, Any], place: Path) -> None:
+    """By iteration: means over the seeds, and bands of a standard deviation."""
     runs = frame_of(results, "long")
-    draw_by_iteration(runs, REWARD, place / "reward.png", "true reward")
-    right = "bootstrapped pairs that are right"
-    draw_by_iteration(runs, "bootstrap/right", place / "bootstrapped-precision.png", right)
+    for key, file, label in (
+        (REWARD, "reward", "true reward"),
+        ("bootstrap/right", "bootstrapped-precision", "bootstrapped pairs that are right"),
+    ):
+        with study.figure(place / f"{file}.png", "iteration", label) as axes:
+            for row in runs.row.unique():
+                by_t = runs[runs.row == row].groupby("t")[key].agg(["mean", "std"]).dropna()
+                axes.plot(by_t.index, by_t["mean"], marker="o", markersize=3, label=row)
+                axes.fill_between(by_t.index, by_t["mean"] - by_t["std"], by_t["mean"] + by_t["std"], alpha=0.15)
 
 
-FIGURES = {"tuning": draw_frontier, "keep": draw_keep, "long": draw_long}
-
-
-# ------------------------------------------------------------------------------------ the runs
+FIGURES = {"verdict, tuning": draw_frontier, "keep": draw_keep, "long": draw_long}
 
 
 def check(results: dict[str, Any], count: int, file: Path) -> None:
-    """Make `count` of the runs again, drawn at random. Exits with 1 unless every figure is the same.
+    """Make `count` of the runs again. Exits with 1 unless every figure is the same, where the machine is the same.
 
-    On another machine sums round otherwise, and runs part: there the differences are printed, and nothing more.
+    On another sums round otherwise, and runs part: the differences are printed, and nothing more.
     """
     every: dict[str, tuple] = {}
     for name in STUDIES:
-        every |= jobs_of(name, results)
+        every |= jobs_of(f"{name}, tuning", results) | jobs_of(name, results)
     names = random.sample(sorted(every.keys() & results.keys()), count)
     again = study.run_all({name: every[name] for name in names}, file)
     others = 0
@@ -508,12 +460,16 @@ def make_quick() -> None:
     """Two seeds, fewer pairs: every study in minutes, its figures worth nothing."""
     for asked in STUDIES.values():
         asked.seeds = [0, 1]
+        if asked.tuning_seeds:
+            asked.tuning_seeds = [0, 1]
         asked.flags["max_train_pairs"] = 64
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--studies", nargs="+", default=list(ASKED_FOR), choices=ASKED_FOR)
+    titles = [f"{name}: {asked.title}" for name, asked in STUDIES.items()]
+    parser.epilog = "\n".join(titles)
+    parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=STUDIES)
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--quick", action="store_true", help="into experiments/results/quick, which git ignores")
     instead.add_argument("--check", type=int, metavar="N", help="make N of the runs again, and write nothing")
@@ -531,14 +487,14 @@ def main(arguments: list[str] | None = None) -> None:
             check(results, options.check, Path(beside) / "again.json")
         return
     if not options.write:
-        parts = dict.fromkeys(part for asked in options.studies for part in ASKED_FOR[asked])
-        for name in parts:
+        for name in options.studies:
+            results = study.run_all(jobs_of(f"{tuned_by(name)}, tuning", results), file)
             results = study.run_all(jobs_of(name, results), file)
     written = "\n".join(tables_of(results))
     (place / "claims.md").write_text(f"# The studies of the playground\n\n{written}")
     print(written)
     for name, draw in FIGURES.items():
-        if name in studies_in(results):
+        if name in parts_in(results):
             draw(results, place)
 
 

@@ -1,15 +1,13 @@
-"""Related methods, each as the few lines in which it differs from SeRA, for the same loop and the same small world.
+"""Related methods that train on samples of their own, as the few lines in which they differ from SeRA.
 
     python experiments/claims.py --studies neighbours
 
-Every method is one function, which makes a train.Variant: `review` makes the pairs of iteration t; some have
-`pair_losses` of their own too. All else is SeRA's loop in the playground, with the reference π_θ0 unless the docstring
-says another. These are methods whose code could be read; a docstring says what is simplified. No number here says how
-good a method is on its own task.
+Every method is one function, which makes a train.Variant: its `review` makes the pairs of iteration t. All else is
+SeRA's loop in the playground, with the reference π_θ0 unless the docstring says another. These are methods whose code
+could be read; a docstring says what is simplified. No number here says how good a method is on its own task.
 """
 
 import copy
-import functools
 import json
 import math
 import random
@@ -19,9 +17,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import train
-from sera_min import logprobs, playground
+from sera_min import playground
 from sera_min.bootstrap import best_worst_pairs, ended_responses, sample_responses
-from sera_min.machinery import folder, models
+from sera_min.machinery import folder
 from sera_min.machinery.config import Resolved, seed_of
 from sera_min.machinery.policies import Policies
 from sera_min.pairs import Ids, Pair, Preferences, Review, Rows, Samples, TrainingSet, rows_of
@@ -30,27 +28,10 @@ from train import Variant
 TOKENIZER = playground.make_tokenizer()
 
 
-def text(y: Ids) -> str:
-    return str(TOKENIZER.decode(y, skip_special_tokens=True))
-
-
-def ids(y: str) -> Ids:
-    return TOKENIZER(y + " <eos>").input_ids
-
-
-def true_reward(x: Ids, y: Ids) -> float:
-    return playground.true_reward(text(x), text(y))
-
-
-def all_of(given: Preferences, policies: Policies) -> Review:
-    """All of D, against π_θ0."""
-    return to_train_on(policies, given.pairs, source="offline")
-
-
-def to_train_on(policies: Policies, pairs: list[Pair], against: int = 0, source: str = "own") -> Review:
+def to_train_on(policies: Policies, pairs: list[Pair], against: int = 0) -> Review:
     """These N pairs, and as π_ref the policy of iteration `against`."""
     reference = policies.log_prob(against, Rows(*rows_of(pairs), [0] * 2 * len(pairs))).view(-1, 2)
-    return Review(TrainingSet(pairs, reference, torch.zeros(len(pairs)), [source] * len(pairs), [0] * len(pairs)))
+    return Review(TrainingSet(pairs, reference, torch.zeros(len(pairs)), ["own"] * len(pairs), [0] * len(pairs)))
 
 
 def drawn(t: int, prompts: list[Ids], policies: Policies, config: Resolved) -> Samples:
@@ -71,73 +52,6 @@ def best_and_worst(rows: Rows, rewards: Tensor) -> tuple[list[Pair], Tensor]:
     x, y = rows.prompts, rows.responses
     pairs = [Pair(x[w], y[w], y[l]) for w, l in zip(best.tolist(), worst.tolist())]
     return pairs, rewards[best] - rewards[worst]
-
-
-def rad(judged: bool) -> Variant:
-    """RAD, reward-augmented data (arXiv:2410.08067 and its code). Each pair is two, under prompts that name a score g:
-
-        −log σ(βm(y_w, y_l | x, g_w)) − log σ(βm(y_l, y_w | x, g_l)),    answered under the highest g
-    So the label does not matter. g is a fifth of the responses, by true reward (judged), or by r_(t−1), from t = 2 on.
-    It stands in the place of the prompt's first four words; the highest leaves them. Pairs of one g are dropped.
-    """
-    starts = [TOKENIZER(x).input_ids for x in ("and " * 4, "the " * 4, "about " * 4, "me " * 4, "tell me about the")]
-
-    def review(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
-        rows = given.rows
-        if judged:
-            scores = torch.tensor([true_reward(x, y) for x, y in zip(rows.prompts, rows.responses)])  # (2|D|,)
-        elif t > 1:
-            scores = policies.log_prob(t - 1, rows) - policies.log_prob(0, rows)
-        else:
-            return all_of(given, policies)
-        fifths = torch.bucketize(scores, scores.quantile(torch.arange(1, 5) / 5), right=True).view(-1, 2).tolist()
-        made = []
-        for (x, w, l), (g_w, g_l) in zip(given.pairs, fifths):
-            made += [Pair(starts[g_w] + x[4:], w, l), Pair(starts[g_l] + x[4:], l, w)] if g_w != g_l else []
-        return to_train_on(policies, made)
-
-    return Variant("RAD", review=review)
-
-
-def bmc(delta: float = 2.0) -> Variant:
-    """BMC, bridging and modelling correlations (arXiv:2408.07471 and its code). Pairs that are close, tokens weighed:
-
-        m = Σ_i w_i r(ỹ_i) − Σ_i w_i r(y_l,i),    w_i = 1 + min(1/π_θ(y_i), δ) where the two differ, else 1
-    ỹ is y_l, its worst sentence replaced by the best of y_w; a pair whose ỹ is not better than y_l is dropped. Their
-    editor is GPT-4, ours knows the sentences' scores: no wrong label is left. w has no gradient; π_θ's weighs log π_ref
-    too, as notes of the paper say (their code has π_ref's there).
-    """
-    reference: list = []
-
-    def review(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
-        reference[:] = [models.load(policies.folder(0), "cpu")[0].eval()]
-        edited = [Pair(x, ids(mend(text(x), text(w), text(l))), l) for x, w, l in given.pairs]
-        return to_train_on(policies, [Pair(x, w, l) for x, w, l in edited if true_reward(x, w) > true_reward(x, l)])
-
-    def pair_losses(policy, pairs: list[Pair], _, config: Resolved) -> tuple[Tensor, Tensor]:
-        logps = logprobs.token_logprobs(policy, *rows_of(pairs))
-        with torch.no_grad():
-            before = logprobs.token_logprobs(reference[0], *rows_of(pairs))
-        both = [ys for _, w, l in pairs for ys in ((w, l), (l, w))]  # a response, and what it is compared with
-        r = [(confidence(p, y, other, delta) * (p - p_ref)).sum() for p, p_ref, (y, other) in zip(logps, before, both)]
-        by_pair = torch.stack(r).view(-1, 2)
-        losses = train.loss_of(by_pair[:, 0] - by_pair[:, 1], config)
-        return losses, torch.stack([p.sum() for p in logps]).view(-1, 2)
-
-    return Variant("BMC", review=review, pair_losses=pair_losses)
-
-
-def mend(x: str, better: str, worse: str) -> str:
-    """The worse response, its worst sentence replaced by the best one of the better."""
-    good, bad = ([f"{s.strip()} ." for s in y.removesuffix(".").split(".")] for y in (better, worse))
-    score = functools.partial(playground.true_reward, x)
-    bad[bad.index(min(bad, key=score))] = max(good, key=score)
-    return " ".join(bad)
-
-
-def confidence(logps: Tensor, y: Ids, other: Ids, delta: float) -> Tensor:
-    differs = torch.tensor([i >= len(other) or token != other[i] for i, token in enumerate(y)])  # place by place
-    return 1 + differs * (-logps.detach()).exp().clamp(max=delta)
 
 
 def sapo(decay: float = 0.5) -> Variant:
@@ -189,9 +103,9 @@ def dice() -> Variant:
     the second the pairs are kept. Simplified: 4 samples, not 16; lengths in tokens; prompts occur in both halves.
     """
 
-    def review(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
+    def review(t: int, given: Preferences, policies: Policies, config: Resolved, variant: Variant) -> Review:
         if t == 1:
-            return all_of(given, policies)
+            return train.review(t, given, policies, config, variant)
         half = len(given.pairs) // 2
         rows, r = ranked(t, [x for x, _, _ in given.pairs[:half]], policies, config, against=t - 2)
         made, _ = best_and_worst(rows, r - length_price(r, rows.lengths, rows.pair_index) * rows.lengths)
@@ -235,9 +149,6 @@ def spin() -> Variant:
 
 
 METHODS = {  # what makes it, and flags
-    "RAD, true scores": (lambda: rad(True), {}),
-    "RAD, own scores": (lambda: rad(False), {}),
-    "BMC": (bmc, {}),
     "SAPO": (sapo, {}),
     "DICE": (dice, {}),
     "SPIN": (spin, {"samples_per_prompt": 2}),

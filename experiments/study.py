@@ -82,11 +82,14 @@ def equal_steps(n: int, t: int, config: Resolved) -> list[list[int]]:
     return batches[:steps]
 
 
-def play(variant: train.Variant, last: int, evaluated: list[int], length_bias: float = 0.0, **flags: Any) -> dict:
-    """A run of `last` iterations in the playground: iteration (as a text) -> what was measured, and the CPU's seconds.
+def play(variant: train.Variant, iterations: int = 3, length_bias: float = 0.0, **flags: Any) -> dict[str, Any]:
+    """A run in the playground: iteration (as a text) -> what was measured; and the CPU's seconds.
 
-    evaluated: the iterations after which the policy is evaluated, which takes a third of a short run's time.
+    The policy is evaluated at the end, and in a run of more than three iterations after each: this takes time.
     """
+    evaluated = [iterations]
+    if iterations > 3:
+        evaluated = list(range(1, iterations + 1))
 
     def evaluate(t: int, run: Run, config: Resolved) -> dict[str, Any]:
         if t in evaluated:
@@ -98,9 +101,9 @@ def play(variant: train.Variant, last: int, evaluated: list[int], length_bias: f
     began = time.process_time()
     with tempfile.TemporaryDirectory() as place, quiet():
         out = Path(place) / "run"
-        config = Config(output_dir=str(out), device="cpu", iterations=last, learning_rate=1e-3, **flags)
+        config = Config(output_dir=str(out), device="cpu", iterations=iterations, learning_rate=1e-3, **flags)
         train.main(config, variant)
-        for t in range(1, last + 1):
+        for t in range(1, iterations + 1):
             result[str(t)] = facts_of(out / f"iteration-{t}")
         for line in folder.read_jsonl(out / "metrics.jsonl"):
             if line["phase"] != "train" and line["iteration"] in evaluated:
@@ -118,11 +121,8 @@ def facts_of(iteration: Path) -> dict[str, float]:
     facts = {}
     for source, some in pairs.groupby("source"):
         longer = some.chosen.str.split().str.len() - some.rejected.str.split().str.len()
-        chosen = [playground.true_reward(x, y) for x, y in zip(some.prompt, some.chosen)]
         facts[f"{source}/right"] = playground.precision(some.to_dict("records"))
         facts[f"{source}/longer"] = float(longer.mean())  # words
-        facts[f"{source}/reward"] = sum(chosen) / len(chosen)
-        facts[f"{source}/margin"] = float(some.margin.mean())  # nats
     if (iteration / "dropped.jsonl").exists():
         dropped = pd.read_json(iteration / "dropped.jsonl", lines=True)
         given = pd.concat([pairs[pairs.source == "offline"], dropped])
@@ -199,9 +199,6 @@ def machine() -> str:
     return f"{processor} {instructions}, {os.cpu_count()} cores, one thread a run, torch {torch.__version__}"
 
 
-# ------------------------------------------------------------------------------ what is shown
-
-
 def interval(values: list[float], comparisons: int = 1) -> tuple[float, float, float]:
     """Mean, and its 95 % interval by Student's t; of several comparisons, all of them at once (Bonferroni)."""
     mean = sum(values) / len(values)
@@ -228,18 +225,6 @@ def spread(values: list[float], digits: int = 3) -> str:
 def markdown(table: pd.DataFrame) -> str:
     lines = [list(table.columns), ["---", *["--:"] * (len(table.columns) - 1)], *table.astype(str).values.tolist()]
     return "\n".join("|" + "|".join(line) + "|" for line in lines)
-
-
-def fill(page: Path, shown: dict[str, str]) -> None:
-    """Puts each text into its block of a page, between `<!-- NAME -->` and `<!-- end -->`."""
-    text = page.read_text(encoding="utf-8")
-    for name, block in shown.items():
-        before, begins, rest = text.partition(f"<!-- {name} -->\n")
-        if not begins:
-            raise KeyError(f"{page} has no block {name}")
-        after = rest.partition("<!-- end -->")[2]
-        text = f"{before}{begins}{block}\n<!-- end -->{after}"
-    page.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -11,15 +11,20 @@ import pytest
 import torch
 from shared import tiny_model
 
-from sera_min import playground
-from sera_min.logprobs import token_logprobs
 from sera_min.machinery.config import Config, resolve
 from sera_min.pairs import Pair, Preferences
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent.parent / "experiments")]
 import neighbours  # noqa: E402
 import study  # noqa: E402
-from neighbours import ids, text  # noqa: E402
+
+
+def text(y):
+    return neighbours.TOKENIZER.decode(y, skip_special_tokens=True)
+
+
+def ids(y):
+    return neighbours.TOKENIZER(y + " <eos>").input_ids
 
 X = ids("tell me about the fox and the cave")[:-1]
 GOOD, FAIR, BAD = "the fox is lovely .", "the owl is lovely .", "the owl is ugly ."  # true reward 1, 0, −1
@@ -45,49 +50,6 @@ def pair(chosen, rejected):
 
 def texts(review):
     return [(text(x), text(w), text(l)) for x, w, l in review.training_set.pairs]
-
-
-def test_rad_trains_on_both_responses_each_under_its_own_score():
-    of_d = [pair(GOOD, BAD), pair(BAD, GOOD), pair(FAIR, GOOD), pair(GOOD, GOOD)]  # the label does not matter
-    made = pairs_of(neighbours.rad(True), 1, of_d).training_set.pairs
-    assert [(text(x), text(w), text(l)) for x, w, l in made[:4]] == [
-        (text(X), GOOD, BAD), ("and and and and fox and the cave", BAD, GOOD),
-        ("and and and and fox and the cave", BAD, GOOD), (text(X), GOOD, BAD),
-    ]  # fmt: skip
-    assert len(made) == 6  # the last pair has one score
-    of_two = pairs_of(neighbours.rad(True), 2, [pair(GOOD, BAD)], logps=lambda i, y: -float(i) - 5 * (y == BAD))
-    [reference, _] = of_two.training_set.reference.tolist()
-    assert reference == [0.0, -5.0]  # log π_θ0 of the chosen and of the rejected
-    prefers_bad = lambda i, y: float(i) if y == BAD else 0.0  # noqa: E731  # as π_θ1 has come to do
-    first, second, *_ = pairs_of(neighbours.rad(False), 2, [pair(GOOD, BAD)] * 2, logps=prefers_bad).training_set.pairs
-    assert (text(first.prompt)[:8], text(first.chosen)) == ("the the ", GOOD)
-    assert (text(second.prompt), text(second.chosen)) == (text(X), BAD)
-
-
-def test_bmc_mends_the_worst_sentence_and_weighs_where_the_two_differ():
-    mended = neighbours.mend(text(X), f"{BAD} {GOOD}", f"{FAIR} {BAD} {FAIR}")
-    assert mended == f"{FAIR} {GOOD} {FAIR}"
-    # π_θ = 0.8, π_ref = 0.4, δ = 2: w = 1 + 1/0.8, m = 2.25 ln 2
-    logps = torch.tensor([0.8, 0.8, 0.1]).log()
-    w = neighbours.confidence(logps, [5, 6, 7], [5, 9], 2.0)
-    assert w.tolist() == pytest.approx([1.0, 2.25, 3.0])  # the same token; another; none, and 1/0.1 is cut at δ
-    assert (w[1] * (logps[1] - math.log(0.4))).item() == pytest.approx(1.5596, abs=1e-4)
-    changes = neighbours.bmc()
-    policy, reference = (playground.make_sft_policy(seed, "cpu", steps=2)[0] for seed in (0, 1))
-    inspect.getclosurevars(changes.pair_losses).nonlocals["reference"].append(reference)
-    pairs = [pair(GOOD, BAD)]
-    losses, logps = changes.pair_losses(policy, pairs, None, resolve(Config(device="cpu", beta=1.0)))
-    [w, l], [w_ref, l_ref] = (
-        [one.detach() for one in token_logprobs(m, [X, X], [ids(GOOD), ids(BAD)])] for m in (policy, reference)
-    )
-    by_hand = []
-    for ours, theirs in ((w, w_ref), (l, l_ref)):  # words 2 and 4 differ
-        weight = torch.ones(6)
-        weight[[1, 3]] += (1 / ours[[1, 3]].exp()).clamp(max=2)
-        by_hand.append((weight * (ours - theirs)).sum().item())
-    m = by_hand[0] - by_hand[1]
-    assert losses.tolist() == pytest.approx([math.log(1 + math.exp(-m))], rel=1e-4)
-    assert logps[0].tolist() == pytest.approx([w.sum().item(), l.sum().item()], rel=1e-4)
 
 
 def test_sapo_splices_and_averages():
@@ -152,14 +114,14 @@ def test_a_small_run(method, small_world):
         sources[t] = {*reviewed.training_set.sources}
         return reviewed
 
-    result = study.play(replace(variant, review=review), 3, [3], seed=0, beta=0.3, **flags)
+    result = study.play(replace(variant, review=review), seed=0, beta=0.3, **flags)
     assert math.isfinite(result["3"]["kl"]) and result["3"]["kl"] != 0
-    begins_with_d = method in {"DICE", "RAD, own scores"}
+    begins_with_d = method == "DICE"
     assert sources == {1: {"offline" if begins_with_d else "own"}, 2: {"own"}, 3: {"own"}}
 
 
 def test_a_method_is_a_function_of_at_most_30_lines():
-    for name in ("rad", "bmc", "sapo", "dice", "spin"):
+    for name in ("sapo", "dice", "spin"):
         method = getattr(neighbours, name)
         assert len(inspect.getsource(method).splitlines()) <= 30, name
         assert "arXiv:" in method.__doc__
