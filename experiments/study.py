@@ -101,7 +101,8 @@ def play(variant: train.Variant, iterations: int = 3, length_bias: float = 0.0, 
     began = time.process_time()
     with tempfile.TemporaryDirectory() as place, quiet():
         out = Path(place) / "run"
-        config = Config(output_dir=str(out), device="cpu", iterations=iterations, learning_rate=1e-3, **flags)
+        flags = {"learning_rate": 1e-3, **flags}
+        config = Config(output_dir=str(out), device="cpu", iterations=iterations, **flags)
         train.main(config, variant)
         for t in range(1, iterations + 1):
             result[str(t)] = facts_of(out / f"iteration-{t}")
