@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -162,10 +163,11 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def run_all(jobs: dict[str, tuple], file: Path) -> dict[str, Any]:
+def run_all(jobs: dict[str, tuple], file: Path, prepare: Callable[[int], None] | None = None) -> dict[str, Any]:
     """Runs, on all cores and in this order, those jobs that `file` lacks. Returns what it then holds: name -> result.
 
-    jobs: name -> a function and its arguments, of which the last are flags with a seed.
+    jobs: name -> a function and its arguments, of which the last are flags with a seed. prepare: what is done first for
+    each seed; None: `make_sft`.
     """
     results = read(file)
     lacking = {name: job for name, job in jobs.items() if name not in results}
@@ -174,7 +176,7 @@ def run_all(jobs: dict[str, tuple], file: Path) -> dict[str, Any]:
     seeds = {flags["seed"] for *_, flags in lacking.values()}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(mp_context=context, initializer=begin_worker) as pool:
-        list(tqdm(pool.map(make_sft, seeds), "SFT policies", len(seeds)))
+        list(tqdm(pool.map(prepare or make_sft, seeds), "before the runs", len(seeds)))
         name_of = {pool.submit(*job): name for name, job in lacking.items()}
         for done in tqdm(as_completed(name_of), file.stem, len(name_of)):
             results[name_of[done]] = done.result()
