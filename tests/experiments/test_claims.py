@@ -2,12 +2,13 @@
 
 import json
 import math
+import multiprocessing
+import os
 import re
-import signal
-import subprocess
 import sys
 import time
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -178,36 +179,56 @@ def test_what_a_method_changes_is_not_how_long_it_trains(method):
     assert not flags.keys() & {"per_device_train_batch_size", "iterations", "beta", "learning_rate", "epochs_per_iteration"}
 
 
-LONG_STUDY = """
-import pathlib, sys, time
-sys.path[:0] = sys.argv[1:3]
-import study
+class InThisProcess:
+    """A process pool of one process: this one."""
 
-def job(seconds, flags):
-    time.sleep(seconds)
-    return {"pid": study.os.getpid()}
+    def __init__(self, **_):
+        pass
 
-if __name__ == "__main__":
-    study.make_sft = str
-    study.run_all({"there": (job, 99, {"seed": 0}), "short": (job, 0, {"seed": 0}), "long": (job, 99, {"seed": 0})},
-                  pathlib.Path(sys.argv[3]))
-"""
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    map = staticmethod(map)
+
+    def submit(self, function, *arguments):
+        future = Future()
+        future.set_result(function(*arguments))
+        return future
 
 
-def test_a_killed_study_keeps_what_was_done_and_leaves_no_process_behind(tmp_path):
-    """What the file holds is not run again: with it, one worker of two would sleep, and `short` still ends."""
-    script, file = tmp_path / "long.py", tmp_path / "results.json"
-    script.write_text(LONG_STUDY)
-    file.write_text('{"there": {}}')
-    study_process = subprocess.Popen([sys.executable, script, ROOT / "experiments", ROOT, file], stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 60
-    while "short" not in json.loads(file.read_text()) and time.monotonic() < until:
-        time.sleep(0.2)
-    results = json.loads(file.read_text())
-    study_process.send_signal(signal.SIGKILL)
-    study_process.wait()
-    assert results.keys() == {"there", "short"}
-    worker = Path(f"/proc/{results['short']['pid']}")
-    while worker.exists() and time.monotonic() < until:
-        time.sleep(0.2)
-    assert not worker.exists()
+def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "ProcessPoolExecutor", InThisProcess)
+    file, prepared = tmp_path / "results.json", []
+    file.write_text('{"there": 1}')
+    jobs = {"there": (pytest.fail, {"seed": 5}), "new": (len, {"seed": 7})}
+    assert study.run_all(jobs, file, prepared.append) == {"there": 1, "new": 1} == study.read(file)
+    assert prepared == [7]
+    assert study.run_all(jobs, file, pytest.fail) == study.read(file)
+
+
+def test_a_killed_study_leaves_no_process_behind():
+    """This process forks a study, which forks a worker, which tells its number and sleeps; then the study is killed."""
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe()
+
+    def work():
+        study.begin_worker()
+        there.send(os.getpid())
+        time.sleep(60)
+
+    def begin_study():
+        context.Process(target=work).start()
+        time.sleep(60)
+
+    process = context.Process(target=begin_study)
+    process.start()
+    worker = Path(f"/proc/{here.recv()}/stat")
+    process.kill()
+    process.join()
+    until = time.monotonic() + 30
+    while worker.exists() and worker.read_text().split()[2] != "Z" and time.monotonic() < until:
+        time.sleep(0.05)
+    assert time.monotonic() < until
