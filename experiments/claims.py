@@ -1,20 +1,20 @@
 """What SeRA does in the playground, and where it fails: the studies that docs/results.md is about.
 
-    python experiments/claims.py                        all, hours of all cores; stopped, it goes on where it was
+    python experiments/claims.py                        all, hours of all cores; stopped, it resumes where it left off
     python experiments/claims.py --studies verdict keep some of them
-    python experiments/claims.py --quick                every study, small, in a few minutes: does it all still run?
-    python experiments/claims.py --check 12             12 of the runs again, drawn at random: do they end alike?
+    python experiments/claims.py --quick                every study, small: does it all still run?
+    python experiments/claims.py --check 12             repeat 12 runs, drawn at random: the same figures?
     python experiments/claims.py --write                run nothing: tables and figures anew from claims.json
+    python experiments/claims.py --write --file earlier the same of earlier.json, the runs of commit 8edd6ba
 
 β is chosen on validation prompts with seeds of their own, by the mean win rate; results are on test prompts. The plan
 of verdict, keep and ensemble was written before their runs: results/plan.md. Writes results/claims.json (every run),
-claims.md and PNG figures.
+claims.md and figures.
 """
 
 import argparse
 import itertools
 import random
-import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -46,7 +46,7 @@ SELECTION: dict[str, Any] = {"bootstrap": 0.0}
 
 
 def every_pair(prompt_of: list[int], responses: list[list[int]], rewards: torch.Tensor) -> tuple:
-    """In the place of `best_worst_pairs`: all pairs of a prompt's different samples, of which the K̃ widest are kept."""
+    """In place of `best_worst_pairs`: all pairs of a prompt's different samples, of which the K̃ widest are kept."""
     rows_of: dict[int, dict[tuple, int]] = {}  # prompt -> response -> its row
     for row, (prompt, response) in enumerate(zip(prompt_of, responses)):
         rows_of.setdefault(prompt, {})[tuple(response)] = row
@@ -61,7 +61,7 @@ def every_pair(prompt_of: list[int], responses: list[list[int]], rewards: torch.
 
 
 def select_positive(margins: torch.Tensor, k: int) -> torch.Tensor:
-    """In the place of `select_top`: every pair with a margin above 0, the widest first, however many there are."""
+    """In place of `select_top`: every pair with a margin above 0, the widest first, however many there are."""
     return train.select_top(margins, int((margins > 0).sum()))
 
 
@@ -135,14 +135,14 @@ class Study:
     tuning_seeds: list[int] = field(default_factory=list)  # none: β is that of `verdict`
     betas: list[float] = field(default_factory=lambda: [0.01, 0.03, 0.1, 0.3, 1.0, 3.0])
     flags: dict[str, Any] = field(default_factory=dict)  # of all runs
-    baseline: str = "plain DPO"  # what the table compares with
+    baseline: str = "plain DPO"  # what the table compares with; "": nothing
     beside: tuple[str, ...] = ()  # rows of `verdict` that the table shows too
 
 
 STUDIES = {
-    "verdict": Study("Three methods, each at its best β", THREE, [*range(60)], [*range(60, 80)]),
+    "verdict": Study("Three methods, each at its best β", THREE, [*range(60)], [*range(60, 80)], baseline=""),
     "keep": Study("Selection only, by K and the share of flipped labels", KS, [*range(20)]),
-    "ensemble": Study("SeRA, by γ", GAMMAS, [*range(40)], flags={"iterations": LONG}),
+    "ensemble": Study("SeRA, by γ", GAMMAS, [*range(40)], baseline="", flags={"iterations": LONG}),
     "others": Study("Other answers to wrong labels, and other margins to keep", OTHERS, [*range(20)],
                     [*range(60, 65)], beside=("plain DPO", "selection only", "SeRA")),
     "clean": Study("No flipped label, and β as it was", THREE, [*range(10)], flags={"label_noise": 0.0}),
@@ -227,34 +227,37 @@ SHOWN = {  # title -> what is measured, and its digits
 
 
 def with_beside(results: dict[str, Any], name: str) -> pd.DataFrame:
-    verdict = frame_of(results, "verdict")
-    return pd.concat([verdict[verdict.row.isin(STUDIES[name].beside)], frame_of(results, name)])
+    runs, beside = frame_of(results, name), STUDIES[name].beside
+    if beside:
+        verdict = frame_of(results, "verdict")
+        runs = pd.concat([verdict[verdict.row.isin(beside)], runs])
+    return runs
 
 
 def results_table(results: dict[str, Any], name: str) -> str:
     """For each row its β, figures, mean ± spread over the seeds, and its win rate less the baseline's."""
-    asked, runs, lines = STUDIES[name], with_beside(results, name), []
+    baseline, runs = STUDIES[name].baseline, with_beside(results, name)
     win = by_seed(runs, WIN)
+    lines = []
     for row in runs.row.unique():
         of_row = runs[(runs.row == row) & (runs.t == T) & runs.seed.isin(win.index)]
         line = {f"{len(win)} seeds": row, "β": f"{of_row.beta.iloc[0]:g}"}
         for title, (key, digits) in SHOWN.items():
-            line[title] = spread(list(of_row[key].dropna()), digits)
-        line[f"win rate less that of {asked.baseline}"] = "–"
-        if row != asked.baseline:
-            line[f"win rate less that of {asked.baseline}"] = difference(win[row], win[asked.baseline], len(win.T) - 1)
+            line[title] = spread(of_row[key], digits)
+        if baseline and row != baseline:
+            others = win.shape[1] - 1
+            line[f"win rate less that of {baseline}"] = difference(win[row], win[baseline], others)
         lines.append(line)
-    return markdown(pd.DataFrame(lines))
+    return markdown(pd.DataFrame(lines).fillna("–"))
 
 
-def differences_table(runs: pd.DataFrame, compared: list[tuple[str, str]]) -> str:
-    reward, win = by_seed(runs, REWARD), by_seed(runs, WIN)
+def differences_table(runs: pd.DataFrame, compared: list[tuple[str, str]], comparisons: int, t: int = T) -> str:
+    reward, win = by_seed(runs, REWARD, t), by_seed(runs, WIN, t)
     lines = []
     for ours, theirs in compared:
-        line = {f"{len(win)} seeds, 95 % for {len(compared)} comparisons": f"{ours} less {theirs}"}
-        line["true reward"] = difference(reward[ours], reward[theirs], len(compared))
-        line["win rate"] = difference(win[ours], win[theirs], len(compared))
-        line["ahead with"] = f"{(reward[ours] > reward[theirs]).sum()} seeds"
+        line = {f"t = {t}, {len(win)} seeds, 95 % for {comparisons} comparisons": f"{ours} less {theirs}"}
+        line["true reward"] = difference(reward[ours], reward[theirs], comparisons)
+        line["win rate"] = difference(win[ours], win[theirs], comparisons)
         lines.append(line)
     return markdown(pd.DataFrame(lines))
 
@@ -263,7 +266,7 @@ COMPARED = [("SeRA", "plain DPO"), ("selection only", "plain DPO"), ("SeRA", "se
 
 
 def verdict_table(results: dict[str, Any]) -> str:
-    tables = [results_table(results, "verdict"), differences_table(frame_of(results, "verdict"), COMPARED)]
+    tables = [results_table(results, "verdict"), differences_table(frame_of(results, "verdict"), COMPARED, 3)]
     return "\n\n".join([*tables, equal_kl_table(results)])
 
 
@@ -318,7 +321,7 @@ def tuning_table(results: dict[str, Any], name: str) -> str:
 def keep_table(results: dict[str, Any]) -> str:
     """Win rate by K and share of flipped labels, and less that of K = 0.7; the share of right labels among the kept."""
     runs = frame_of(results, "keep")
-    win, right, auc = by_seed(runs, WIN), by_seed(runs, RIGHT), by_seed(runs, "auc", 2)
+    win, right = by_seed(runs, WIN), by_seed(runs, RIGHT)
     heading = f"{len(win)} seeds; win rate, less that of K = 0.7; right labels"
     lines = []
     for k in (*KEEP, ABOVE_0):
@@ -332,44 +335,41 @@ def keep_table(results: dict[str, Any]) -> str:
         lines.append(line)
     of_review = {heading: "AUC of the margin, first review"}
     for noise in NOISE[1:]:
-        of_review[f"{noise:.0%} flipped"] = spread(list(auc[of_keep(0.7, noise)]))
+        first = runs[(runs.row == of_keep(0.7, noise)) & (runs.t == 2)]
+        of_review[f"{noise:.0%} flipped"] = spread(first.auc)
     return markdown(pd.DataFrame([*lines, of_review]).fillna("–"))
 
 
 def ensemble_table(results: dict[str, Any]) -> str:
+    """Each γ less none, after three iterations and at the end."""
     runs = frame_of(results, "ensemble")
-    lines = []
-    for row in runs.row.unique():
-        line = {"": row}
-        for t in sorted({3, 6} & {*runs.t}):
-            for title, key in (("true reward", REWARD), ("win rate", WIN)):
-                figures = by_seed(runs, key, t)
-                without = figures["γ = 0.0"]
-                less = "–"
-                if row != "γ = 0.0":
-                    less = difference(figures[row], without, 6)
-                line[f"{title}, t = {t}; less that of γ = 0"] = f"{spread(list(figures[row]))}; {less}"
-        lines.append(line)
-    return f"{len(without)} seeds; intervals for six comparisons.\n\n" + markdown(pd.DataFrame(lines))
-
-
-def others_table(results: dict[str, Any]) -> str:
-    compared = [("selection only", "random K"), ("SeRA", "random K"), ("SeRA + both", "SeRA")]
-    tables = [results_table(results, "others"), differences_table(with_beside(results, "others"), compared)]
+    compared = [(row, "γ = 0.0") for row in runs.row.unique() if row != "γ = 0.0"]
+    tables = [results_table(results, "ensemble")]
+    for t in sorted({T, LONG} & {*runs.t}):
+        tables.append(differences_table(runs, compared, 6, t))
     return "\n\n".join(tables)
 
 
+def others_table(results: dict[str, Any]) -> str:
+    """With more comparisons, for which the intervals count those of the first table too."""
+    compared = [("selection only", "random K"), ("SeRA", "random K"), ("SeRA + both", "SeRA")]
+    runs = with_beside(results, "others")
+    more = differences_table(runs, compared, runs.row.nunique() - 1 + len(compared))
+    return results_table(results, "others") + "\n\n" + more
+
+
 def long_table(results: dict[str, Any]) -> str:
-    """By iteration: the true reward, and the share of the bootstrapped pairs that are right."""
+    """By iteration: true reward, KL, and the share of the bootstrapped pairs that are right; and the end."""
     runs = frame_of(results, "long")
     lines = []
     for title, key in (("true reward", REWARD), ("KL, nats", KL), ("bootstrapped pairs right", "bootstrap/right")):
         for row in runs.row.unique():
             line = {"": title, f"{runs.seed.nunique()} seeds": row}
-            for t in range(1, 7):
-                line[f"t = {t}"] = spread(list(runs[(runs.row == row) & (runs.t == t)][key].dropna()))
+            for t in range(1, LONG + 1):
+                line[f"t = {t}"] = spread(runs[(runs.row == row) & (runs.t == t)][key])
             lines.append(line)
-    return markdown(pd.DataFrame(lines))
+    compared = [(row, "SeRA") for row in runs.row.unique() if row != "SeRA"]
+    return markdown(pd.DataFrame(lines)) + "\n\n" + differences_table(runs, compared, len(compared), LONG)
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {  # of studies that have more to show than `results_table`
@@ -396,9 +396,11 @@ def parts_in(results: dict[str, Any]) -> set[str]:
     return {name.split(" | ")[0] for name in results}
 
 
-def draw_frontier(results: dict[str, Any], place: Path) -> None:
+def draw_frontier(results: dict[str, Any], file: Path) -> None:
     """True reward against KL: a line a method, a point a β; means and their standard errors."""
-    with study.figure(place / "frontier.png", "KL(π_θ ‖ π_ref), nats a response", "true reward") as axes:
+    with study.figure(
+        file.with_name(f"{file.stem}-frontier.png"), "KL(π_θ ‖ π_ref), nats a response", "true reward"
+    ) as axes:
         for method in THREE:
             points = points_of(results, method)
             kl, reward = points.mean(1).T
@@ -407,23 +409,23 @@ def draw_frontier(results: dict[str, Any], place: Path) -> None:
         axes.set_xscale("log")
 
 
-def draw_keep(results: dict[str, Any], place: Path) -> None:
+def draw_keep(results: dict[str, Any], file: Path) -> None:
     """Win rate of selection only by K, a line a share of flipped labels; means and their standard errors."""
     win = by_seed(frame_of(results, "keep"), WIN)
-    with study.figure(place / "keep.png", "K / |D|", "win rate") as axes:
+    with study.figure(file.with_name(f"{file.stem}-keep.png"), "K / |D|", "win rate") as axes:
         for noise in NOISE:
             of_noise = win[[of_keep(k, noise) for k in KEEP]]
             axes.errorbar(KEEP, of_noise.mean(), of_noise.sem(), marker="o", markersize=4, label=f"{noise:.0%} flipped")
 
 
-def draw_long(results: dict[str, Any], place: Path) -> None:
+def draw_long(results: dict[str, Any], file: Path) -> None:
     """By iteration: means over the seeds, and bands of a standard deviation."""
     runs = frame_of(results, "long")
-    for key, file, label in (
+    for key, name, label in (
         (REWARD, "reward", "true reward"),
-        ("bootstrap/right", "bootstrapped-precision", "bootstrapped pairs that are right"),
+        ("bootstrap/right", "bootstrapped", "bootstrapped pairs that are right"),
     ):
-        with study.figure(place / f"{file}.png", "iteration", label) as axes:
+        with study.figure(file.with_name(f"{file.stem}-{name}.png"), "iteration", label) as axes:
             for row in runs.row.unique():
                 by_t = runs[runs.row == row].groupby("t")[key].agg(["mean", "std"]).dropna()
                 axes.plot(by_t.index, by_t["mean"], marker="o", markersize=3, label=row)
@@ -434,68 +436,78 @@ FIGURES = {"verdict, tuning": draw_frontier, "keep": draw_keep, "long": draw_lon
 
 
 def check(results: dict[str, Any], count: int, file: Path) -> None:
-    """Make `count` of the runs again. Exits with 1 unless every figure is the same, where the machine is the same.
+    """Repeat `count` of the runs. Exits with 1 unless every figure is the same, where the machine is the same.
 
     On another sums round otherwise, and runs part: the differences are printed, and nothing more.
     """
-    every: dict[str, tuple] = {}
-    for name in STUDIES:
-        every |= jobs_of(f"{name}, tuning", results) | jobs_of(name, results)
-    names = random.sample(sorted(every.keys() & results.keys()), count)
-    again = study.run_all({name: every[name] for name in names}, file)
+    names = random.sample(sorted(results), min(count, len(results)))
+    jobs = {}
+    for name in names:
+        part, row = name.split(" | ")[:2]
+        method = STUDIES[part.removesuffix(", tuning")].rows[row][0]
+        jobs[name] = (run_method, method, results[name]["flags"])
+    again = study.run_all(jobs, file)
     others = 0
     for name in names:
         now, then = again[name], results[name]
-        if all(now[t] == then[t] for t in now if t.isdigit()):
+        known = [t for t in then if t.isdigit()]
+        if all(now[t].get(key) == value for t in known for key, value in then[t].items()):
             print(f"{name}: alike")
             continue
         print(f"{name}: win rate {then[str(T)][WIN]:.3f} then, {now[str(T)][WIN]:.3f} now")
         if now["machine"] == then["machine"]:
             others += 1
     if others:
-        sys.exit(f"{others} of {count} runs end otherwise on the machine that they were made on")
+        sys.exit(f"{others} of {len(names)} runs end otherwise on the machine that they were made on")
 
 
 def make_quick() -> None:
-    """Two seeds, fewer pairs: every study in minutes, its figures worth nothing."""
+    """Two seeds, one β, few pairs and prompts: every study in minutes, its figures worth nothing."""
     for asked in STUDIES.values():
         asked.seeds = [0, 1]
+        asked.betas = asked.betas[-2:]
         if asked.tuning_seeds:
-            asked.tuning_seeds = [0, 1]
-        asked.flags["max_train_pairs"] = 64
+            asked.tuning_seeds = [0]
+        asked.flags |= {"max_train_pairs": 64, "prompts": 16}
+
+
+def run(names: list[str], file: Path) -> None:
+    """The runs of these studies, of what chooses their β, and of those that their tables show too."""
+    for name in names:
+        if STUDIES[name].beside:
+            run(["verdict"], file)
+        results = study.run_all(jobs_of(f"{tuned_by(name)}, tuning", {}), file)
+        study.run_all(jobs_of(name, results), file)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    titles = [f"{name}: {asked.title}" for name, asked in STUDIES.items()]
-    parser.epilog = "\n".join(titles)
+    parser.epilog = "\n".join(f"{name}: {asked.title}" for name, asked in STUDIES.items())
     parser.add_argument("--studies", nargs="+", default=list(STUDIES), choices=STUDIES)
+    parser.add_argument("--file", default="claims", help="the name of the results")
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--quick", action="store_true", help="into experiments/results/quick, which git ignores")
-    instead.add_argument("--check", type=int, metavar="N", help="make N of the runs again, and write nothing")
-    instead.add_argument("--write", action="store_true", help="run nothing, and write all that claims.json makes")
+    instead.add_argument("--check", type=int, metavar="N", help="repeat N of the runs, and write nothing")
+    instead.add_argument("--write", action="store_true", help="run nothing, and write all that the results make")
     options = parser.parse_args(arguments)
-    place = study.RESULTS
+    file = study.RESULTS / f"{options.file}.json"
     if options.quick:
         make_quick()
-        place = study.RESULTS / "quick"
-        shutil.rmtree(place, ignore_errors=True)
-    file = place / "claims.json"
-    results = study.read(file)
-    if options.check:
+        file = study.RESULTS / "quick" / file.name
+        file.unlink(missing_ok=True)
+    if options.check is not None:
         with tempfile.TemporaryDirectory() as beside:
-            check(results, options.check, Path(beside) / "again.json")
+            check(study.read(file), options.check, Path(beside) / "again.json")
         return
     if not options.write:
-        for name in options.studies:
-            results = study.run_all(jobs_of(f"{tuned_by(name)}, tuning", results), file)
-            results = study.run_all(jobs_of(name, results), file)
+        run(options.studies, file)
+    results = study.read(file)
     written = "\n".join(tables_of(results))
-    (place / "claims.md").write_text(f"# The studies of the playground\n\n{written}")
+    file.with_suffix(".md").write_text(f"# The studies of the playground\n\n{written}")
     print(written)
     for name, draw in FIGURES.items():
         if name in parts_in(results):
-            draw(results, place)
+            draw(results, file)
 
 
 if __name__ == "__main__":

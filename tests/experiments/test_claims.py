@@ -1,5 +1,6 @@
 """The studies of experiments/claims.py: what they run, what they count, and that their tables are those of their runs."""
 
+import copy
 import json
 import math
 import multiprocessing
@@ -11,6 +12,7 @@ from collections import Counter
 from concurrent.futures import Future
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -26,14 +28,15 @@ import study  # noqa: E402
 RESULTS = ROOT / "experiments/results"
 
 
-def test_the_tables_are_those_of_the_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", [file.stem for file in RESULTS.glob("*.json") if file.stem in ("claims", "earlier")])
+def test_the_tables_are_those_of_the_runs(tmp_path, monkeypatch, name):
     """And with --write nothing is run."""
     monkeypatch.setattr(study, "RESULTS", tmp_path)
     monkeypatch.setattr(study, "run_all", lambda *_: pytest.fail("a run is made"))
     monkeypatch.setattr(claims, "FIGURES", {})
-    (tmp_path / "claims.json").symlink_to(RESULTS / "claims.json")
-    claims.main(["--write"])
-    assert (tmp_path / "claims.md").read_text() == (RESULTS / "claims.md").read_text()
+    (tmp_path / f"{name}.json").symlink_to(RESULTS / f"{name}.json")
+    claims.main(["--write", "--file", name])
+    assert (tmp_path / f"{name}.md").read_text() == (RESULTS / f"{name}.md").read_text()
 
 
 def numbers_of(text):
@@ -58,7 +61,8 @@ def test_an_interval_of_printed_tables():
     _, _, high = study.interval([1.0, 2.0, 3.0], comparisons=5)
     assert high - mean == pytest.approx(9.925 / math.sqrt(3), abs=1e-3)
     assert study.in_brackets(0.5, -1.0, 2.0) == "+0.500 [-1.000, +2.000]"
-    assert study.spread([1.0, 3.0], 1) == "2.0 ± 1.4"
+    assert study.spread(pd.Series([1.0, 3.0, None]), 1) == "2.0 ± 1.4"
+    assert study.spread(pd.Series([1.0])) == "1.000" and study.spread(pd.Series([None])) == "–"
 
 
 @pytest.mark.parametrize("n", [5, 40, 100])
@@ -154,7 +158,8 @@ def test_the_reward_at_a_distance():
 
 def tables_of_verdict(rewards):
     runs = claims.frame_of(results_of("verdict", rewards), "verdict")
-    return claims.results_table(results_of("verdict", rewards), "verdict") + claims.differences_table(runs, claims.COMPARED)
+    table = claims.results_table(results_of("verdict", rewards), "verdict")
+    return table + claims.differences_table(runs, claims.COMPARED, 3)
 
 
 def test_the_verdict_s_differences_are_paired_by_seed():
@@ -162,8 +167,68 @@ def test_the_verdict_s_differences_are_paired_by_seed():
     rows = {("plain DPO", 1.0): plain, ("SeRA", 1.0): sera, ("selection only", 1.0): [0.2, 0.7, 0.9]}
     table = tables_of_verdict({row: [(1, value) for value in of] for row, of in rows.items()})
     expected = study.in_brackets(*study.interval([0.1, 0.2, 0.3], 3))
-    assert f"|SeRA less plain DPO|{expected}|{expected}|3 seeds|" in table
+    assert f"|SeRA less plain DPO|{expected}|{expected}|" in table
     assert "|SeRA less selection only|-0.100 [" in table and "|plain DPO|1|0.300 ± 0.200|" in table
+
+
+def test_the_table_of_k(monkeypatch):
+    """Win rates less those of K = 0.7, right labels, and the AUC of the first review where labels are flipped."""
+    rows = {(row, 0.3): [(1, 0.5), (1, 0.7)] for row in claims.KS}
+    rows[claims.of_keep(0.9, 0.3), 0.3] = [(1, 0.6), (1, 0.9)]
+    results = results_of("keep", rows)
+    for name, result in results.items():
+        result["2"] = {"auc": 0.8} if " 0% flipped" not in name else {}
+    table = claims.keep_table(results)
+    less = study.in_brackets(*study.interval([0.1, 0.2], 20))
+    assert f"|0.750, {less}; 0.500|" in table
+    assert "|AUC of the margin, first review|–|0.800 ± 0.000|0.800 ± 0.000|0.800 ± 0.000|" in table
+    assert table.count("|0.600, –; 0.500") == 4  # K = 0.7
+
+
+def test_the_table_of_gamma_compares_at_both_times():
+    rows = {(row, 0.3): [(1, 0.5), (1, 0.6), (1, 0.7)] for row in claims.GAMMAS}
+    rows["γ = 0.5", 0.3] = [(1, 0.6), (1, 0.8), (1, 0.8)]
+    results = results_of("ensemble", rows)
+    for result in results.values():
+        result["6"] = result["3"]
+    table = claims.ensemble_table(results)
+    difference = study.in_brackets(*study.interval([0.1, 0.2, 0.1], 6))
+    assert table.count(f"|γ = 0.5 less γ = 0.0|{difference}|{difference}|") == 2
+    assert "t = 3, 3 seeds, 95 % for 6 comparisons" in table and "t = 6, 3 seeds" in table
+
+
+@pytest.mark.parametrize("changed, machine, ends", [(0.0, "here", None), (0.1, "elsewhere", None), (0.1, "here", "1 of 1")])
+def test_a_check_tells_what_ends_otherwise(monkeypatch, tmp_path, capsys, changed, machine, ends):
+    known = {"flags": {"beta": 1.0, "seed": 0}, "machine": "here", "3": {"gold/win_rate": 0.5, "kl": 1.0}}
+    again = {**known, "machine": machine, "3": {"gold/win_rate": 0.5, "kl": 1.0 + changed, "more": 7}}
+    asked = []
+    monkeypatch.setattr(study, "run_all", lambda jobs, file: asked.append(jobs) or {"verdict | SeRA | β = 1 | seed 0": again})
+    try:
+        claims.check({"verdict | SeRA | β = 1 | seed 0": known}, 12, tmp_path / "again.json")
+        assert ends is None
+    except SystemExit as stopped:
+        assert ends is not None and ends in str(stopped)
+    [job] = asked[0].values()
+    assert job == (claims.run_method, "SeRA", {"beta": 1.0, "seed": 0})
+    assert ("alike" in capsys.readouterr().out) == (changed == 0)
+
+
+def test_a_study_runs_what_it_needs_first(monkeypatch, tmp_path):
+    """And a quick one has few seeds and pairs, by flags, which reach the workers."""
+    monkeypatch.setattr(claims, "STUDIES", copy.deepcopy(claims.STUDIES))
+    claims.make_quick()
+    parts = []
+
+    def run_all(jobs, file):
+        parts.append({name.split(" | ")[0] for name in jobs})
+        assert all(job[-1]["max_train_pairs"] == 64 and job[-1]["prompts"] == 16 for job in jobs.values())
+        of_jobs = {(name.split(" | ")[1], job[-1]["beta"]): [(1, 0.5)] for name, job in jobs.items()}
+        [part] = parts[-1]
+        return results_of(part, of_jobs)
+
+    monkeypatch.setattr(study, "run_all", run_all)
+    claims.run(["others"], tmp_path / "file.json")
+    assert parts == [{"verdict, tuning"}, {"verdict"}, {"others, tuning"}, {"others"}]
 
 
 def test_no_seed_serves_for_both():
@@ -182,8 +247,8 @@ def test_what_a_method_changes_is_not_how_long_it_trains(method):
 class InThisProcess:
     """A process pool of one process: this one."""
 
-    def __init__(self, **_):
-        pass
+    def __init__(self, mp_context, initializer):
+        assert mp_context.get_start_method() == "spawn" and initializer is study.begin_worker
 
     def __enter__(self):
         return self
@@ -193,20 +258,36 @@ class InThisProcess:
 
     map = staticmethod(map)
 
+    def shutdown(self, cancel_futures):
+        assert cancel_futures
+
     def submit(self, function, *arguments):
         future = Future()
-        future.set_result(function(*arguments))
+        try:
+            future.set_result(function(*arguments))
+        except ValueError as error:
+            future.set_exception(error)
         return future
 
 
 def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
+    """Unless its flags were others. A job that fails ends the study; what was done before is kept."""
     monkeypatch.setattr(study, "ProcessPoolExecutor", InThisProcess)
     file, prepared = tmp_path / "results.json", []
-    file.write_text('{"there": 1}')
-    jobs = {"there": (pytest.fail, {"seed": 5}), "new": (len, {"seed": 7})}
-    assert study.run_all(jobs, file, prepared.append) == {"there": 1, "new": 1} == study.read(file)
+    there = {"there": {"flags": {"seed": 5}, "x": 1}}
+    study.write(file, {**there, "of other flags": {"flags": {"seed": 1}, "x": 1}})
+    jobs = {"there": (pytest.fail, {"seed": 5}), "of other flags": (dict, {"seed": 7})}
+    results = study.run_all(jobs, file, prepared.append)
+    assert results == {**there, "of other flags": {"flags": {"seed": 7}, "seed": 7}} == study.read(file)
     assert prepared == [7]
     assert study.run_all(jobs, file, pytest.fail) == study.read(file)
+    with pytest.raises(ValueError, match="no such run"):
+        study.run_all({"new": (dict, {"seed": 3}), "bad": (fails, {"seed": 3})}, file, prepared.append)
+    assert study.read(file).items() >= results.items() and "bad" not in study.read(file)
+
+
+def fails(flags):
+    raise ValueError("no such run")
 
 
 def test_a_killed_study_leaves_no_process_behind():

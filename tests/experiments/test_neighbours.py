@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from shared import tiny_model
 
 from sera_min.machinery.config import Config, resolve
 from sera_min.pairs import Pair, Preferences
@@ -50,20 +49,6 @@ def pair(chosen, rejected):
 
 def texts(review):
     return [(text(x), text(w), text(l)) for x, w, l in review.training_set.pairs]
-
-
-def test_sapo_splices_and_averages():
-    y, ends = [10, 11, 12, 13, 1], [1]
-    assert neighbours.spliced(y, 1, 2, [20, 21, 22], ends) == [10, 20, 21, 13, 1]
-    assert neighbours.spliced(y, 1, 2, [20, 1], ends) == [10, 20, 1]  # it ended there
-    assert neighbours.spliced(y, 1, 2, [1], ends) == [10, 1]
-    policies = [tiny_model() for _ in range(3)]
-    for i, policy in enumerate(policies):  # E_0 = θ_0 = 0, then θ = 1 twice: 0.75
-        for p in policy.parameters():
-            p.data.fill_(float(i > 0))
-    mean = neighbours.moving_average(SimpleNamespace(get=policies.__getitem__), 3, 0.5)
-    assert {p.unique().item() for p in mean.parameters()} == {0.75}
-    assert {p.unique().item() for p in policies[0].parameters()} == {0.0}  # the reference is as it was
 
 
 def test_dice_s_price_of_length():
@@ -121,7 +106,7 @@ def test_a_small_run(method, small_world):
 
 
 def test_a_method_is_a_function_of_at_most_30_lines():
-    for name in ("sapo", "dice", "spin"):
+    for name in ("dice", "spin"):
         method = getattr(neighbours, name)
         assert len(inspect.getsource(method).splitlines()) <= 30, name
         assert "arXiv:" in method.__doc__

@@ -32,8 +32,8 @@ def test_a_beginning_leaves_a_token_to_write():
 def test_no_sentence_serves_twice(monkeypatch):
     rows = [(float(i), f"sentence {i}") for i in range(20_000)]
     monkeypatch.setattr(sentiment, "sentences", lambda place: rows)
-    parts = [sentiment.part(Path("somewhere"), name) for name in ("judge", "test", "sft")]
-    assert [len(one) for one in parts] == [3000, 500, 7000]
+    parts = [sentiment.part(Path("somewhere"), name) for name in ("judge", "test", "look", "sft")]
+    assert [len(one) for one in parts] == [3000, 500, 500, 6500]
     assert len({text for one in parts for _, text in one}) == 10_500
     with pytest.raises(KeyError):
         sentiment.part(Path("somewhere"), "pairs")
