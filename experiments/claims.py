@@ -465,19 +465,24 @@ def make_quick() -> None:
     """Two seeds, one β, few pairs and prompts: every study in minutes, its figures worth nothing."""
     for asked in STUDIES.values():
         asked.seeds = [0, 1]
-        asked.betas = asked.betas[-2:]
+        asked.betas = asked.betas[-1:]
         if asked.tuning_seeds:
             asked.tuning_seeds = [0]
-        asked.flags |= {"max_train_pairs": 64, "prompts": 16}
+        asked.flags |= {"max_train_pairs": 32, "max_new_tokens": 12, "prompts": 8}
 
 
 def run(names: list[str], file: Path) -> None:
-    """The runs of these studies, of what chooses their β, and of those that their tables show too."""
+    """The runs of these studies: first those that choose their β. A table may show rows of `verdict` too."""
+    if any(STUDIES[name].beside for name in names):
+        names = ["verdict", *names]
+    tuning: dict[str, tuple] = {}
     for name in names:
-        if STUDIES[name].beside:
-            run(["verdict"], file)
-        results = study.run_all(jobs_of(f"{tuned_by(name)}, tuning", {}), file)
-        study.run_all(jobs_of(name, results), file)
+        tuning |= jobs_of(f"{tuned_by(name)}, tuning", {})
+    results = study.run_all(tuning, file)
+    jobs: dict[str, tuple] = {}
+    for name in names:
+        jobs |= jobs_of(name, results)
+    study.run_all(jobs, file)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -6,6 +6,7 @@ again, so a study that was stopped goes on where it was. A study that is killed 
 """
 
 import contextlib
+import functools
 import hashlib
 import io
 import json
@@ -62,10 +63,9 @@ def world_of(length_bias: float = 0.0, most_prompts: int | None = None) -> Simpl
         return models.load(SFT / str(seed), device)
 
     def preferences(n: int, part: str, **others: Any) -> list[dict[str, str]]:
-        bias = 0.0
         if part == "train":
-            bias = length_bias
-        return playground.preferences(n, part, length_bias=bias, **others)
+            return playground.preferences(n, part, length_bias=length_bias, **others)
+        return playground.preferences(n, part, **others)[:most_prompts]
 
     def prompts(part: str) -> list[str]:
         return playground.prompts(part)[:most_prompts]
@@ -188,18 +188,25 @@ def run_all(jobs: dict[str, tuple], file: Path, prepare: Callable[[int], None] |
     if not lacking:
         return results
     seeds = {job[-1]["seed"] for job in lacking.values()}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(mp_context=context, initializer=begin_worker) as pool:
-        try:
-            list(tqdm(pool.map(prepare or make_sft, seeds), "before the runs", len(seeds)))
-            name_of = {pool.submit(*job): name for name, job in lacking.items()}
-            for done in tqdm(as_completed(name_of), file.stem, len(name_of)):
-                name = name_of[done]
-                results[name] = {"flags": lacking[name][-1], **done.result()}
-                write(file, results)
-        finally:
-            pool.shutdown(cancel_futures=True)
+    pool = workers()
+    try:
+        list(tqdm(pool.map(prepare or make_sft, seeds), "before the runs", len(seeds)))
+        name_of = {pool.submit(*job): name for name, job in lacking.items()}
+        for done in tqdm(as_completed(name_of), file.stem, len(name_of)):
+            name = name_of[done]
+            results[name] = {"flags": lacking[name][-1], **done.result()}
+            write(file, results)
+    except BaseException:
+        pool.shutdown(cancel_futures=True)
+        raise
     return results
+
+
+@functools.cache
+def workers() -> ProcessPoolExecutor:
+    """A process a core, for all studies: to import everything takes a worker ten seconds."""
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(mp_context=context, initializer=begin_worker)
 
 
 def write(file: Path, results: dict[str, Any]) -> None:

@@ -221,14 +221,16 @@ def test_a_study_runs_what_it_needs_first(monkeypatch, tmp_path):
 
     def run_all(jobs, file):
         parts.append({name.split(" | ")[0] for name in jobs})
-        assert all(job[-1]["max_train_pairs"] == 64 and job[-1]["prompts"] == 16 for job in jobs.values())
-        of_jobs = {(name.split(" | ")[1], job[-1]["beta"]): [(1, 0.5)] for name, job in jobs.items()}
-        [part] = parts[-1]
-        return results_of(part, of_jobs)
+        assert all(job[-1]["max_train_pairs"] == 32 and job[-1]["prompts"] == 8 for job in jobs.values())
+        results = {}
+        for part in parts[-1]:
+            of_part = [name for name in jobs if name.startswith(f"{part} |")]
+            results |= results_of(part, {(name.split(" | ")[1], jobs[name][-1]["beta"]): [(1, 0.5)] for name in of_part})
+        return results
 
     monkeypatch.setattr(study, "run_all", run_all)
     claims.run(["others"], tmp_path / "file.json")
-    assert parts == [{"verdict, tuning"}, {"verdict"}, {"others, tuning"}, {"others"}]
+    assert parts == [{"verdict, tuning", "others, tuning"}, {"verdict", "others"}]
 
 
 def test_no_seed_serves_for_both():
@@ -250,12 +252,6 @@ class InThisProcess:
     def __init__(self, mp_context, initializer):
         assert mp_context.get_start_method() == "spawn" and initializer is study.begin_worker
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
     map = staticmethod(map)
 
     def shutdown(self, cancel_futures):
@@ -273,6 +269,7 @@ class InThisProcess:
 def test_what_is_there_is_not_run_again(tmp_path, monkeypatch):
     """Unless its flags were others. A job that fails ends the study; what was done before is kept."""
     monkeypatch.setattr(study, "ProcessPoolExecutor", InThisProcess)
+    monkeypatch.setattr(study, "workers", study.workers.__wrapped__)
     file, prepared = tmp_path / "results.json", []
     there = {"there": {"flags": {"seed": 5}, "x": 1}}
     study.write(file, {**there, "of other flags": {"flags": {"seed": 1}, "x": 1}})
