@@ -467,7 +467,7 @@ def make_quick() -> None:
         asked.seeds = [0, 1]
         asked.betas = asked.betas[-1:]
         if asked.tuning_seeds:
-            asked.tuning_seeds = [0]
+            asked.tuning_seeds = [0, 1]  # both SFT policies are made at once
         asked.flags |= {"max_train_pairs": 32, "max_new_tokens": 12, "prompts": 8}
 
 
