@@ -26,28 +26,16 @@ TOKENIZER = playground.make_tokenizer()
 
 def to_train_on(policies: Policies, pairs: list[Pair], against: int = 0) -> Review:
     """These N pairs, and as π_ref the policy of iteration `against`."""
-    reference = policies.log_prob(against, Rows(*rows_of(pairs), [0] * 2 * len(pairs))).view(-1, 2)
-    return Review(TrainingSet(pairs, reference, torch.zeros(len(pairs)), ["own"] * len(pairs), [0] * len(pairs)))
+    n = len(pairs)
+    prompts, responses = rows_of(pairs)
+    rows = Rows(prompts, responses, pair_index=[0] * 2 * n)
+    reference = policies.log_prob(against, rows).view(-1, 2)
+    return Review(TrainingSet(pairs, reference, torch.zeros(n), sources=["own"] * n, pair_index=[0] * n))
 
 
 def drawn(t: int, prompts: list[Ids], policies: Policies, config: Resolved) -> Samples:
     """Samples of π_θ(t−1): those that SeRA draws for iteration t."""
     return policies.sample(t - 1, prompts, config.samples_per_prompt, seed_of(config.seed, t, "samples"))
-
-
-def ranked(t: int, prompts: list[Ids], policies: Policies, config: Resolved, against: int = 0) -> tuple[Rows, Tensor]:
-    """The samples of π_θ(t−1) that ended, R rows; rewards (R,): log π_θ(t−1) − log π_θ`against`."""
-    prompt_of, responses, _ = ended_responses(drawn(t, prompts, policies, config))
-    rows = Rows([prompts[i] for i in prompt_of], responses, prompt_of)
-    return rows, policies.log_prob(t - 1, rows) - policies.log_prob(against, rows)
-
-
-def best_and_worst(rows: Rows, rewards: Tensor) -> tuple[list[Pair], Tensor]:
-    """The pairs that these rewards (R,) make of the samples, with their margins."""
-    best, worst, _ = best_worst_pairs(rows.pair_index, rows.responses, rewards)
-    x, y = rows.prompts, rows.responses
-    pairs = [Pair(x[w], y[w], y[l]) for w, l in zip(best.tolist(), worst.tolist())]
-    return pairs, rewards[best] - rewards[worst]
 
 
 def dice() -> Variant:
@@ -62,8 +50,16 @@ def dice() -> Variant:
         if t == 1:
             return train.review(t, given, policies, config, variant)
         half = len(given.pairs) // 2
-        rows, r = ranked(t, [x for x, _, _ in given.pairs[:half]], policies, config, against=t - 2)
-        made, _ = best_and_worst(rows, r - length_price(r, rows.lengths, rows.pair_index) * rows.lengths)
+        prompts = [pair.prompt for pair in given.pairs[:half]]
+        samples = drawn(t, prompts, policies, config)
+        prompt_of, responses, _cut_off = ended_responses(samples)
+        rows = Rows([prompts[i] for i in prompt_of], responses, prompt_of)
+        r = policies.log_prob(t - 1, rows) - policies.log_prob(t - 2, rows)  # (R,)
+        q = r - length_price(r, rows.lengths, prompt_of) * rows.lengths
+        best, worst, _dropped = best_worst_pairs(prompt_of, responses, q)
+        made = []
+        for w, l in zip(best.tolist(), worst.tolist()):
+            made.append(Pair(rows.prompts[w], responses[w], responses[l]))
         return to_train_on(policies, made + given.pairs[half:], against=t - 1)
 
     return Variant("DICE", review=review)
@@ -75,11 +71,13 @@ def length_price(rewards: Tensor, lengths: Tensor, prompt_of: list[int]) -> floa
     for row, prompt in enumerate(prompt_of):
         of_prompt.setdefault(prompt, []).append(row)
     rows = pad_sequence([torch.tensor(some) for some in of_prompt.values()], batch_first=True, padding_value=-1)
-    r, length, there = rewards[rows], lengths[rows], rows >= 0  # (P, n)
+    r, length = rewards[rows], lengths[rows]  # (P, n)
+    there = rows >= 0
 
     def gap(alpha: float) -> float:
         q = r - alpha * length
-        best, worst = q.where(there, -math.inf).argmax(1), q.where(there, math.inf).argmin(1)
+        best = q.where(there, -math.inf).argmax(1)
+        worst = q.where(there, math.inf).argmin(1)
         longer = length.gather(1, best[:, None]) - length.gather(1, worst[:, None])
         return abs(longer.double().mean().item())
 
@@ -93,11 +91,14 @@ def spin() -> Variant:
     The round before's pairs stay. Two samples a prompt, not one; and all rounds have one β and one learning rate.
     """
 
-    def review(t: int, given: Preferences, policies: Policies, config: Resolved, _) -> Review:
-        made, prompts = [], [x for x, _, _ in given.pairs]
+    def review(t: int, given: Preferences, policies: Policies, config: Resolved, _: Variant) -> Review:
+        prompts = [pair.prompt for pair in given.pairs]
+        made = []
         for i in range(max(t - 1, 1), t + 1):  # samples of the round before are on disk
-            for (x, w, _), row in zip(given.pairs, drawn(i, prompts, policies, config)):
-                made += [Pair(x, w, y) for y, ended in row if ended and y != w]
+            for pair, samples in zip(given.pairs, drawn(i, prompts, policies, config)):
+                for y, ended in samples:
+                    if ended and y != pair.chosen:
+                        made.append(Pair(pair.prompt, pair.chosen, y))
         return to_train_on(policies, made, against=t - 1)
 
     return Variant("SPIN", review=review)

@@ -265,7 +265,8 @@ def make_pairs(place: Path, device: str, seed: int, noise: float = 0.3) -> None:
 
 def run(place: Path, device: str, method: str, flags: dict[str, Any]) -> dict[str, Any]:
     """What the policy of a method has learned, and how well its reviews found the flipped labels."""
-    began, seed, iterations = time.time(), flags["seed"], sizes(place)["iterations"]
+    began = time.time()
+    seed, iterations = flags["seed"], sizes(place)["iterations"]
     variant = replace(train.SERA, batches_of=study.equal_steps, evaluate=lambda *_: {}, report=False)
     with tempfile.TemporaryDirectory() as beside, study.quiet():
         out = Path(beside) / "run"
@@ -303,7 +304,8 @@ def evaluate(place: Path, device: str, policy: Path, beginnings: str) -> dict[st
     scores = judge(place, texts)
     x = [tokenizer(prompt).input_ids for prompt in prompts]
     ours, lengths = logprobs.score(model, x, answers, max_tokens=2048)
-    theirs, _ = logprobs.score(models.load(place / "sft", device)[0], x, answers, max_tokens=2048)
+    reference, tokenizer = models.load(place / "sft", device)
+    theirs, lengths = logprobs.score(reference, x, answers, max_tokens=2048)
     error = scores.std() / len(scores) ** 0.5
     return {"reward": scores.mean().item(), "error": error.item(), "kl": (ours - theirs).mean().item(),
             "tokens": lengths.double().mean().item()}  # fmt: skip
