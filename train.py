@@ -78,6 +78,7 @@ def loss_of(margins: Tensor, config: Resolved) -> Tensor:
 # policies.log_prob(i, rows) is log π_θi(y|x) of R rows, (R,), computed once; π_θ0 is the reference, and
 # older policies are read from disk.
 # policies.sample(i, prompts, n, seed) draws n responses to each prompt from π_θi.
+# config has every flag, with defaults filled in.
 # variant.f is the function `f` of this file or of its imports, unless an experiment has replaced it
 # (class Variant, below).
 
@@ -122,6 +123,7 @@ def bootstrap(
 
     # A sample that was cut off is only the beginning of a response: it is left out.
     prompt_of, responses, cut_off = ended_responses(samples)  # R rows
+    # There is a prompt for every pair, so prompt i is that of pair i.
     rows = Rows([prompts[i] for i in prompt_of], responses, pair_index=prompt_of)
     r_bar = variant.mean_reward(t, rows, policies, config)  # (R,)
 
@@ -237,7 +239,7 @@ def learning_rate(step: int, steps: int, config: Resolved) -> float:
 
 
 def batches_of(n: int, t: int, config: Resolved) -> list[list[int]]:
-    """The numbers of every step's pairs: epoch after epoch, each in an order of its own."""
+    """The indices of every step's pairs: epoch after epoch, each in an order of its own."""
     generator = torch.Generator().manual_seed(seed_of(config.seed, t, "order"))
     batches = []
     for _ in range(config.epochs_per_iteration):
@@ -282,7 +284,7 @@ def evaluate(t: int, run: Run, config: Resolved) -> dict[str, Any]:
     # KL(π_θ ‖ π_ref) is the mean of this over y ~ π_θ: an estimate, if they are drawn at temperature 1
     log_ratio = policies.log_prob(t, answered) - policies.log_prob(0, answered)
     metrics["kl"] = log_ratio.mean().item()
-    # answers.jsonl; and counts of the iteration's pairs. In the playground the true reward of both is known.
+    # Writes answers.jsonl. Also returns counts of the iteration's pairs and, in the playground, true rewards.
     return metrics | run.write_answers(t, answers)
 
 
@@ -316,6 +318,7 @@ def main(flags: Config, variant: Variant = SERA) -> dict[str, Any]:
         print(f"at margin 0 the loss is {known:.4f}: iteration 1 begins there, unless the loss is SimPO")
         for t in range(config.iterations + 1):
             if t > policies.newest():  # π_θt is not on disk yet; π_θ0 always is
+                # After an interruption a review is repeated, from log-probs and samples that are on disk.
                 reviewed = variant.review(t, run.given, policies, config, variant)
                 run.write_review(t, reviewed)  # pairs.jsonl and others, to be read by people
                 train(t, reviewed.training_set, run, config, variant)

@@ -28,7 +28,7 @@ Sample = tuple[Ids, bool]  # token ids, and whether they end with an end of sequ
 
 @torch.no_grad()
 def plain_sample(model, prompt: Ids, max_new_tokens: int, temperature: float, end: int) -> Sample:
-    """y ~ π(·|x), as one first writes it: right, but it reads x and y anew for every token of y.
+    """y ~ π(·|x), as one would first write it: right, but it reads x and y anew for every token of y.
 
     `sample_responses`, below, does the same for many prompts at a time. It also takes several ends, this one only one.
     """
@@ -44,7 +44,7 @@ def plain_sample(model, prompt: Ids, max_new_tokens: int, temperature: float, en
 def ended_responses(samples: list[list[Sample]]) -> tuple[list[int], list[Ids], int]:
     """Flattens what `sample_responses` returns, without the samples that were cut off.
 
-    Returns, for the R responses that ended, the number of their prompt, list (R,), and their token
+    Returns, for the R responses that ended, the index of their prompt, list (R,), and their token
     ids, list (R,); and how many samples were cut off. Raises TypeError where `ended` is not a bool
     (a finish_reason such as "length" would count as true).
     """

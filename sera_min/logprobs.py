@@ -25,7 +25,7 @@ Ids = list[int]  # token ids
 
 
 def plain_logprob(model, prompt: Ids, response: Ids) -> Tensor:
-    """log π(y|x) in nats of one response, as one first writes it: a tensor of no dimension."""
+    """log π(y|x) in nats of one response, as one would first write it: a 0-dimensional tensor."""
     ids = torch.tensor([prompt + response], device=model.device)  # (1, T)
     logits = model(input_ids=ids).logits[0]  # (T, V)
     logits = logits[len(prompt) - 1 : -1]  # (|y|, V): a position predicts the token after it
@@ -58,7 +58,7 @@ def token_logprobs(model, prompts: list[Ids], responses: list[Ids]) -> tuple[Ten
     remove: a padding id would be scored. Load the model in float32, for the reason above, and hand in
     the model itself, not one wrapped for several GPUs or in another precision: for several GPUs wrap
     (DDP, FSDP2) a module of your own whose forward calls this. To compile, call `compile()` of the
-    model's body: of a compiled whole nothing compiled would run. Raises ValueError for an empty batch,
+    model's body: if the whole is compiled, its compiled code is never used. Raises ValueError for an empty batch,
     prompt or response, for ids that the model does not have and for models that this cannot read,
     TypeError for what is no list of ids.
     """
@@ -66,7 +66,7 @@ def token_logprobs(model, prompts: list[Ids], responses: list[Ids]) -> tuple[Ten
     head = model.get_output_embeddings().weight  # (V, H)
     check_token_ids(prompts, responses, vocab_size=head.shape[0])
     inputs, positions = pad_right(prompts, responses)  # (B, T), (R,)
-    # positions: of the R = Σ|y| places among B·T that predict a response's token
+    # positions: the R = Σ|y| places, among B·T, that predict a response's token
     targets = torch.cat([torch.tensor(y) for y in responses])  # (R,)
     # `non_blocking`: the host does not wait for the GPU.
     inputs = inputs.to(model.device, non_blocking=True)
@@ -77,7 +77,7 @@ def token_logprobs(model, prompts: list[Ids], responses: list[Ids]) -> tuple[Ten
     output = body(input_ids=inputs, use_cache=False, return_dict=True)
     hidden = output.last_hidden_state.flatten(0, 1)  # (B·T, H)
     hidden = hidden.index_select(0, positions).to(head.dtype)  # (R, H)
-    output_type = type(output)  # for head_logprobs
+    output_type = type(output)  # head_logprobs hands hidden states back in one of these
     del output  # (B, T, H) need not stay in memory until the backward pass
 
     logps = []
@@ -109,7 +109,7 @@ def head_logprobs(model, body, output_type: type, hidden: Tensor, targets: Tenso
     body_returns = patch.object(body, "forward", lambda *args, **kwargs: output)
     outside_autocast = torch.autocast(hidden.device.type, enabled=False)
     with body_returns, outside_autocast:
-        # Of the ids only the shape counts: nothing reads them.
+        # Only the shape of the ids matters: nothing reads them.
         logits = model(input_ids=targets[None], use_cache=False, return_dict=True).logits[0]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # (r, V)
     of_targets = logits.gather(1, targets[:, None]).squeeze(1)  # (r,)
@@ -120,8 +120,8 @@ def sequence_logprobs(model, prompts: list[Ids], responses: list[Ids]) -> tuple[
     """log π(y|x) in nats of B unpadded pairs (x, y) of token ids, differentiable.
 
     A response that ended holds its end of sequence: append it, nothing here does. Returns the sums,
-    float32 (B,) (float64 if the model is), and the token counts |y|, int64 (B,), so that whoever
-    wants averages divides. What `token_logprobs` says of dropout, padding and
+    float32 (B,) (float64 if the model is), and the token counts |y|, int64 (B,), so that you can
+    divide, for averages. What `token_logprobs` says of dropout, padding and
     errors holds here.
     """
     rows = token_logprobs(model, prompts, responses)

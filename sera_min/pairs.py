@@ -99,7 +99,7 @@ class Preferences:
 
 
 class Review(NamedTuple):
-    """What an iteration makes of D: in the first all of it, later by steps 3 to 6."""
+    """The pairs that an iteration trains on, all of D at first; and what else its review found."""
 
     training_set: TrainingSet
     not_selected: TrainingSet | None = None  # the other given pairs, smallest margin first

@@ -43,10 +43,10 @@ def ensemble_margin(newest: Tensor, previous: Tensor | None = None, gamma: float
 
 
 def select_top(margins: Tensor, k: int) -> Tensor:
-    """The k largest of (N,) margins: the numbers of their pairs, int64 (k,), largest margin first.
+    """The k largest of (N,) margins: the indices of their pairs, int64 (k,), largest margin first.
 
     Of equal margins the first comes first. To index a list, use the result's `.tolist()`. While the
-    policy is the reference, margins are rounding, and so is their order. Raises TypeError where k is
+    policy is the reference, margins are rounding noise, and their order is arbitrary. Raises TypeError where k is
     not an integer, ValueError where it is not in 0..N or a margin is NaN (which would be sorted as the
     largest).
     """
