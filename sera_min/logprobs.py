@@ -60,7 +60,7 @@ def token_logprobs(model, prompts: list[Ids], responses: list[Ids]) -> tuple[Ten
     (DDP, FSDP2) a module of your own whose forward calls this. To compile, call `compile()` of the
     model's body: if the whole is compiled, its compiled code is never used. Raises ValueError for an empty batch,
     prompt or response, for ids that the model does not have and for models that this cannot read,
-    TypeError for what is no list of ids.
+    TypeError for anything but a list of ids.
     """
     check_model(model)
     head = model.get_output_embeddings().weight  # (V, H)

@@ -59,7 +59,7 @@ class TrainingSet:
 
 @dataclass
 class Rows:
-    """R responses, each beside its prompt; and the log-probs that have been computed of them."""
+    """R responses, each beside its prompt; and the log-probs that have been computed for them."""
 
     prompts: list[Ids]
     responses: list[Ids]
