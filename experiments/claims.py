@@ -165,13 +165,14 @@ def jobs_of(part: str, results: dict[str, Any]) -> dict[str, tuple]:
     seeds, flags = asked.seeds, asked.flags
     if part != name:
         seeds, flags = asked.tuning_seeds, {**asked.flags, "eval_split": "validation"}
+    betas_of = dict.fromkeys(asked.rows, asked.betas)
+    if part == name:
+        for row, (method, _changed) in asked.rows.items():
+            betas_of[row] = [best_beta(results, tuned_by(name), method)]
     jobs: dict[str, tuple] = {}
     for seed in seeds:
         for row, (method, changed) in asked.rows.items():
-            betas = asked.betas
-            if part == name:
-                betas = [best_beta(results, tuned_by(name), method)]
-            for beta in betas:
+            for beta in betas_of[row]:
                 job = (run_method, method, {"beta": beta, "seed": seed, **flags, **changed})
                 jobs[f"{part} | {row} | β = {beta:g} | seed {seed}"] = job
     return jobs

@@ -84,8 +84,10 @@ def in_playground() -> None:
         for rate in RATES:
             tuning |= jobs_of(method, rate, TUNING_SEEDS, "validation")
     results = study.run_all(tuning, RESULTS)
+    final: dict[str, tuple] = {}
     for method in METHODS:
-        study.run_all(jobs_of(method, best_rate(results, method), SEEDS, "test"), RESULTS)
+        final |= jobs_of(method, best_rate(results, method), SEEDS, "test")
+    study.run_all(final, RESULTS)
 
 
 # A real model
@@ -152,9 +154,7 @@ def precision(model: str, data: str) -> None:
     rounded to bfloat16; and with the matrices merged into the weights, rounded to bfloat16.
     """
     policy, tokenizer = models.load(model, "cpu")
-    with torch.no_grad():
-        for p in policy.parameters():
-            p.copy_(p.bfloat16())  # as published
+    round_weights(policy)  # as published
     rows = read_rows(data, "train", 40)
     ends = models.eos_ids_of(policy, tokenizer)
     pairs, _ = encode(rows, tokenizer, name=data, eos_ids=ends, max_length=128, max_prompt_length=64)
@@ -170,9 +170,7 @@ def precision(model: str, data: str) -> None:
     for part in lora.lora_parts(policy).values():
         part.__class__ = lora.LoRA
     lora.merge_lora(policy)
-    with torch.no_grad():
-        for p in policy.parameters():
-            p.copy_(p.bfloat16())
+    round_weights(policy)
     got["merged, rounded"] = log_ratios(policy, pairs, reference[False], True)
 
     margins = {way: logps[0::2] - logps[1::2] for way, logps in got.items()}
@@ -181,6 +179,13 @@ def precision(model: str, data: str) -> None:
     for way, m in margins.items():
         found[way] = {"noise": (m - exact).std().item(), "rank correlation": stats.spearmanr(m, exact).statistic}
     save("precision, 1e-05", found)
+
+
+@torch.no_grad()
+def round_weights(policy) -> None:
+    """To bfloat16, and they stay float32."""
+    for p in policy.parameters():
+        p.copy_(p.bfloat16())
 
 
 def four_steps(policy, pairs: list[Pair], reference: Tensor) -> None:

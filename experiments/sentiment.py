@@ -36,6 +36,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "experiments"), str(ROOT)]
 
+import claims
 import pandas as pd
 import study
 import torch
@@ -48,11 +49,6 @@ from sera_min.machinery import folder as files
 from sera_min.machinery import models
 from sera_min.machinery.config import Config
 
-METHODS: dict[str, dict[str, Any]] = {
-    "plain DPO": {"keep": 1.0, "bootstrap": 0.0},
-    "selection only": {"bootstrap": 0.0},
-    "SeRA": {},
-}
 BETAS = [0.03, 0.1, 0.3]
 SEEDS, LOOK = [0, 1, 2], 100  # LOOK is the seed of the first look
 SIZES = {"judge": 3000, "test": 500, "look": 500, "sft": 6500, "pairs": 400, "answers": 256, "iterations": 3}
@@ -210,8 +206,7 @@ def make_sft(place: Path, device: str, rate: float = 2e-5, batch: int = 16) -> N
         optimizer.step()
         optimizer.zero_grad()
     with files.writing(place / "sft") as beside:
-        model.save_pretrained(beside)
-        tokenizer.save_pretrained(beside)
+        models.save_model(beside, model, tokenizer)
 
 
 def prompts_of(place: Path, name: str, tokenizer: Any, n: int, seed: int) -> list[str]:
@@ -227,8 +222,8 @@ def prompts_of(place: Path, name: str, tokenizer: Any, n: int, seed: int) -> lis
     return list(found)
 
 
-def completions(model: Any, tokenizer: Any, prompts: list[str], n: int, seed: int) -> list[list[bootstrap.Sample]]:
-    ids = [tokenizer(prompt).input_ids for prompt in prompts]
+def completions(model: Any, tokenizer: Any, ids: list[list[int]], n: int, seed: int) -> list[list[bootstrap.Sample]]:
+    """n of each prompt of token ids."""
     ends = models.eos_ids_of(model, tokenizer)
     return bootstrap.sample_responses(model, ids, n, max_new_tokens=NEW_TOKENS, temperature=1.0, top_p=1.0,
                                       eos_token_id=ends, pad_token_id=ends[0], seed=seed)  # fmt: skip
@@ -243,7 +238,8 @@ def make_pairs(place: Path, device: str, seed: int, noise: float = 0.3) -> None:
     prompts = prompts_of(place, "sft", tokenizer, sizes(place)["pairs"] * 5 // 4, seed)
     rng = random.Random(seed)
     rows: list[dict[str, Any]] = []
-    for prompt, samples in zip(prompts, completions(model, tokenizer, prompts, 4, seed)):
+    ids = [tokenizer(prompt).input_ids for prompt in prompts]
+    for prompt, samples in zip(prompts, completions(model, tokenizer, ids, 4, seed)):
         texts = [tokenizer.decode(y, skip_special_tokens=True) for y, ended in samples if ended]
         different = [text for text in dict.fromkeys(texts) if text.strip()]
         if len(different) < 2 or len(rows) == sizes(place)["pairs"]:
@@ -285,7 +281,7 @@ def run(place: Path, device: str, method: str, flags: dict[str, Any]) -> dict[st
             max_tokens=2048,
             device=device,
         )
-        train.main(replace(config, **METHODS[method], **flags), variant)
+        train.main(replace(config, **claims.METHODS[method][1], **flags), variant)
         beginnings = "test"
         if seed == LOOK:
             beginnings = "look"
@@ -299,13 +295,13 @@ def evaluate(place: Path, device: str, policy: Path, beginnings: str) -> dict[st
     """Mean score of fresh completions, its standard error, and the KL from the SFT model."""
     model, tokenizer = models.load(policy, device)
     prompts = prompts_of(place, beginnings, tokenizer, sizes(place)["answers"], seed=0)
-    answers = [samples[0][0] for samples in completions(model, tokenizer, prompts, 1, seed=0)]
+    x = [tokenizer(prompt).input_ids for prompt in prompts]
+    answers = [samples[0][0] for samples in completions(model, tokenizer, x, 1, seed=0)]
     texts = [prompt + tokenizer.decode(y, skip_special_tokens=True) for prompt, y in zip(prompts, answers)]
     scores = judge(place, texts)
-    x = [tokenizer(prompt).input_ids for prompt in prompts]
     ours, lengths = logprobs.score(model, x, answers, max_tokens=2048)
-    reference, tokenizer = models.load(place / "sft", device)
-    theirs, lengths = logprobs.score(reference, x, answers, max_tokens=2048)
+    reference, _tokenizer = models.load(place / "sft", device)
+    theirs, _lengths = logprobs.score(reference, x, answers, max_tokens=2048)
     error = scores.std() / len(scores) ** 0.5
     return {"reward": scores.mean().item(), "error": error.item(), "kl": (ours - theirs).mean().item(),
             "tokens": lengths.double().mean().item()}  # fmt: skip
@@ -315,7 +311,7 @@ def review_of(iteration: Path, flipped: Path, t: int) -> dict[str, float]:
     is_flipped = files.read_json(flipped)
     pairs = pd.read_json(iteration / "pairs.jsonl", lines=True)
     kept = pairs[pairs.source == "offline"]
-    given = pd.concat([kept, pd.read_json(iteration / "dropped.jsonl", lines=True)])
+    given = study.with_dropped(pairs, iteration)
     wrong = given.row.map(lambda row: is_flipped[row]).astype(bool)
     right = 1 - sum(is_flipped[row] for row in kept.row) / len(kept)
     return {f"auc {t}": float(study.auc(given.margin[~wrong], given.margin[wrong])), f"right {t}": right}
@@ -338,7 +334,7 @@ SHOWN = {"reward": 3, "kl": 1, "auc 2": 3, "right 2": 3, "tokens": 1, "seconds":
 
 def tables(place: Path, device: str, results: dict[str, Any]) -> str:
     look, lines = [], []
-    for method in METHODS:
+    for method in claims.THREE:
         of_look = {"first look: reward, KL": method}
         for beta in BETAS:
             got = results[name_of(device, method, beta, LOOK)]
@@ -377,11 +373,11 @@ def main() -> None:
     prepare = partial(make_pairs, place, device)
     jobs = {}
     for beta in BETAS:
-        for method in METHODS:
+        for method in claims.THREE:
             jobs[name_of(device, method, beta, LOOK)] = (run, place, device, method, {"beta": beta, "seed": LOOK})
     results = study.run_all(jobs, file, prepare)
     for seed in SEEDS:
-        for method in METHODS:
+        for method in claims.THREE:
             beta = best_beta(results, device, method)
             jobs[name_of(device, method, beta, seed)] = (run, place, device, method, {"beta": beta, "seed": seed})
     results = study.run_all(jobs, file, prepare)

@@ -2,7 +2,7 @@
 
 A study names its runs, each a method and flags of train.py, and hands them to `run_all`. A run is `train.main` with a
 Variant, on one thread, from the SFT policy of its seed, which is made once. What the file of results holds is not run
-again, so a study that was stopped goes on where it was. A study that is killed leaves no process behind.
+again, so a study that was stopped resumes where it left off. A study that is killed leaves no process behind.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from tqdm import tqdm
 import train
 from sera_min import playground
 from sera_min.machinery import folder, models
-from sera_min.machinery.config import Config, Resolved, seed_of
+from sera_min.machinery.config import Config, Resolved
 from sera_min.machinery.run import Run
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -52,8 +52,7 @@ def make_sft(seed: int) -> None:
         with quiet():
             policy, tokenizer = playground.make_sft_policy(seed, "cpu")
         with folder.writing(SFT / str(seed)) as beside:
-            policy.save_pretrained(beside)
-            tokenizer.save_pretrained(beside)
+            models.save_model(beside, policy, tokenizer)
 
 
 def world_of(length_bias: float = 0.0, most_prompts: int | None = None) -> SimpleNamespace:
@@ -79,13 +78,8 @@ def equal_steps(n: int, t: int, config: Resolved) -> list[list[int]]:
     size = config.per_device_train_batch_size
     assert config.max_train_pairs is not None  # the playground has a number
     steps = math.ceil(config.max_train_pairs / size)
-    generator = torch.Generator().manual_seed(seed_of(config.seed, t, "order"))
-    batches: list[list[int]] = []
-    while len(batches) < steps:
-        order = torch.randperm(n, generator=generator)
-        for batch in order.split(size):
-            batches.append(batch.tolist())
-    return batches[:steps]
+    epochs = math.ceil(steps / math.ceil(n / size))
+    return train.batches_of(n, t, replace(config, epochs_per_iteration=epochs))[:steps]
 
 
 def play(
@@ -135,12 +129,17 @@ def facts_of(iteration: Path) -> dict[str, float]:
         facts[f"{source}/right"] = playground.precision(some.to_dict("records"))
         facts[f"{source}/longer"] = float(longer.mean())  # words
     if (iteration / "dropped.jsonl").exists():
-        dropped = pd.read_json(iteration / "dropped.jsonl", lines=True)
-        given = pd.concat([pairs[pairs.source == "offline"], dropped])
+        given = with_dropped(pairs, iteration)
         flipped = np.array([playground.is_flipped(row) for row in given.to_dict("records")])
         if flipped.any():
             facts["auc"] = float(auc(given.margin[~flipped], given.margin[flipped]))
     return facts
+
+
+def with_dropped(pairs: pd.DataFrame, iteration: Path) -> pd.DataFrame:
+    """All given pairs of a review: those of `pairs`, which were kept, and those that were not."""
+    dropped = pd.read_json(iteration / "dropped.jsonl", lines=True)
+    return pd.concat([pairs[pairs.source == "offline"], dropped])
 
 
 def auc(larger: pd.Series, smaller: pd.Series) -> float:
@@ -217,7 +216,7 @@ def write(file: Path, results: dict[str, Any]) -> None:
 def read(file: Path) -> dict[str, Any]:
     if not file.exists():
         return {}
-    return json.loads(file.read_text())
+    return folder.read_json(file)
 
 
 def machine() -> str:
