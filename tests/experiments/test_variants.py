@@ -22,7 +22,7 @@ import variants  # noqa: E402
 from naive_sera import NaiveSera  # noqa: E402
 
 FLAGS = {
-    "loss_type": "dpo", "beta": 0.5, "label_smoothing": 0.0, "iterations": 3, "keep": 0.7, "bootstrap": 0.3,
+    "loss_type": "dpo", "beta": 0.5, "label_smoothing": 0.0, "iterations": 2, "keep": 0.7, "bootstrap": 0.3,
     "samples_per_prompt": 4, "ensemble_gamma": 0.3, "learning_rate": 1e-3, "epochs_per_iteration": 1,
     "per_device_train_batch_size": 5,
 }  # fmt: skip
@@ -31,7 +31,7 @@ SCENARIOS = {  # variant -> its flags, and what the naive run calls it
     "robust": ({"label_smoothing": 0.2, "keep": 1.0, "bootstrap": 0.0}, {"loss_type": "robust"}),
     "length_free": ({"samples_per_prompt": 6, "beta": 0.1, "keep": 0.5}, {"length_free": True}),
     "token_floor": ({"loss_type": "slic"}, {"token_floor": 0.6}),
-    "both_remedies": ({"loss_type": "simpo", "beta": 2.0}, {"token_floor": 0.6, "length_free": True}),
+    "both_remedies": ({"loss_type": "simpo", "beta": 2.0, "iterations": 3}, {"token_floor": 0.6, "length_free": True}),
     "random_pairs": ({}, {"select": "random"}),
 }
 

@@ -13,7 +13,7 @@ import train
 from sera_min import playground
 from sera_min.machinery.config import Config, resolve
 
-T, PAIRS = 3, 100
+T, PAIRS = 3, 60
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def world(sft):
     """The playground with an SFT policy of a few seconds, and fewer prompts and pairs to evaluate on; no figures."""
     functions = {
         "make_sft_policy": lambda *_: (copy.deepcopy(sft[0]), sft[1]),
-        "prompts": lambda part: playground.prompts(part)[: None if part == "train" else 60],
+        "prompts": lambda part: playground.prompts(part)[: None if part == "train" else 50],
         "preferences": lambda n, part, **of: playground.preferences(n if part == "train" else 64, part, **of),
     }
     with pytest.MonkeyPatch.context() as patch:

@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def token_logps(policy, x, y):
-    """[log π(y_i | x, y_<i)], nats, of one response."""
+    """log π(y_i | x, y_<i), nats, of one response: (|y|,)."""
     logits = policy(input_ids=torch.tensor([x + y])).logits[0]  # (T, V)
-    return [logits[len(x) - 1 + i].log_softmax(-1)[token] for i, token in enumerate(y)]
+    logps = logits[len(x) - 1 : -1].log_softmax(-1)  # (|y|, V): a position predicts the token after it
+    return logps[range(len(y)), y]
 
 
 class NaiveSera:
@@ -52,7 +53,7 @@ class NaiveSera:
     def reward(self, i, x, y):
         """r_i(x,y) = log π_θi(y|x) − log π_ref(y|x); per token under IPO; log π_θi(y|x)/|y| under SimPO."""
         loss = self.settings["loss_type"]
-        logp = sum(token_logps(self.policies[i], x, y))
+        logp = token_logps(self.policies[i], x, y).sum()
         if loss == "simpo":
             return logp / len(y)
         reference = self.reference(x, y)
@@ -63,7 +64,7 @@ class NaiveSera:
         key = str((x, y))
         if key not in self.of_reference:
             with torch.no_grad():
-                self.of_reference[key] = sum(token_logps(self.policies[0], x, y))
+                self.of_reference[key] = token_logps(self.policies[0], x, y).sum()
         return self.of_reference[key]
 
     def loss(self, margin):
@@ -123,7 +124,7 @@ class NaiveSera:
         if wanted == 0:
             return []
         with torch.no_grad():
-            least = sorted(min(token_logps(self.policies[0], x, y)).item() for x, *both in self.pairs for y in both)
+            least = sorted(token_logps(self.policies[0], x, y).min().item() for x, *both in self.pairs for y in both)
         floor = least[int(self.settings["token_floor"] * len(least))] if self.settings["token_floor"] else -math.inf
         groups = []
         for (x, _, _), texts in zip(self.pairs, self.drawn["samples"][t], strict=True):
@@ -131,7 +132,7 @@ class NaiveSera:
             for text, ended in texts:
                 y = self.tokenizer(text).input_ids + [self.tokenizer.eos_token_id] * ended
                 with torch.no_grad():
-                    likely = ended and min(token_logps(self.policies[0], x, y)).item() >= floor
+                    likely = ended and token_logps(self.policies[0], x, y).min().item() >= floor
                 groups[-1].append((y, self.averaged_reward(t, x, y) if likely else None))
         rewards = self.without_length([[(r, len(y)) for y, r in group] for group in groups])
         self.sample_rewards[t] = rewards
@@ -173,7 +174,7 @@ class NaiveSera:
     def evaluate(self, t):
         with torch.no_grad():
             measured = self.measure(t, self.held_out)
-            kl = [sum(token_logps(self.policies[t], x, y)) - self.reference(x, y) for x, y in self.answers(t)]
+            kl = [token_logps(self.policies[t], x, y).sum() - self.reference(x, y) for x, y in self.answers(t)]
         shown = {f"eval_{name}": measured[name] for name in ("loss", "rewards/accuracies", "rewards/margins")}
         return {**shown, "kl": sum(kl).item() / len(kl)}
 
@@ -193,7 +194,7 @@ class NaiveSera:
             margin = r_w.item() - r_l.item()
             right = 1.0 if margin > 1e-9 else 0.0 if margin < -1e-9 else 0.5
             with torch.no_grad():
-                log_w, log_l = (sum(token_logps(self.policies[t], x, y)).item() for y in (w, l))
+                log_w, log_l = (token_logps(self.policies[t], x, y).sum().item() for y in (w, l))
             for name, value in {
                 "loss": loss.item(), "rewards/chosen": beta * r_w.item(), "rewards/rejected": beta * r_l.item(),
                 "rewards/accuracies": right, "rewards/margins": beta * margin, "logps/chosen": log_w,

@@ -95,14 +95,14 @@ def test_samples_differ_between_iterations_and_seeds_and_are_a_function_of_these
     Drawn(monkeypatch)
     runs = {"a": {}, "seed": {"seed": 1}, "order": {"per_device_train_batch_size": 20, "epochs_per_iteration": 2}}
     for name, changed in runs.items():
-        train.main(config_of(standing, tmp_path / name, iterations=3, **changed))
+        train.main(config_of(standing, tmp_path / name, iterations=3, max_train_pairs=30, **changed))
     drawn = {(name, t): samples_of(tmp_path / name, t) for name in runs for t in (2, 3)}
     assert drawn["a", 2] == drawn["order", 2] and drawn["a", 3] == drawn["order", 3]
     different = [drawn["a", 2], drawn["a", 3], drawn["seed", 2], drawn["seed", 3]]
     for i, one in enumerate(different):
         for other in different[:i]:
             assert sum(a == b for a, b in zip(one, other)) < 0.5 * len(one)
-    n = 60 * 4 // 2
+    n = 30 * 4 // 2
     assert drawn["a", 2][:n] != drawn["a", 2][n:]  # nor do they begin again within an iteration
 
 
@@ -132,11 +132,11 @@ def test_the_order_of_pairs_is_of_the_epoch_the_iteration_and_the_seed(standing,
     orders = {}
     for name, changed in changes.items():
         drawn = Drawn(monkeypatch)
-        config = config_of(standing, tmp_path / name, epochs_per_iteration=2, keep=1.0, bootstrap=0.0, iterations=3, **changed)
-        train.main(config)
+        plain = {"keep": 1.0, "bootstrap": 0.0, "epochs_per_iteration": 2, "iterations": 3, "max_train_pairs": 30}
+        train.main(config_of(standing, tmp_path / name, **plain, **changed))
         orders[name] = [p.tolist() for p in drawn.permutations]
         monkeypatch.undo()
-    assert orders["a"] == orders["b"] and all(sorted(order) == list(range(60)) for order in orders["a"])
+    assert orders["a"] == orders["b"] and all(sorted(order) == list(range(30)) for order in orders["a"])
     assert len({*map(tuple, orders["a"] + orders["seed"])}) == 2 * 3 * 2  # two epochs, three iterations, two seeds
     assert [*range(60)] not in orders["a"]
 
