@@ -312,7 +312,7 @@ SERA = Variant()
 
 def main(flags: Config, variant: Variant = SERA) -> dict[str, Any]:
     """Run it all. Returns the last evaluation, which is the last line of metrics.jsonl."""
-    with open_run(flags, variant.name, variant.world, variant.report) as run:
+    with open_run(flags, variant) as run:
         config, policies = run.config, run.policies
         known = loss_of(torch.zeros(1), config).item()
         print(f"at margin 0 the loss is {known:.4f}: iteration 1 begins there, unless the loss is SimPO")

@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ import torch
 import transformers
 
 from sera_min import bootstrap
-from sera_min.machinery.data import Encoder, as_text, decode
+from sera_min.machinery.data import Encoder, as_text, response_text
 from sera_min.machinery.device import autocast, prepare, retry_on_oom
-from sera_min.machinery.errors import InputError, Unusable, format_counts, in_one_line, print_replaces
+from sera_min.machinery.errors import InputError, Unusable, format_counts, naming, print_replaces
 from sera_min.machinery.folder import at_home, write
 from sera_min.machinery.models import check_positions, eos_ids_of, load, pad_id_of
-from sera_min.machinery.rows import Reading, asked, in_context, naming, read_rows
-from sera_min.pairs import Ids, Samples
+from sera_min.machinery.rows import Reading, asked, in_context, read_rows
+from sera_min.pairs import Ids
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -86,29 +87,27 @@ def main(flags: argparse.Namespace) -> None:
     print(f"prompts: {format_counts(counts)}")
     prepare(flags.device)
 
-    def attempt(max_tokens: int) -> Samples:
-        with autocast(flags.device), in_one_line("the model fails"):
-            return bootstrap.sample_responses(
-                policy,
-                prompts,
-                1,
-                max_new_tokens=flags.max_new_tokens,
-                temperature=flags.temperature,
-                top_p=1.0,
-                eos_token_id=ends,
-                pad_token_id=pad_id_of(tokenizer),
-                seed=flags.seed,
-                max_tokens=max_tokens,
-                desc="answer",
-            )
-
+    attempt = partial(
+        bootstrap.sample_responses,
+        policy,
+        prompts,
+        1,
+        max_new_tokens=flags.max_new_tokens,
+        temperature=flags.temperature,
+        top_p=1.0,
+        eos_token_id=ends,
+        pad_token_id=pad_id_of(tokenizer),
+        seed=flags.seed,
+        desc="answer",
+    )
     cache = bootstrap.CACHE_TOKENS[torch.device(flags.device).type]
-    samples, _ = retry_on_oom(attempt, cache, longest)
+    with autocast(flags.device), naming("the model fails"):
+        samples = retry_on_oom(attempt, cache, longest)
     answers = []
     cut_off = 0
     for text, x, ((y, ended),) in zip(texts, prompts, samples):
         cut_off += not ended
-        output = decode(tokenizer, y, ends, after=x)
+        output = response_text(tokenizer, x, y, ends)
         answers.append({"instruction": text, "output": output, "generator": flags.policy})
     write(Path(flags.output), json.dumps(answers, indent=1, ensure_ascii=False) + "\n")
     print(f"{flags.output}: {len(answers)} answers; {cut_off} of them end at --max_new_tokens {flags.max_new_tokens}")

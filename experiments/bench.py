@@ -593,7 +593,8 @@ def precision_part(model: str | None, data: str | None) -> list[tuple]:
         sys.exit("error: --parts precision needs --model and --data")
     policy, tokenizer = load(model, DEVICE)
     limits = {"eos_ids": eos_ids_of(policy, tokenizer), "max_length": 256, "max_prompt_length": 128}
-    pairs = encode(read_rows(data, "train", 80), tokenizer, name=data, **limits)[0][:64]
+    given, _ = encode(read_rows(data, "train", 80), tokenizer, name=data, **limits)
+    pairs = [one.pair for one in given[:64]]
     tokens = statistics.mean(len(y) for pair in pairs for y in (pair.chosen, pair.rejected))
     rows: list[tuple] = []
     for weights in ("published in bfloat16", "between its numbers"):

@@ -27,7 +27,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from sera_min.machinery import data
 from sera_min.machinery.config import Config
-from sera_min.machinery.data import encode_given
+from sera_min.machinery.data import encode
 from sera_min.machinery.errors import format_counts
 from sera_min.machinery.rows import read_rows
 from sera_min.machinery.run import open_run
@@ -126,7 +126,7 @@ def iterate(file: Path, place: Path, tokenizer: Any) -> None:
     save_model(place / "model", tokenizer)
     limits = {"eos_ids": [tokenizer.eos_token_id], "max_length": 1024, "max_prompt_length": 512}
     rows = timed("read the rows", lambda: read_rows(str(file), "train"))
-    given, counts = timed("tokenise", partial(encode_given, rows, tokenizer, name="rows", **limits))
+    given, counts = timed("tokenise", partial(encode, rows, tokenizer, name="rows", **limits))
     del rows
     tokens = sum(2 * len(x) + len(w) + len(l) for (x, w, l), _, _ in given) / 2 / len(given)
     print(f"{format_counts(counts)}; prompt and answer: {tokens:.0f} tokens")
@@ -138,7 +138,7 @@ def iterate(file: Path, place: Path, tokenizer: Any) -> None:
         model_name_or_path=str(place / "model"), dataset_name=str(file), max_train_pairs=20,
         output_dir=str(place / "run"), device="cpu",
     )  # fmt: skip
-    with open_run(flags, wants_report=False) as run:  # of 20 rows, and then of all
+    with open_run(flags, SERA) as run:  # of 20 rows, and then of all
         run.given, run.offline_rows = preferences, offline_rows
         policies = Drawn(preferences)
         reviewed = timed("review", lambda: review(2, run.given, policies, run.config, SERA))

@@ -157,8 +157,8 @@ def precision(model: str, data: str) -> None:
     round_weights(policy)  # as published
     rows = read_rows(data, "train", 40)
     ends = models.eos_ids_of(policy, tokenizer)
-    pairs, _ = encode(rows, tokenizer, name=data, eos_ids=ends, max_length=128, max_prompt_length=64)
-    pairs = pairs[:32]
+    given, _ = encode(rows, tokenizer, name=data, eos_ids=ends, max_length=128, max_prompt_length=64)
+    pairs = [one.pair for one in given[:32]]
     lora.add_lora(policy, 16, 32)
     reference = {exact: log_ratios(policy, pairs, None, not exact) for exact in (True, False)}
     four_steps(policy, pairs, reference[True])

@@ -121,8 +121,7 @@ def least_likely(rows: Rows, policies: Policies, config: Resolved) -> Tensor:
         return least
 
     with torch.no_grad(), autocast(config.device), eval_mode(policy):
-        least, _ = retry_on_oom(attempt, config.max_tokens, max(lengths, default=0))
-    return least
+        return retry_on_oom(attempt, config.max_tokens, max(lengths, default=0))
 
 
 def floored_reward(given: Preferences, policies: Policies, config: Resolved) -> Callable[..., Tensor]:

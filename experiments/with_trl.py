@@ -31,6 +31,7 @@ from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import field, fields, make_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -50,7 +51,7 @@ from sera_min.logprobs import score
 from sera_min.machinery import data, policies
 from sera_min.machinery.config import Config, Resolved, flag, resolve, seed_of
 from sera_min.machinery.device import prepare, retry_on_oom
-from sera_min.machinery.errors import InputError, Paused, in_one_line, print_replaces
+from sera_min.machinery.errors import InputError, Paused, naming, print_replaces
 from sera_min.machinery.folder import at_home, make_readable, write
 from sera_min.machinery.models import check_before_training, check_positions, load
 from sera_min.machinery.policies import check_log_probs, key_of, read_samples
@@ -161,14 +162,10 @@ class Policies(policies.Policies):
         """On this process, in the precision that TRL trains in."""
         policy = self.get(i)
 
-        def attempt(max_tokens: int) -> torch.Tensor:
-            kind = policy.device.type
-            with torch.autocast(kind, dtype=torch.bfloat16, enabled=self.bf16), in_one_line("the model fails"):
-                logps, _ = score(policy, prompts, responses, max_tokens=max_tokens)
-            return logps
-
         longest = max(len(x) + len(y) for x, y in zip(prompts, responses))
-        logps, _ = retry_on_oom(attempt, self.config.max_tokens, longest)
+        in_bfloat16 = torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=self.bf16)
+        with in_bfloat16, naming("the model fails"):
+            logps, _ = retry_on_oom(partial(score, policy, prompts, responses), self.config.max_tokens, longest)
         return logps.tolist()
 
     def sample(self, i: int, prompts: list[Ids], n: int, seed: int) -> Samples:

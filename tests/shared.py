@@ -12,6 +12,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from sera_min.machinery import data
+
 torch.set_num_threads(1)
 
 CHATML = (
@@ -151,6 +153,12 @@ def words_world(here):
     for name, some in rows.items():
         (here / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
     return here, rows
+
+
+def encode_pairs(rows, tokenizer, **settings):
+    """Pairs of token ids alone, and the counts."""
+    given, counts = data.encode(rows, tokenizer, **settings)
+    return [one.pair for one in given], counts
 
 
 def read(file):

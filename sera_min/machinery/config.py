@@ -17,7 +17,7 @@ from transformers import HfArgumentParser
 
 from sera_min import playground
 from sera_min.machinery import folder
-from sera_min.machinery.errors import InputError, Paused, print_replaces
+from sera_min.machinery.errors import InputError, Paused, naming, print_replaces
 
 
 def seed_of(seed: int, t: int, phase: str) -> int:
@@ -184,7 +184,7 @@ def resumed(flags: Config, variant: str) -> Resolved:
     if not file.exists():
         raise InputError(f"--resume_from_checkpoint {out}: no run has begun there")
     folder.check_not_ended(out)
-    with folder.reading(file):
+    with naming(f"{file} cannot be read"):
         begun = json.loads(file.read_text(encoding="utf-8")) | {"output_dir": str(out)}
         other = begun.pop("variant", "SeRA")
         config = Resolved(**begun)

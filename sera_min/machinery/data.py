@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from sera_min.bootstrap import up_to_end
 from sera_min.machinery.config import Resolved
-from sera_min.machinery.errors import InputError, Unusable, format_counts, in_one_line
-from sera_min.machinery.rows import KNOWN, Messages, Reading, naming, preference, read_rows, squeezed, turn
+from sera_min.machinery.errors import InputError, Unusable, format_counts, naming
+from sera_min.machinery.rows import KNOWN, Messages, Reading, preference, read_rows, squeezed, turn
 from sera_min.pairs import Ids, Pair, Preferences
 
 # For tokenizers without a chat template: HH-RLHF's plain form, in which its dialogues stay as they are.
@@ -61,8 +61,8 @@ def of_playground(config: Resolved, world: Any, tokenizer: Any, limits: dict[str
     part, noise = str(config.eval_split), config.label_noise
     made = world.preferences(config.max_train_pairs, "train", label_noise=noise, seed=config.seed)
     clean = world.preferences(512, part, label_noise=0, seed=config.seed)
-    given, counts = encode_given(made, tokenizer, name="playground", **limits)
-    held_out, _ = encode_given(clean, tokenizer, name=f"playground {part}", **limits)
+    given, counts = encode(made, tokenizer, name="playground", **limits)
+    held_out, _ = encode(clean, tokenizer, name=f"playground {part}", **limits)
     print(f"data: {format_counts(counts)}; {len(held_out)} held out")
     texts = world.prompts(part) * 2
     return {"given": given, "held_out": held_out, "prompts": tokenizer(texts).input_ids, "texts": texts}
@@ -72,14 +72,14 @@ def of_user(config: Resolved, tokenizer: Any, limits: dict[str, Any]) -> Data:
     """The pairs to train on and those to evaluate on, without a common prompt, and up to 64 prompts to answer."""
     name, subset = str(config.dataset_name), config.dataset_config
     rows = read_rows(name, config.dataset_train_split, config.max_train_pairs, subset)
-    given, counts = encode_given(rows, tokenizer, name=name, **limits)
+    given, counts = encode(rows, tokenizer, name=name, **limits)
     if config.eval_split is None:
         given, held_out = split_by_prompt(given, config.eval_fraction, config.seed)
         print(f"data: {format_counts(counts)}; {len(held_out)} of them held out")
     else:
         other = config.eval_dataset_name or name
         rows = read_rows(other, config.eval_split, config=subset if other == name else None)
-        held_out, held_counts = encode_given(rows, tokenizer, name=other, **limits)
+        held_out, held_counts = encode(rows, tokenizer, name=other, **limits)
         known = {tuple(one.pair.prompt) for one in held_out}
         given = [one for one in given if tuple(one.pair.prompt) not in known]
         counts["dropped: the prompt is in the evaluation data"] = counts["kept"] - len(given)
@@ -110,18 +110,12 @@ def preferences(given: list[Given]) -> Preferences:
 # From rows to token ids
 
 
-def encode(rows: Any, tokenizer: Any, *, name: str, eos_ids: Ids, **limits: int) -> tuple[list[Pair], Counter]:
+def encode(rows: Any, tokenizer: Any, *, name: str, eos_ids: Ids, **limits: int) -> tuple[list[Given], Counter]:
     """Rows of any form as pairs of token ids, and how many were read, kept, cut, and dropped for which reason.
 
     eos_ids: the tokens that end a response, the tokenizer's first. limits: max_length, max_prompt_length.
     A text that spells a special token is dropped: it would forge a turn or an end. Raises InputError.
     """
-    given, counts = encode_given(rows, tokenizer, name=name, eos_ids=eos_ids, **limits)
-    return [one.pair for one in given], counts
-
-
-def encode_given(rows: Any, tokenizer: Any, *, name: str, eos_ids: Ids, **limits: int) -> tuple[list[Given], Counter]:
-    """The same, with each pair's prompt as people read it, and its row."""
     encoder = Encoder(tokenizer, eos_ids, **limits)
     given: list[Given] = []
     for i, row in enumerate(tqdm(rows, f"reading {name}", unit="row", leave=False)):
@@ -168,7 +162,7 @@ class Encoder:
     def ids(self, reading: Reading) -> list[Ids]:
         """Of the prompt and the responses. Raises InputError and Unusable."""
         texts = self.texts(reading)
-        with in_one_line(": the tokenizer fails"):
+        with naming(": the tokenizer fails"):
             "".join(texts).encode()  # names half a surrogate pair, as the tokenizer would not
             prompt, *wholes = self.tokenizer(texts, add_special_tokens=False).input_ids
         responses = []
@@ -234,7 +228,7 @@ class Encoder:
         return [shared, *wholes]
 
     def render(self, turns: Messages, options: dict[str, Any]) -> str:
-        with in_one_line(": the chat template does not take this dialogue"):
+        with naming(": the chat template does not take this dialogue"):
             return self.tokenizer.apply_chat_template(turns, tokenize=False, **options)
 
     def cut(self, prompt: Ids, responses: list[Ids]) -> list[Ids]:
@@ -282,31 +276,26 @@ def set_template(tokenizer: Any) -> None:
 # From token ids to texts
 
 
-def decode(tokenizer: Any, ids: Ids, ends: Ids, after: Ids | None = None) -> str:
-    """The text of a prompt, without what the tokenizer puts before it; or of a response, without its end.
-
-    ends: what is taken off a response's end; for TRL only the tokenizer's EOS, which it adds itself.
-    after: the prompt, where `ids` is a response. Alone it would lose the space that SentencePiece begins a word with.
-    """
-    if after is not None:
-        return decode_responses(tokenizer, after, [ids], ends)[0]
+def prompt_text(tokenizer: Any, ids: Ids) -> str:
+    """Without what the tokenizer puts before it."""
     first = added_before(tokenizer)
     if ids[: len(first)] == first:
         ids = ids[len(first) :]
     return plain_text(tokenizer, ids)
 
 
-def decode_responses(tokenizer: Any, prompt: Ids, responses: list[Ids], ends: Ids) -> list[str]:
-    n = 8  # tokens of the prompt before a response: enough for a space, and more where they begin inside a character
+def response_text(tokenizer: Any, prompt: Ids, ids: Ids, ends: Ids) -> str:
+    """Without its end. Alone, without its prompt, it would lose the space that SentencePiece begins a word with.
+
+    ends: what is taken off; for TRL only the tokenizer's EOS, which it adds itself.
+    """
+    if ids[-1] in ends:
+        ids = ids[:-1]
+    n = 8  # tokens of the prompt before it: enough for a space, and more where they begin inside a character
     while n < len(prompt) and "\ufffd" in plain_text(tokenizer, prompt[-n:]):
         n *= 2
     before = plain_text(tokenizer, prompt[-n:])
-    texts = []
-    for y in responses:
-        if y[-1] in ends:
-            y = y[:-1]
-        texts.append(plain_text(tokenizer, prompt[-n:] + y)[len(before) :])
-    return texts
+    return plain_text(tokenizer, prompt[-n:] + ids)[len(before) :]
 
 
 def plain_text(tokenizer: Any, ids: Ids) -> str:

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from sera_min.bootstrap import CACHE_TOKENS
 from sera_min.logprobs import sequence_logprobs
-from sera_min.machinery.errors import InputError, in_one_line, one_line
+from sera_min.machinery.errors import InputError, naming, one_line
 from sera_min.pairs import padded_tokens
 
 FEW_TOKENS = 8192  # a pass of fewer leaves a GPU idle: gradient checkpointing costs less
@@ -89,25 +89,21 @@ def check_memory(policy: Any, device: str) -> None:
     """The GPU holds what training needs beside the activations. Raises InputError."""
     if torch.device(device).type != "cuda":
         return
-    each = 16  # bytes a parameter
-    parts = "weight, gradient, AdamW's two moments"
+    each = 16  # bytes a parameter that is trained: weight, gradient, AdamW's two moments
     if has_bfloat16(device):
-        each, parts = 18, parts + ", bfloat16 copy"
-    count = trained = frozen = 0
+        each = 18  # and autocast's copy
+    needed = 0
     for p in policy.parameters():
-        count += p.numel()
         if p.requires_grad:
-            trained += each * p.numel()
+            needed += each * p.numel()
         else:
-            frozen += p.nbytes
-    needed = trained + frozen
+            needed += p.nbytes
     there = torch.cuda.get_device_properties(policy.device).total_memory
     if needed > there:
         raise InputError(
-            f"a model of {count / 1e9:.1f} billion parameters needs {needed / 1e9:.0f} GB "
-            f"({each} bytes for each that is trained: {parts}) and room for activations; the GPU has "
-            f"{there / 1e9:.0f} GB. Take --use_peft, a smaller model, or experiments/with_trl.py on "
-            "several GPUs with FSDP"
+            f"the model needs {needed / 1e9:.0f} GB, {each} bytes for each parameter that is trained, and room "
+            f"for activations; the GPU has {there / 1e9:.0f} GB. Take --use_peft, a smaller model, or "
+            "experiments/with_trl.py on several GPUs with FSDP"
         )
 
 
@@ -152,19 +148,14 @@ def free_memory(device: str) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def retry_on_oom(attempt: Callable[[int], Any], tokens: int, least: int, where: str = "") -> tuple[Any, int]:
-    """attempt(tokens), and the tokens that fitted: each time memory runs out, half as many.
-
-    Never below `least`. `where` is put before the message of an error.
-    """
+def retry_on_oom(attempt: Callable[..., Any], tokens: int, least: int) -> Any:
+    """attempt(max_tokens=tokens); each time memory runs out with half as many, but never below `least`."""
     while True:
         try:
-            return attempt(tokens), tokens
+            return attempt(max_tokens=tokens)
         except torch.OutOfMemoryError:
             if tokens <= least:
                 raise
-        except (FloatingPointError, InputError) as error:
-            raise type(error)(f"{where}{error}") from error
         tokens = max(tokens // 2, least)
         tqdm.write(f"out of memory: again, with {tokens} tokens at a time")
 
@@ -179,15 +170,15 @@ def halve_if_out_of_memory(step: Callable) -> Callable:
     @functools.wraps(step)
     def wrapped(policy, optimizer, pairs, reference, config, variant):
         def attempt(max_tokens: int) -> Any:
+            fitting[optimizer] = max_tokens  # if it does not, the next attempt says so
             forget_gradients(optimizer)
             smaller = replace(config, max_tokens=max_tokens)
-            with in_one_line("the model fails"):
-                return step(policy, optimizer, pairs, reference, smaller, variant)
+            return step(policy, optimizer, pairs, reference, smaller, variant)
 
         tokens = fitting.get(optimizer, config.max_tokens)
         longest = max(padded_tokens(pair) for pair in pairs)
-        metrics, fitting[optimizer] = retry_on_oom(attempt, tokens, longest)
-        return metrics
+        with naming("the model fails"):
+            return retry_on_oom(attempt, tokens, longest)
 
     return wrapped
 

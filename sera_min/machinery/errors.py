@@ -31,14 +31,19 @@ def one_line(error: BaseException) -> str:
 
 
 @contextmanager
-def in_one_line(doing: str) -> Iterator[None]:
-    """Whatever a model's, a template's or a tokenizer's own code raises becomes an InputError."""
+def naming(place: str) -> Iterator[None]:
+    """Whatever goes wrong here, in the code of others too, is an InputError that begins with its place.
+
+    Our own goes on from there: it begins with a colon, or with a place inside this one.
+    """
     try:
         yield
-    except (InputError, Unusable, FloatingPointError, torch.OutOfMemoryError):
-        raise  # these already say what is wrong
+    except (Unusable, FloatingPointError, torch.OutOfMemoryError):
+        raise  # each has its own end
+    except InputError as error:
+        raise InputError(f"{place}{error}") from None
     except Exception as error:
-        raise InputError(f"{doing}: {one_line(error)}") from error
+        raise InputError(f"{place}: {one_line(error)}") from error
 
 
 def format_counts(counts: Counter) -> str:

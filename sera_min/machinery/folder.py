@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from sera_min.machinery.errors import InputError, one_line
+from sera_min.machinery.errors import InputError, naming, one_line
 
 
 @contextmanager
@@ -41,18 +41,9 @@ def writing(path: Path) -> Iterator[Path]:
 
 def make_readable(folder: Path) -> None:
     """Its weights are as readable as its other files: safetensors makes them its owner's alone."""
-    hidden = os.umask(0)
-    os.umask(hidden)
+    other = next(folder.glob("*config.json"))
     for file in folder.glob("*.safetensors"):
-        file.chmod(0o666 & ~hidden)
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # json and torch raise their own kinds
-        raise InputError(f"{path} cannot be read: {one_line(error)}") from None
+        shutil.copymode(other, file)
 
 
 def write(file: Path, text: str) -> None:
@@ -61,7 +52,7 @@ def write(file: Path, text: str) -> None:
 
 
 def read_json(file: Path) -> Any:
-    with reading(file):
+    with naming(f"{file} cannot be read"):
         return json.loads(file.read_text(encoding="utf-8"))
 
 
@@ -72,7 +63,7 @@ def write_jsonl(file: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(file: Path) -> list[dict[str, Any]]:
-    with reading(file), open(file, encoding="utf-8") as lines:
+    with naming(f"{file} cannot be read"), open(file, encoding="utf-8") as lines:
         return [json.loads(line) for line in lines if line.strip()]
 
 
@@ -98,9 +89,7 @@ def is_lfs_pointer(file: Path) -> bool:
 def existing(path: Path) -> Path:
     """The path itself, or the nearest folder above it that is there."""
     path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def check_free(out: Path) -> None:

@@ -19,7 +19,7 @@ from sera_min.bootstrap import sample_responses
 from sera_min.logprobs import plain_logprob, sequence_logprobs
 from sera_min.machinery.adapters import adapter_settings, check_plain, merge_adapter
 from sera_min.machinery.device import uncompiled
-from sera_min.machinery.errors import InputError, in_one_line, one_line
+from sera_min.machinery.errors import InputError, naming
 from sera_min.machinery.folder import at_home, is_lfs_pointer, is_path, make_readable
 from sera_min.pairs import Ids, Pair, rows_of
 
@@ -37,13 +37,8 @@ def load(path: str | Path, device: str) -> tuple[Any, Any]:
     for file in sorted(Path(path).glob("*.*")):
         if file.is_file() and is_lfs_pointer(file):
             raise InputError(f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull` there")
-    try:
+    with naming(str(path)):  # files may be missing, broken, or need another package
         policy, tokenizer = read_model(path)
-    except Exception as error:  # files that are missing, broken, or need another package
-        where = path
-        if not Path(path).exists():
-            where = f"{path}: no such folder here; on the hub"
-        raise InputError(f"{where}: {one_line(error)}") from None
     policy.to(device)
     remove_noise(policy)
     return policy, tokenizer
@@ -55,7 +50,7 @@ def read_model(path: str | Path) -> tuple[Any, Any]:
     if adapter:
         check_plain(adapter)
         base = adapter["base_model_name_or_path"]
-        with in_one_line(f"its base {base}"):
+        with naming(f": its base {base}"):
             policy, tokenizer = read_model(str(base))
         merge_adapter(policy, path, adapter)
         if cached_file(path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False):
@@ -65,7 +60,7 @@ def read_model(path: str | Path) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if getattr(config, "quantization_config", None):
-        raise InputError("its weights are quantised: give the model that was quantised")
+        raise InputError(": its weights are quantised: give the model that was quantised")
     for part in (config, config.get_text_config()):
         for name in ("output_router_logits", "output_attentions", "output_hidden_states"):
             if getattr(part, name, False):
@@ -77,7 +72,7 @@ def read_model(path: str | Path) -> tuple[Any, Any]:
     problems = {"lack": info["missing_keys"], "hold tensors that the model has no place for:": unexpected}
     for problem, names in problems.items():
         if names:
-            raise InputError(f"its files {problem} {', '.join(sorted(names)[:3])}")
+            raise InputError(f": its files {problem} {', '.join(sorted(names)[:3])}")
     check_tokenizer(policy, tokenizer)
     check_savable(policy, tokenizer, path)
     return policy, tokenizer
@@ -85,10 +80,10 @@ def read_model(path: str | Path) -> tuple[Any, Any]:
 
 def check_tokenizer(policy: Any, tokenizer: Any) -> None:
     if tokenizer.eos_token_id is None:
-        raise InputError("its tokenizer has no EOS token: no response could end")
+        raise InputError(": its tokenizer has no EOS token: no response could end")
     size = policy.get_input_embeddings().num_embeddings
     if len(tokenizer) > size:
-        raise InputError(f"its tokenizer has {len(tokenizer)} ids, the model embeds {size}")
+        raise InputError(f": its tokenizer has {len(tokenizer)} ids, the model embeds {size}")
 
 
 def check_savable(policy: Any, tokenizer: Any, path: str | Path) -> None:
@@ -172,7 +167,7 @@ def check_before_training(policy: Any, pair: Pair, ends: list[int], allowed: flo
     """
     name = type(policy).__name__
     x, y = rows_of([pair])
-    try:
+    with naming(f"{name} cannot be trained here"):  # the model's own code may fail
         policy.train()
         trained, _ = sequence_logprobs(policy, x, y)  # (2,), side by side
         policy.eval()
@@ -180,8 +175,6 @@ def check_before_training(policy: Any, pair: Pair, ends: list[int], allowed: flo
             "log π(y|x) differs from its logits'": difference(policy, trained, x, y),
             "log π(y|x) as it is sampled differs from its logits'": sampled_difference(policy, pair.prompt, ends),
         }
-    except Exception as error:  # from the model's own code
-        raise InputError(f"{name} cannot be trained here: {one_line(error)}") from None
     if allowed is None:
         allowed = 1e-4 if policy.device.type == "cpu" else 1e-3
     for problem, nats in differences.items():

@@ -14,6 +14,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,12 @@ from torch import Tensor
 
 from sera_min import bootstrap
 from sera_min.logprobs import score
-from sera_min.lora import add_lora, linear_layers, load_lora, lora_state, merge_lora
+from sera_min.lora import add_lora, linear_layers, load_lora, merge_lora
 from sera_min.machinery import device
 from sera_min.machinery.adapters import MATRICES, adapter_settings, write_adapter
 from sera_min.machinery.config import Resolved, seed_of
 from sera_min.machinery.device import autocast, compile_layers, retry_on_oom, sampling_tokens, uncompiled
-from sera_min.machinery.errors import InputError, Paused, in_one_line
+from sera_min.machinery.errors import InputError, Paused, naming
 from sera_min.machinery.folder import read_json, read_jsonl, write, write_jsonl, writing
 from sera_min.machinery.models import eos_ids_of, load, pad_id_of, save_model
 from sera_min.pairs import Ids, Rows, Samples
@@ -63,32 +64,27 @@ class Policies:
 
     def newest(self) -> int:
         """The number of the newest policy on disk; −1 where not even π_θ0 is."""
-        newest = -1
+        for i in range(self.config.iterations, -1, -1):
+            if (self.state / f"policy-{i}").exists():
+                return i
         if self.config.model_name_or_path:
-            newest = 0
-        for path in self.state.glob("policy-*"):
-            number = path.name.removeprefix("policy-")
-            if number.isdigit():
-                newest = max(newest, int(number))
-        return newest
+            return 0
+        return -1
 
     def get(self, i: int) -> Any:
         """π_θi, from its folder unless it is in memory."""
-        if i in self.held:
-            policy = self.held.pop(i)
-        else:
+        if i not in self.held:
             if len(self.held) == self.most:
                 oldest = next(iter(self.held))
                 del self.held[oldest]
             policy, tokenizer = load(self.folder(i), self.config.device)
-            self.tokenizer = self.tokenizer or tokenizer  # all have the same
-            self.make_ready(policy)
-        self.held[i] = policy
-        return policy
+            self.hold(i, policy, tokenizer)
+        self.held[i] = self.held.pop(i)  # the one used last is at the end
+        return self.held[i]
 
     def hold(self, i: int, policy: Any, tokenizer: Any) -> None:
         """π_θi is this one."""
-        self.tokenizer = tokenizer
+        self.tokenizer = self.tokenizer or tokenizer  # all have the same
         self.make_ready(policy)
         self.held[i] = policy
 
@@ -96,7 +92,7 @@ class Policies:
         self.eos_ids = eos_ids_of(policy, self.tokenizer)  # the tokens that end a response
         self.vocabulary_size = policy.get_input_embeddings().num_embeddings
         if self.config.gradient_checkpointing:
-            with in_one_line("--gradient_checkpointing"):  # not every model has it
+            with naming("--gradient_checkpointing"):  # not every model has it
                 policy.gradient_checkpointing_enable({"use_reentrant": False})
         if self.compiled:
             compile_layers(policy)
@@ -141,17 +137,12 @@ class Policies:
 
     def score(self, i: int, rows: Rows) -> Tensor:
         desc = f"score {len(rows.prompts)} responses under policy {i}"
-        policy = self.get(i)
-
-        def attempt(max_tokens: int) -> Tensor:
-            with autocast(self.config.device), in_one_line("the model fails"):
-                logps, _ = score(policy, rows.prompts, rows.responses, max_tokens=max_tokens, desc=desc)
-            return logps
-
+        attempt = partial(score, self.get(i), rows.prompts, rows.responses, desc=desc)
         longest = 0
         for x, y in zip(rows.prompts, rows.responses):
             longest = max(longest, len(x) + len(y))
-        logps, _ = retry_on_oom(attempt, self.config.max_tokens, longest, f"{desc}: ")
+        with autocast(self.config.device), naming(f"{desc}: the model fails"):
+            logps, _ = retry_on_oom(attempt, self.config.max_tokens, longest)
         check_log_probs(logps, desc)
         return logps
 
@@ -177,27 +168,23 @@ class Policies:
         bar = None
         if self.bars:
             bar = desc
-
-        def attempt(max_tokens: int) -> Samples:
-            with autocast(config.device), uncompiled(), in_one_line("the model fails"):
-                return bootstrap.sample_responses(
-                    policy,
-                    prompts,
-                    n,
-                    max_new_tokens=config.max_new_tokens,
-                    temperature=config.temperature,
-                    top_p=config.top_p,
-                    eos_token_id=self.eos_ids,
-                    pad_token_id=pad_id_of(self.tokenizer),
-                    seed=seed,
-                    max_tokens=max_tokens,
-                    desc=bar,
-                )
-
+        attempt = partial(
+            bootstrap.sample_responses,
+            policy,
+            prompts,
+            n,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            top_p=config.top_p,
+            eos_token_id=self.eos_ids,
+            pad_token_id=pad_id_of(self.tokenizer),
+            seed=seed,
+            desc=bar,
+        )
         longest = config.max_prompt_length + config.max_new_tokens
         cache = sampling_tokens(policy, longest, config.device)
-        samples, _ = retry_on_oom(attempt, cache, n * longest, f"{desc}: ")
-        return samples
+        with autocast(config.device), uncompiled(), naming(f"{desc}: the model fails"):
+            return retry_on_oom(attempt, cache, n * longest)
 
     # Samples of another engine
 
@@ -237,7 +224,7 @@ class LoRAPolicies(Policies):
             reference, tokenizer = load(self.folder(0), "cpu")
             self.hold(0, reference, tokenizer)
         if i not in self.held:
-            state = self.first
+            state = None  # the reference has none
             if i > 0:
                 state = load_file(self.state / f"policy-{i}" / MATRICES)
             load_lora(self.model, state)
@@ -247,13 +234,12 @@ class LoRAPolicies(Policies):
     def hold(self, i: int, policy: Any, tokenizer: Any) -> None:
         config = self.config
         seed = seed_of(config.seed, 0, "LoRA")
-        with in_one_line("--use_peft"):
+        with naming("--use_peft"):
             add_lora(policy, config.lora_r, config.lora_alpha, config.lora_target_modules, seed)
         if device.has_bfloat16(config.device):
             for layer in linear_layers(policy).values():
                 device.halve(layer)
         self.model = policy.to(config.device)
-        self.first = {name: matrix.clone() for name, matrix in lora_state(policy).items()}
         super().hold(i, policy, tokenizer)
 
     def write(self, i: int, policy: Any, folder: Path) -> None:

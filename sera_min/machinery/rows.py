@@ -14,8 +14,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import datasets
 from pyarrow.parquet import ParquetFile
 
-from sera_min.machinery.errors import InputError, Unusable, in_one_line
+from sera_min.machinery.errors import InputError, Unusable, naming
 from sera_min.machinery.folder import at_home, is_lfs_pointer, is_path
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".json.gz", ".jsonl.gz", ".csv.gz", ".parquet")
@@ -48,16 +48,6 @@ LIKE_MESSAGES = re.compile(r"(?s)(array\(|[\[(\s])*\{(?=.*['\"](role|from)['\"]:
 
 Message = dict[str, Any]  # `role`, `content`, and whatever other fields it has
 Messages = list[Message]
-
-
-@contextmanager
-def naming(place: str) -> Iterator[None]:
-    """Whatever goes wrong here is an InputError that begins with its place."""
-    try:
-        with in_one_line(""):
-            yield
-    except InputError as error:
-        raise InputError(f"{place}{error}") from None
 
 
 # Where rows come from

@@ -13,47 +13,44 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from sera_min import playground
 from sera_min.machinery import config as configuration
 from sera_min.machinery import data, device, folder, report
 from sera_min.machinery.config import Config, Resolved, seed_of
 from sera_min.machinery.data import Given, preferences
 from sera_min.machinery.device import autocast, check_memory, has_bfloat16, prepare, uncompiled
-from sera_min.machinery.errors import InputError, print_replaces
+from sera_min.machinery.errors import InputError, naming, print_replaces
 from sera_min.machinery.models import check_before_training, check_positions
 from sera_min.machinery.policies import REASON, LoRAPolicies, Policies, check_finite
 from sera_min.pairs import Ids, Pair, Review, Samples, TrainingSet
 
 
 @contextmanager
-def open_run(
-    flags: Config, variant: str = "SeRA", world: Any = playground, wants_report: bool = True
-) -> Iterator["Run"]:
-    """The run that the flags ask for, in a folder that belongs to this process meanwhile.
+def open_run(flags: Config, variant: Any) -> Iterator["Run"]:
+    """The run that the flags and train.Variant ask for, in a folder that belongs to this process meanwhile.
 
     Everything is read and checked before anything is written. Raises InputError.
     """
     print_replaces()
     if flags.resume_from_checkpoint:
-        config = configuration.resumed(flags, variant)
+        config = configuration.resumed(flags, variant.name)
     else:
         config = configuration.resolve(flags)
         folder.check_free(Path(config.output_dir))
     if config.in_playground and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # two would wait for each other at every small product
-    run = Run(config, world, wants_report)
+    run = Run(config, variant)
     run.check()
     with folder.locked(run.out):
         folder.check_not_ended(run.out)
-        run.begin(variant)
+        run.begin(variant.name)
         yield run
 
 
 class Run:
     """What train.py needs beside the method."""
 
-    def __init__(self, config: Resolved, world: Any, wants_report: bool) -> None:
-        self.config, self.world, self.wants_report = config, world, wants_report
+    def __init__(self, config: Resolved, variant: Any) -> None:
+        self.config, self.world, self.wants_report = config, variant.world, variant.report
         self.out = Path(config.output_dir)
         self.state = self.out / "state"
         kind = LoRAPolicies if config.use_peft else Policies
@@ -61,7 +58,7 @@ class Run:
         self.policies.compiled = not config.in_playground and device.can_compile(config.device)
         if config.in_playground and self.policies.newest() < 0:
             with self.policies.timed("SFT"):
-                policy, tokenizer = world.make_sft_policy(config.seed, config.device)
+                policy, tokenizer = self.world.make_sft_policy(config.seed, config.device)
             self.policies.hold(0, policy, tokenizer)
         policy = self.policies.get(max(self.policies.newest(), 0))
         check_memory(policy, config.device)
@@ -74,12 +71,12 @@ class Run:
             self.data = folder.read_json(self.state / "data.json")
             print(f"data: as read when the run began, {len(self.data['given'])} pairs to train on")
         else:
-            self.data = data.read(config, world, self.tokenizer, self.policies.eos_ids)
+            self.data = data.read(config, self.world, self.tokenizer, self.policies.eos_ids)
         given = [Given(*one) for one in self.data["given"]]
         held_out = [Given(*one) for one in self.data["held_out"]]
         self.given, self.held_out = preferences(given), preferences(held_out)
-        self.texts = [one.text for one in given]  # the prompts as people read them
-        self.offline_rows = [one.row for one in given]
+        self.texts = {one.row: one.text for one in given}  # the prompts as people read them
+        self.offline_rows = list(self.texts)
         self.prompts = self.data["prompts"]  # to be answered at every evaluation
 
     def check(self) -> None:
@@ -160,7 +157,7 @@ class Run:
         file = self.state / f"checkpoint-{t}.pt"
         if not file.exists():
             return {"step": 0}
-        with folder.reading(file):
+        with naming(f"{file} cannot be read"):
             return torch.load(file, weights_only=True, map_location="cpu", mmap=True)
 
     # metrics.jsonl
@@ -168,13 +165,11 @@ class Run:
     def restore_metrics(self) -> None:
         """metrics.jsonl anew: the lines of all steps before the point where the run goes on."""
         ours = self.state / "metrics.jsonl"
-        written = ""
-        if ours.exists():
-            written = ours.read_text(encoding="utf-8")
+        ours.touch()  # a new run has none
         t = self.policies.newest() + 1
         goes_on = (t, self.read_checkpoint(t)["step"])
         lines = []
-        for text in written.split("\n")[:-1]:  # a kill may have cut off the last line
+        for text in ours.read_text(encoding="utf-8").split("\n")[:-1]:  # a kill may have cut off the last line
             line = json.loads(text)
             if (line["iteration"], line.get("step", 0)) <= goes_on:
                 lines.append(line)
@@ -245,16 +240,17 @@ class Run:
 
     def pair_texts(self, pair: Pair) -> dict[str, str]:
         ends = [self.tokenizer.eos_token_id]  # which TRL adds itself
-        prompt = data.decode(self.tokenizer, pair.prompt, ends)
-        responses = [pair.chosen, pair.rejected]
-        chosen, rejected = data.decode_responses(self.tokenizer, pair.prompt, responses, ends)
-        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        return {
+            "prompt": data.prompt_text(self.tokenizer, pair.prompt),
+            "chosen": data.response_text(self.tokenizer, pair.prompt, pair.chosen, ends),
+            "rejected": data.response_text(self.tokenizer, pair.prompt, pair.rejected, ends),
+        }
 
     def sample_lines(self, samples: Samples, rewards: list[float]) -> Iterator[dict[str, Any]]:
         """The lines of samples.jsonl. A sample is usable if it ended and has a reward."""
         rewards_left = iter(rewards)  # those of samples that ended
         for pair, of_prompt in zip(self.given.pairs, samples):
-            prompt = data.decode(self.tokenizer, pair.prompt, self.policies.eos_ids)
+            prompt = data.prompt_text(self.tokenizer, pair.prompt)
             for y, ended in of_prompt:
                 reward: float | None = next(rewards_left) if ended else None
                 if reward != reward:  # NaN
@@ -263,7 +259,7 @@ class Run:
                 yield {**line, "finish_reason": REASON[ended], "usable": reward is not None, "reward": reward}
 
     def answer_text(self, prompt: Ids, response: Ids) -> str:
-        return data.decode(self.tokenizer, response, self.policies.eos_ids, after=prompt)
+        return data.response_text(self.tokenizer, prompt, response, self.policies.eos_ids)
 
     def write_answers(self, t: int, answers: list[Ids]) -> dict[str, Any]:
         """Writes answers.jsonl, counts iteration t's pairs; in the playground the true rewards of both."""
@@ -301,9 +297,8 @@ class Run:
     def finish(self) -> None:
         """The report; the last policy becomes policy/; state/ goes, nothing is left to resume."""
         if self.wants_report:
-            prompts = dict(zip(self.offline_rows, self.texts))
             is_flipped = self.world.is_flipped if self.config.in_playground else None
-            report.write_report(self.out, prompts, is_flipped)
+            report.write_report(self.out, self.texts, is_flipped)
         spent = [f"{s:.0f} {phase}" for phase, s in self.policies.seconds.most_common()]
         print("Seconds:", ", ".join(spent))
         self.policies.finish(self.out)

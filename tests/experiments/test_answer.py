@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from shared import CHATML, bpe_tokenizer, unigram_tokenizer
+from shared import CHATML, bpe_tokenizer, encode_pairs, unigram_tokenizer
 
 from sera_min import playground
-from sera_min.machinery.data import decode, encode
+from sera_min.machinery.data import response_text
 from sera_min.machinery.errors import InputError
 from sera_min.machinery.models import load
 
@@ -36,7 +36,7 @@ def test_every_prompt_has_its_greedy_answer(model_dir, tmp_path):
     for text in texts:
         ids = tokenizer(text, return_tensors="pt").input_ids
         alone = policy.generate(ids, do_sample=False, max_new_tokens=6, eos_token_id=1, pad_token_id=0)
-        output = decode(tokenizer, alone[0, ids.shape[1] :].tolist(), [1], after=ids[0].tolist())
+        output = response_text(tokenizer, ids[0].tolist(), alone[0, ids.shape[1] :].tolist(), [1])
         expected.append({"instruction": text, "output": output, "generator": str(model_dir)})
     answers = json.loads(out.read_text())
     assert answers[:3] == expected and answers[3]["instruction"] == "Say hi"
@@ -87,7 +87,7 @@ def test_prompts_to_answer():
     assert texts == [rows[0]["prompt"], "tell me\n\nabout the owl"] and len(ids[0]) == 8
     for tokenizer in (bpe_tokenizer(CHATML), bpe_tokenizer(adds_bos=True), unigram_tokenizer(adds_bos=True)):
         answered = [{**row, "chosen": "b", "rejected": "c"} for row in rows]
-        pairs, _ = encode(answered, tokenizer, name="d", **{**limits, "max_length": 99})
+        pairs, _ = encode_pairs(answered, tokenizer, name="d", **{**limits, "max_length": 99})
         assert answer.encode_prompts(rows, tokenizer, name="ask", **limits)[1] == [x for x, _, _ in pairs]
     long = [{"prompt": "tell me " * 9}]  # loses its beginning, and that is counted
     _, [x], counts = answer.encode_prompts(long, playground.make_tokenizer(), name="ask", **limits)

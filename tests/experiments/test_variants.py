@@ -32,7 +32,7 @@ SCENARIOS = {  # variant -> its flags, and what the naive run calls it
     "length_free": ({"samples_per_prompt": 6, "beta": 0.1, "keep": 0.5}, {"length_free": True}),
     "token_floor": ({"loss_type": "slic"}, {"token_floor": 0.6}),
     "both_remedies": ({"loss_type": "simpo", "beta": 2.0, "iterations": 3}, {"token_floor": 0.6, "length_free": True}),
-    "random_pairs": ({}, {"select": "random"}),
+    "random_pairs": ({"iterations": 3}, {"select": "random"}),
 }
 
 

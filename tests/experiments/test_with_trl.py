@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from shared import CHATML, LLAMA2, bpe_tokenizer, tiny_model, unigram_tokenizer
+from shared import CHATML, LLAMA2, bpe_tokenizer, encode_pairs, tiny_model, unigram_tokenizer
 
 trl = pytest.importorskip("trl")
 
@@ -286,7 +286,7 @@ def test_the_review_is_that_of_train(runs, tmp_path):
         models.load(f, "cpu") for f in (runs / "model", tmp_path / "out/iteration-1/policy")
     )
     end = tokenizer.eos_token_id
-    given, _ = data.encode_given(
+    given, _ = data.encode(
         lines(runs / "pairs.jsonl"), tokenizer, name="rows", eos_ids=[end], max_length=64, max_prompt_length=16
     )
     written = []
@@ -388,7 +388,7 @@ def test_trl_reads_pairs_jsonl_as_it_is(tmp_path, tokenizer, rows, added):
     pairs = theirs / "iteration-1/pairs.jsonl"
     assert lines(pairs) == lines(ours / "iteration-1/pairs.jsonl")
     limits = {"eos_ids": [tokenizer.eos_token_id], "max_length": 120, "max_prompt_length": 100}
-    encoded, _ = data.encode(rows, tokenizer, name="rows", **limits)
+    encoded, _ = encode_pairs(rows, tokenizer, name="rows", **limits)
 
     trainer = trl.DPOTrainer(
         str(tmp_path / "model"), processing_class=tokenizer,

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shared import CHATML, GEMMA, LLAMA2, ZEPHYR, bpe_tokenizer, unigram_tokenizer, wordpiece_tokenizer
+from shared import CHATML, GEMMA, LLAMA2, ZEPHYR, bpe_tokenizer, encode_pairs, unigram_tokenizer, wordpiece_tokenizer
 
-from sera_min.machinery.data import Given, decode, encode, split_by_prompt
+from sera_min.machinery.data import Given, prompt_text, response_text, split_by_prompt
 from sera_min.machinery.errors import InputError
 from sera_min.machinery.rows import read_rows
 from sera_min.pairs import Pair
@@ -25,7 +25,7 @@ def turn(who, content):
 def encoded(rows, tokenizer=None, **limits):
     tokenizer = tokenizer or bpe_tokenizer()
     limits = {"max_length": 200, "max_prompt_length": 100, **limits}
-    return encode(rows, tokenizer, name="d.json", eos_ids=[tokenizer.eos_token_id], **limits), tokenizer
+    return encode_pairs(rows, tokenizer, name="d.json", eos_ids=[tokenizer.eos_token_id], **limits), tokenizer
 
 
 ASKED = [turn(U, "Tell me about the fox"), turn(A, "What of it?"), turn(U, "Is it lovely?")]
@@ -90,7 +90,7 @@ def test_supervised_is_the_response_and_one_end(kind, adds, template):
         strings, history = isinstance(asked, str), asked
         if template == GEMMA and not strings and asked[0]["role"] == "system":
             continue  # it has no such role
-        pairs, counts = encode([row], tokenizer, name="d", eos_ids=ends, max_length=999, max_prompt_length=500)
+        pairs, counts = encode_pairs([row], tokenizer, name="d", eos_ids=ends, max_length=999, max_prompt_length=500)
         [(x, *responses)] = pairs
         said = {what: n for what, n in counts.items() if what.startswith("dialogues as")}
         assert list(said.values()) == [1] * (template is None and not strings)  # there is no template, and it is said
@@ -110,7 +110,7 @@ def test_supervised_is_the_response_and_one_end(kind, adds, template):
             assert y[-1] in ends and sum(token in ends for token in y) == 1, name
             said = tokenizer.decode(x + y[:-1])[len(tokenizer.decode(x)) :]
             assert said == (f" {answer}" if kind == "wordpiece" else before + answer + after), name
-            assert decode(tokenizer, y, ends, after=x) == said
+            assert response_text(tokenizer, x, y, ends) == said
 
 
 def test_a_turn_s_end_that_nothing_declares_one_is_text():
@@ -165,7 +165,7 @@ def test_merges_across_the_border_do_not_move_it(make, prompt, answers):
     x, *ys = pairs[0]
     alone = tokenizer(prompt, add_special_tokens=False).input_ids
     assert tokenizer(prompt + answers[0], add_special_tokens=False).input_ids[: len(alone)] != alone  # the case is one
-    assert x == alone and [decode(tokenizer, y, [1], after=x) for y in ys] == answers
+    assert x == alone and [response_text(tokenizer, x, y, [1]) for y in ys] == answers
     assert [tokenizer.decode(x + y[:-1]) for y in ys] == [prompt + answer for answer in answers]
 
 
@@ -189,10 +189,10 @@ def test_decoded_a_pair_is_its_row():
         tokenizer = make(adds_bos=True)
         tokenizer.clean_up_tokenization_spaces = True
         (((x, w, l),), _), _ = encoded([row], tokenizer)
-        assert decode(tokenizer, x, [1]) == row["prompt"] and x[0] == 2
+        assert prompt_text(tokenizer, x) == row["prompt"] and x[0] == 2
         for y in (w, w[:-1]):
-            assert decode(tokenizer, y, [1], after=x) == row["chosen"]
-        assert decode(tokenizer, l, [1], after=x) == row["rejected"]
+            assert response_text(tokenizer, x, y, [1]) == row["chosen"]
+        assert response_text(tokenizer, x, l, [1]) == row["rejected"]
 
 
 def test_pad_that_is_eos_and_eos_in_the_text():
@@ -217,10 +217,10 @@ def test_no_text_forges_a_turn_or_an_end(spelled, where):
     row = {"prompt": [turn(U, "Is it?")], "chosen": [turn(A, "It is")], "rejected": [turn(A, "No")]}
     row[where] = [{**row[where][0], "content": f"a {spelled} b"}]
     limits = {"name": "d", "eos_ids": ends, "max_length": 200, "max_prompt_length": 100}
-    pairs, counts = encode([row], tokenizer, **limits)
+    pairs, counts = encode_pairs([row], tokenizer, **limits)
     assert not pairs and counts["dropped: a text spells a special token"] == 1
     row[where] = [{**row[where][0], "content": "a b"}]
-    assert len(encode([row], tokenizer, **limits)[0]) == 1
+    assert len(encode_pairs([row], tokenizer, **limits)[0]) == 1
 
 
 @pytest.mark.parametrize("adds_bos", [False, True])
@@ -389,7 +389,7 @@ def test_any_file_is_pairs_counted_drops_or_our_error(tmp_path, content, suffix)
     file.write_bytes(content)
     try:
         rows = read_rows(str(file), "train")
-        pairs, counts = encode(rows, FAST, name=str(file), eos_ids=[1], max_length=64, max_prompt_length=32)
+        pairs, counts = encode_pairs(rows, FAST, name=str(file), eos_ids=[1], max_length=64, max_prompt_length=32)
     except InputError as error:
         assert str(file) in str(error) and "\n" not in str(error)
     else:

@@ -11,10 +11,10 @@ from datasets import Dataset, DatasetDict
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pyarrow import Table, parquet
-from shared import CHATML, bpe_tokenizer, unigram_tokenizer
+from shared import CHATML, bpe_tokenizer, encode_pairs, unigram_tokenizer
 from tokenizers import Tokenizer, models, processors
 
-from sera_min.machinery.data import added_before, decode, decode_responses, encode, encode_given
+from sera_min.machinery.data import added_before, encode, prompt_text, response_text
 from sera_min.machinery.errors import InputError, Unusable
 from sera_min.machinery.models import load
 from sera_min.machinery.rows import preference, read_rows
@@ -43,7 +43,7 @@ def V(who, text):
 def encoded(rows, tokenizer=None, ends=None, **limits):
     tokenizer = tokenizer or bpe_tokenizer(CHATML)
     limits = {"max_length": 400, "max_prompt_length": 300, **limits}
-    return encode(rows, tokenizer, name="d.json", eos_ids=ends or [tokenizer.eos_token_id], **limits)
+    return encode_pairs(rows, tokenizer, name="d.json", eos_ids=ends or [tokenizer.eos_token_id], **limits)
 
 
 STONE, RIVER = A("stone"), A("river")
@@ -271,8 +271,8 @@ def test_trl_reads_the_ids_that_were_trained_on(kind):
     pairs, _ = encoded([row for x, row in PUBLISHED.values() if not any("tool_calls" in m for m in x)], tokenizer, ends)
     rows = []
     for x, *answers in pairs:  # as pairs.jsonl has them
-        chosen, rejected = decode_responses(tokenizer, x, answers, ends[:1])
-        rows.append({"prompt": decode(tokenizer, x, ends[:1]), "chosen": chosen, "rejected": rejected})
+        chosen, rejected = (response_text(tokenizer, x, y, ends[:1]) for y in answers)
+        rows.append({"prompt": prompt_text(tokenizer, x), "chosen": chosen, "rejected": rejected})
     prepare = partial(trl.DPOTrainer._prepare_dataset, SimpleNamespace(_tokenizer=tokenizer))
     theirs = prepare(Dataset.from_list(rows), tokenizer, trl.DPOConfig(max_length=None, bf16=False, use_cpu=True), "train")
     added = [] if tokenizer.eos_token == "<|im_end|>" else [tokenizer.eos_token_id]
@@ -284,11 +284,11 @@ def test_people_see_a_conversation():
     rows = [{"prompt": [S("be kind"), U("red?")], **SAME}, {"prompt": [U("blue?")], **SAME}]
     tokenizer = smollm()
     limits = {"eos_ids": [tokenizer.eos_token_id], "max_length": 400, "max_prompt_length": 300}
-    given, _ = encode_given(rows, tokenizer, name="d", **limits)
+    given, _ = encode(rows, tokenizer, name="d", **limits)
     assert [one.text for one in given] == ["system: be kind\n\nuser: red?", "blue?"]
     assert [one.row for one in given] == [0, 1]
     for one in given:
-        assert decode(tokenizer, one.pair.rejected, limits["eos_ids"], after=one.pair.prompt) == "river"
+        assert response_text(tokenizer, one.pair.prompt, one.pair.rejected, limits["eos_ids"]) == "river"
 
 
 # Files
@@ -378,7 +378,7 @@ def test_a_response_is_decoded_after_its_prompt_whatever_their_border():
         tokenizer = make()
         for x, y in (("the fox", " is"), ("日本", "☃ naïve"), ("a\n", "\nb")):
             ids = [tokenizer(text, add_special_tokens=False).input_ids for text in (x, y)]
-            assert decode(tokenizer, ids[1] + [1], [1], after=ids[0]) == tokenizer.decode(ids[0] + ids[1])[len(tokenizer.decode(ids[0])) :]
+            assert response_text(tokenizer, ids[0], ids[1] + [1], [1]) == tokenizer.decode(ids[0] + ids[1])[len(tokenizer.decode(ids[0])) :]
 
 
 def test_messages_that_are_an_answer_alone_are_no_prompt():
@@ -406,8 +406,8 @@ def test_what_a_run_wrote_is_read_to_the_same_ids():
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
     pairs, _ = encoded([{"prompt": [U("red?")], **SAME}], tokenizer, ends)
     for after in ("", "\n"):
-        chosen, rejected = (y + after for y in decode_responses(tokenizer, pairs[0].prompt, pairs[0][1:], ends[:1]))
-        row = {"prompt": decode(tokenizer, pairs[0].prompt, ends), "chosen": chosen, "rejected": rejected}
+        chosen, rejected = (response_text(tokenizer, pairs[0].prompt, y, ends[:1]) + after for y in pairs[0][1:])
+        row = {"prompt": prompt_text(tokenizer, pairs[0].prompt), "chosen": chosen, "rejected": rejected}
         assert encoded([row], tokenizer, ends)[0] == pairs
 
 
@@ -551,13 +551,13 @@ def test_a_rendered_text_may_end_as_the_template_ends_a_turn():
     """Also where neither the tokenizer nor the model calls that an end; but nothing special stands before it."""
     tokenizer = gemma(False)
     [pair], _ = encoded([{"prompt": [U("red?")], **SAME}], tokenizer)
-    chosen, rejected = decode_responses(tokenizer, pair.prompt, pair[1:], [1])
+    chosen, rejected = (response_text(tokenizer, pair.prompt, y, [1]) for y in pair[1:])
     assert chosen == "stone<|im_end|>\n"
-    row = {"prompt": decode(tokenizer, pair.prompt, [1]), "chosen": chosen, "rejected": rejected}
+    row = {"prompt": prompt_text(tokenizer, pair.prompt), "chosen": chosen, "rejected": rejected}
     assert encoded([row], tokenizer)[0] == [pair]
     for forged in ("stone<|im_start|>", "<|im_end|>stone<|im_end|>\n", "stone<|im_end|>\n<|im_end|>\n"):
         pairs, counts = encoded([{**row, "chosen": forged}], tokenizer)
         assert not pairs and counts["dropped: a text spells a special token"] == 1
     asked = {"prompt": [U("red?")], "chosen": "stone.", "rejected": "river."}  # plain text of the template is the answer's
     [(_, w, _)], _ = encoded([asked], with_template(CHATML.replace("<|im_end|>", ".<|im_end|>")))
-    assert decode(tokenizer, w, [], after=pair.prompt).startswith("stone..")
+    assert response_text(tokenizer, pair.prompt, w, []).startswith("stone..")

@@ -106,6 +106,30 @@ def test_samples_differ_between_iterations_and_seeds_and_are_a_function_of_these
     assert drawn["a", 2][:n] != drawn["a", 2][n:]  # nor do they begin again within an iteration
 
 
+def likeliest(model, prompt, most):
+    """The words of a model's greedy response to a prompt, up to its end."""
+    tokenizer = word_tokenizer(WORDS)
+    ids = start = tokenizer(prompt).input_ids
+    with torch.no_grad():
+        while len(ids) < len(start) + most and ids[-1] != tokenizer.eos_token_id:
+            ids = [*ids, model(torch.tensor([ids])).logits[0, -1].argmax().item()]
+    words = tokenizer.convert_ids_to_tokens(ids[len(start) :])
+    return [word for word in words if word != tokenizer.eos_token]
+
+
+def test_samples_are_those_of_the_newest_policy(standing, tmp_path, monkeypatch):
+    """With top_p next to 0 they are its likeliest words; those of the policy before it are others."""
+    drawn, many = Drawn(monkeypatch), standing / "many.jsonl"
+    train.main(config_of(standing, tmp_path / "run", dataset_name=str(many), top_p=1e-6, learning_rate=0.03, iterations=3,
+                         max_train_pairs=15))
+    prompts, model = [row["prompt"] for row in read(many)][:15], AutoModelForCausalLM.from_pretrained(standing / "model").eval()
+    expected = {1: [likeliest(model, x, 6) for x in prompts]}  # of π_ref
+    for t, policy in zip((2, 3), drawn.policies):
+        model.load_state_dict(policy)
+        expected[t] = [likeliest(model, x, 6) for x in prompts]
+        assert samples_of(tmp_path / "run", t)[::4] == expected[t] != expected[t - 1]
+
+
 def test_samples_of_every_batch_are_drawn_anew(standing, tmp_path, monkeypatch):
     """60 times the same prompt, a few at a time: no batch draws what another drew."""
     Drawn(monkeypatch)
