@@ -49,7 +49,7 @@ def flags(tmp_path, monkeypatch) -> Config:
     tokenizer = word_tokenizer(WORDS)
     tokenizer.save_pretrained(tmp_path / "model")
     tiny_model(vocab_size=len(tokenizer), num_hidden_layers=1).save_pretrained(tmp_path / "model")
-    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, some_rows(10, random.Random(3)))))
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, some_rows(6, random.Random(3)))))
     monkeypatch.chdir(tmp_path)  # where output_dir is a relative path
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
