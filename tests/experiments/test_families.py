@@ -10,7 +10,7 @@ from sera_min import bootstrap
 sys.path.insert(0, str(Path(__file__).parents[2] / "experiments"))
 import families
 
-RIGHT = ["mamba", "falcon_h1", "qwen3_next", "llama4_text", "modernbert-decoder", "gemma3"]
+RIGHT = ["mamba", "qwen3_next", "llama4_text", "modernbert-decoder"]
 REFUSED = {
     "rwkv": "as it is sampled differs from its logits'",  # no padding on the left
     "bert": "differs from its logits'",  # it looks to the right

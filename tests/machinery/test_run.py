@@ -583,6 +583,7 @@ def test_killed_at_every_file_it_goes_on_to_the_same_end(stopped, tmp_path, monk
 
     for module in (folder, policies):
         monkeypatch.setattr(module, "writing", writing)
+    monkeypatch.setattr("sera_min.machinery.run.check_before_training", lambda *_, **__: None)  # it takes long, and was passed above
     while not (out / "policy").exists():
         again = replace(flags, output_dir=str(out))
         if (out / "config.json").exists():
