@@ -89,6 +89,8 @@ def test_a_run_is_the_naive_run(name, world, tmp_path, monkeypatch):
     out, (here, rows) = tmp_path / "run", world
     train.main(flags_of(world, out, **changed), quickly(name))
     assert json.loads((out / "config.json").read_text())["variant"] == name
+    chosen_by = [tuple(n.tolist()) for n in numbers if n.ndim == 1]  # of the random control
+    assert len({*chosen_by}) == len(chosen_by)  # no choice takes the numbers of another
 
     settings = {**FLAGS, "select": "margin", "length_free": False, "token_floor": 0.0, **changed, **known_as}
     drawn = drawn_by(out, settings, permutations, numbers)
