@@ -162,7 +162,7 @@ def test_the_order_of_pairs_is_of_the_epoch_the_iteration_and_the_seed(standing,
         monkeypatch.undo()
     assert orders["a"] == orders["b"] and all(sorted(order) == list(range(30)) for order in orders["a"])
     assert len({*map(tuple, orders["a"] + orders["seed"])}) == 2 * 3 * 2  # two epochs, three iterations, two seeds
-    assert [*range(60)] not in orders["a"]
+    assert [*range(30)] not in orders["a"]
 
 
 def test_no_two_things_are_drawn_by_one_seed(standing, tmp_path, monkeypatch):
