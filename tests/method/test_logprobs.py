@@ -321,7 +321,7 @@ def test_a_config_that_asks_for_tuples_changes_nothing(family, monkeypatch):
 def test_all_that_is_made_is_on_the_model_s_device(monkeypatch):
     """The meta device, where nothing is computed, stands for a GPU. Only embeddings take what is on another device."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # meta has none
-    model, inputs = tiny_model("opt").to("meta"), []
+    model, inputs = tiny_model("opt", attn_implementation="eager").to("meta"), []
     model.get_input_embeddings().register_forward_pre_hook(lambda _, args: inputs.append(args[0].device))
     sums, counts = sequence_logprobs(model, *ragged())
     sums.sum().backward()
