@@ -190,7 +190,7 @@ def train_step(
     losses = torch.empty(b)
     logps = torch.empty(b, 2)
     tokens = [padded_tokens(pair) for pair in pairs]
-    for part in token_batches(tokens, config.max_tokens):
+    for part in token_batches(tokens, config.max_tokens):  # of pairs, not rows
         micro_batch = [pairs[i] for i in part]
         loss, logp = variant.pair_losses(policy, micro_batch, reference[part], config)
         (loss.sum() / b).backward()
@@ -215,8 +215,8 @@ def train_step(
 def train(t: int, data: TrainingSet, run: Run, config: Resolved, variant: "Variant") -> None:
     """π_θ(t−1) becomes π_θt."""
     policy = run.policies.get(t - 1)
-    run.policies.forget()  # this copy becomes π_θt; π_θ(t−1) stays on disk
-    policy.train()  # for gradient checkpointing, which asks for it; dropout is off in every policy
+    run.policies.forget()  # this copy is changed in place; π_θ(t−1) stays on disk
+    policy.train()  # gradient checkpointing needs it; there is no dropout in any policy
     # With LoRA only its matrices have gradients, and change.
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     batches = variant.batches_of(len(data.pairs), t, config)
@@ -278,10 +278,10 @@ def evaluate(t: int, run: Run, config: Resolved) -> dict[str, Any]:
     seed = seed_of(config.seed, t, "answers")
     answers = []
     for of_prompt in policies.sample(t, run.prompts, 1, seed):
-        only = of_prompt[0]
-        answers.append(only[0])  # its token ids
+        ids, _ended = of_prompt[0]
+        answers.append(ids)
     answered = Rows(run.prompts, answers, list(range(len(answers))))
-    # KL(π_θ ‖ π_ref) is the mean of this over y ~ π_θ: an estimate, if they are drawn at temperature 1
+    # Its mean over y ~ π_θ estimates KL(π_θ ‖ π_ref), if temperature and top_p are 1.
     log_ratio = policies.log_prob(t, answered) - policies.log_prob(0, answered)
     metrics["kl"] = log_ratio.mean().item()
     # Writes answers.jsonl. Also returns counts of the iteration's pairs and, in the playground, true rewards.
@@ -314,8 +314,8 @@ def main(flags: Config, variant: Variant = SERA) -> dict[str, Any]:
     """Run it all. Returns the last evaluation, which is the last line of metrics.jsonl."""
     with open_run(flags, variant) as run:
         config, policies = run.config, run.policies
-        known = loss_of(torch.zeros(1), config).item()
-        print(f"at margin 0 the loss is {known:.4f}: iteration 1 begins there, unless the loss is SimPO")
+        at_zero = loss_of(torch.zeros(1), config).item()
+        print(f"at margin 0 the loss is {at_zero:.4f}: iteration 1 begins there, unless the loss is SimPO")
         for t in range(config.iterations + 1):
             if t > policies.newest():  # π_θt is not on disk yet; π_θ0 always is
                 # After an interruption a review is repeated, from log-probs and samples that are on disk.

@@ -7,8 +7,8 @@ Sampling, flattening and pairing are three functions, so samples may come from a
 that was cut off by the length limit is never paired. Do not append an end of sequence to it: the
 model never wrote one there, so the log-probability of that token says nothing about the response.
 
-Copy this file alone: it needs torch and tqdm, and a causal language model of transformers. (A copy of
-select.py needs another name, see there; mypy --strict wants a type for `model`.)
+Copy this file alone: it needs torch and tqdm, and a causal language model of transformers.
+(mypy --strict wants a type for `model`.)
 From sera_min 0.1.0, Apache-2.0; SeRA, arXiv:2410.09362.
 """
 
@@ -30,7 +30,7 @@ Sample = tuple[Ids, bool]  # token ids, and whether they end with an end of sequ
 def plain_sample(model, prompt: Ids, max_new_tokens: int, temperature: float, end: int) -> Sample:
     """y ~ π(·|x), as one would first write it: right, but it reads x and y anew for every token of y.
 
-    `sample_responses`, below, does the same for many prompts at a time. It also takes several ends, this one only one.
+    `sample_responses`, below, does the same for many prompts at a time, and for several end tokens.
     """
     y: Ids = []
     while len(y) < max_new_tokens and end not in y:

@@ -6,8 +6,8 @@
 r is DPO's implicit reward (arXiv:2305.18290, eq. 5) without the factor β, and without a term that
 depends on x alone and cancels in the difference of two responses to x.
 
-Copy this file alone: it needs torch and tqdm, and a causal language model of transformers. (A copy of
-select.py needs another name, see there; mypy --strict wants a type for `model`.)
+Copy this file alone: it needs torch and tqdm, and a causal language model of transformers.
+(mypy --strict wants a type for `model`.)
 From sera_min 0.1.0, Apache-2.0; SeRA, arXiv:2410.09362.
 """
 
@@ -53,12 +53,15 @@ def plain_logprob(model, prompt: Ids, response: Ids) -> Tensor:
 def token_logprobs(model, prompts: list[Ids], responses: list[Ids]) -> tuple[Tensor, ...]:
     """log π(y_i|x, y_<i) in nats of every response token of B unpadded pairs (x, y) of token ids.
 
-    Returns B tensors, (|y|,) each, float32 (float64 if the model is), differentiable. Dropout is
-    the model's own: switch it off before you compare a policy with a reference. Padding is yours to
-    remove: a padding id would be scored. Load the model in float32, for the reason above, and hand in
-    the model itself, not one wrapped for several GPUs or in another precision: for several GPUs wrap
-    (DDP, FSDP2) a module of your own whose forward calls this. To compile, call `compile()` of the
-    model's body: if the whole is compiled, its compiled code is never used. Raises ValueError for an empty batch,
+    Returns B tensors, (|y|,) each, float32 (float64 if the model is), differentiable.
+
+      - Dropout is the model's own: switch it off before you compare a policy with a reference.
+      - Remove padding before: a padding id would be scored.
+      - Load the model in float32, for the reason above, and hand in the model itself. For several
+        GPUs wrap (DDP, FSDP2) a module of your own whose forward calls this.
+      - To compile, call `compile()` of the model's body or layers, not of the whole model.
+
+    Raises ValueError for an empty batch,
     prompt or response, for ids that the model does not have and for models that this cannot read,
     TypeError for anything but a list of ids.
     """
@@ -81,6 +84,7 @@ def token_logprobs(model, prompts: list[Ids], responses: list[Ids]) -> tuple[Ten
     del output  # (B, T, H) need not stay in memory until the backward pass
 
     logps = []
+    # As many tokens at a time as have that many logits
     size = max(1, HEAD_LOGITS.get(model.device.type, 2**26) // head.shape[0])
     for h, y in zip(hidden.split(size), targets.split(size)):  # (r, H), (r,)
         chunk = checkpoint(head_logprobs, model, body, output_type, h, y, use_reentrant=False)
@@ -119,7 +123,7 @@ def head_logprobs(model, body, output_type: type, hidden: Tensor, targets: Tenso
 def sequence_logprobs(model, prompts: list[Ids], responses: list[Ids]) -> tuple[Tensor, Tensor]:
     """log π(y|x) in nats of B unpadded pairs (x, y) of token ids, differentiable.
 
-    A response that ended holds its end of sequence: append it, nothing here does. Returns the sums,
+    Append the end of sequence to a response that ended: nothing here does. Returns the sums,
     float32 (B,) (float64 if the model is), and the token counts |y|, int64 (B,), so that you can
     divide, for averages. What `token_logprobs` says of dropout, padding and
     errors holds here.
@@ -139,7 +143,7 @@ def score(
     In batches of at most `max_tokens` tokens, padding included. Returns CPU tensors in the order of
     the rows: float32 (N,) sums in nats, int64 (N,) token counts. `desc` shows a progress bar.
     A row longer than the `original_max_position_embeddings` of a rope "longrope" (Phi-3) changes the
-    log-probs of its batch: score such rows one at a time. Under FSDP every rank needs as many batches.
+    log-probs of its batch: score such rows one at a time. Under FSDP all ranks need equally many batches.
     """
     check_model(model)
     if prompts:
@@ -160,8 +164,8 @@ def score(
 def token_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
     """Indices of rows, longest row first, in batches of rows × longest row ≤ `max_tokens`.
 
-    Rows of like length need next to no padding, and a batch that is too large for the memory is the
-    first. A row longer than `max_tokens` is alone.
+    Rows of like length need next to no padding, and if any batch exceeds the memory, the first
+    does. A row longer than `max_tokens` is alone.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches = []

@@ -8,7 +8,7 @@ losses, and the values are TRL's.
 
 β is above 0, and label_smoothing a share, not per cent: nothing here checks it.
 
-Copy this file alone: it needs torch. (A copy of select.py needs another name, see there.)
+Copy this file alone: it needs torch.
 From sera_min 0.1.0, Apache-2.0; SeRA, arXiv:2410.09362.
 """
 
@@ -32,8 +32,8 @@ def dpo_loss(margin: Tensor, beta: float = 0.1, label_smoothing: float = 0.0) ->
 def ipo_loss(margin: Tensor, beta: float = 0.1) -> Tensor:
     """(m − 1/(2β))²: the margin has a finite target, so no label can push it without bound.
 
-    margin: (B,) in nats per token. The paper's formula sums over tokens, but TRL averages, as the
-    authors of that paper advised, and we follow TRL.
+    margin: (B,) in nats per token. IPO's formula sums over tokens, but TRL averages, as IPO's
+    authors advised, and we follow TRL.
     Source: IPO, arXiv:2310.12036, eq. 17 (its τ is β); TRL's `ipo`.
     """
     return (margin - 1 / (2 * beta)) ** 2

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 Ids = list[int]  # token ids
-Samples = list[list[tuple[Ids, bool]]]  # of each prompt its samples, each with whether it ended
+Samples = list[list[tuple[Ids, bool]]]  # of each prompt its samples: token ids, and whether they ended
 
 
 class Pair(NamedTuple):
@@ -72,7 +72,7 @@ class Rows:
         return torch.tensor([len(y) for y in self.responses], dtype=torch.int64)
 
     def paired(self, best: Tensor, worst: Tensor, margins: Tensor, reference: Tensor) -> TrainingSet:
-        """Bootstrapped pairs. best, worst, margins: (P,), rows and nats; reference: (R,), of all rows."""
+        """Bootstrapped pairs. best, worst: rows, (P,), with their margins; reference: (R,), of all rows."""
         pairs = []
         for w, l in zip(best.tolist(), worst.tolist()):
             pairs.append(Pair(self.prompts[w], self.responses[w], self.responses[l]))
