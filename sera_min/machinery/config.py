@@ -247,8 +247,11 @@ def command_line(main: Callable[[Config], Any], description: str | None, argumen
     except (InputError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except torch.OutOfMemoryError:
+        remedy = "begin with --gradient_checkpointing or --use_peft"
+        if (out / "config.json").exists():
+            remedy = "resume with --gradient_checkpointing"
         smaller = "--max_length, --max_new_tokens or --samples_per_prompt"
-        sys.exit(f"error: out of GPU memory: resume with --gradient_checkpointing, or begin with a smaller {smaller}")
+        sys.exit(f"error: out of GPU memory: {remedy}, or begin with a smaller {smaller}")
     except KeyboardInterrupt:
         saved = "nothing is saved yet"
         if (out / "config.json").exists():

@@ -98,7 +98,7 @@ def check_memory(policy: Any, device: str) -> None:
             needed += each * p.numel()
         else:
             needed += p.nbytes
-    there = torch.cuda.get_device_properties(policy.device).total_memory
+    there = torch.cuda.get_device_properties(device).total_memory
     if needed > there:
         raise InputError(
             f"the model needs {needed / 1e9:.0f} GB, {each} bytes for each parameter that is trained, and room "
@@ -108,25 +108,37 @@ def check_memory(policy: Any, device: str) -> None:
 
 
 def training_tokens(policy: Any, length: int, device: str) -> int:
-    """How many tokens a training pass has room for, by what two small ones of rows of this length take."""
+    """How many tokens a training pass has room for, by what two small ones of rows of this length take.
+
+    0 where these do not fit.
+    """
     peaks = {}
-    x, y = [0] * (length - length // 2), [0] * (length // 2)
     policy.train()
-    for rows in (2, 2, 8):  # the first one compiles, and makes the gradients
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        with autocast(device):
-            logps, _ = sequence_logprobs(policy, [x] * rows, [y] * rows)
-        logps.sum().backward()
-        peaks[length * rows] = torch.cuda.max_memory_allocated(device) - before
-    policy.zero_grad()
-    policy.eval()
+    try:
+        for rows in (2, 2, 8):  # the first one compiles, and makes the gradients
+            peaks[length * rows] = peak_of_pass(policy, rows, length, device)
+    except torch.OutOfMemoryError:
+        return 0
+    finally:
+        policy.zero_grad()
+        policy.eval()
     few, more = peaks
     each = (peaks[more] - peaks[few]) / (more - few)
     fixed = peaks[few] - few * each
     optimizer = 12 * sum(p.numel() for p in policy.parameters() if p.requires_grad)  # gradients and two moments
     room = 0.9 * free_memory(device) - optimizer - fixed  # a tenth is lost between blocks
     return int(room / each)
+
+
+def peak_of_pass(policy: Any, rows: int, length: int, device: str) -> int:
+    """Bytes that a forward and backward pass takes beside what was there before."""
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    x, y = [0] * (length - length // 2), [0] * (length // 2)
+    with autocast(device):
+        logps, _ = sequence_logprobs(policy, [x] * rows, [y] * rows)
+    logps.sum().backward()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 def sampling_tokens(policy: Any, longest: int, device: str) -> int:

@@ -77,7 +77,7 @@ class Policies:
             if len(self.held) == self.most:
                 oldest = next(iter(self.held))
                 del self.held[oldest]
-            policy, tokenizer = load(self.folder(i), self.config.device)
+            policy, tokenizer = load(self.folder(i), "cpu")
             self.hold(i, policy, tokenizer)
         self.held[i] = self.held.pop(i)  # the one used last is at the end
         return self.held[i]
@@ -85,6 +85,8 @@ class Policies:
     def hold(self, i: int, policy: Any, tokenizer: Any) -> None:
         """π_θi is this one."""
         self.tokenizer = self.tokenizer or tokenizer  # all have the same
+        device.check_memory(policy, self.config.device)
+        policy.to(self.config.device)
         self.make_ready(policy)
         self.held[i] = policy
 
@@ -239,8 +241,8 @@ class LoRAPolicies(Policies):
         if device.has_bfloat16(config.device):
             for layer in linear_layers(policy).values():
                 device.halve(layer)
-        self.model = policy.to(config.device)
         super().hold(i, policy, tokenizer)
+        self.model = policy
 
     def write(self, i: int, policy: Any, folder: Path) -> None:
         if i > 0:

@@ -17,7 +17,7 @@ from sera_min.machinery import config as configuration
 from sera_min.machinery import data, device, folder, report
 from sera_min.machinery.config import Config, Resolved, seed_of
 from sera_min.machinery.data import Given, preferences
-from sera_min.machinery.device import autocast, check_memory, has_bfloat16, prepare, uncompiled
+from sera_min.machinery.device import autocast, has_bfloat16, prepare, uncompiled
 from sera_min.machinery.errors import InputError, naming, print_replaces
 from sera_min.machinery.models import check_before_training, check_positions
 from sera_min.machinery.policies import REASON, LoRAPolicies, Policies, check_finite
@@ -61,7 +61,6 @@ class Run:
                 policy, tokenizer = self.world.make_sft_policy(config.seed, config.device)
             self.policies.hold(0, policy, tokenizer)
         policy = self.policies.get(max(self.policies.newest(), 0))
-        check_memory(policy, config.device)
         longest = max(config.max_length, config.max_prompt_length + config.max_new_tokens)
         check_positions(policy, longest, "--max_length or --max_prompt_length + --max_new_tokens")
 
@@ -110,10 +109,15 @@ class Run:
             self.policies.config = config
             self.policies.make_ready(policy)
             tokens = device.training_tokens(policy, config.max_length, config.device)
-        tokens = min(tokens, device.MOST_TOKENS)
-        self.config = self.policies.config = replace(config, max_tokens=max(tokens, 2 * config.max_length))
-        with_checkpointing = ", with gradient checkpointing" if config.gradient_checkpointing else ""
-        print(f"--max_tokens {self.config.max_tokens} fit into the GPU's memory{with_checkpointing}")
+        least = 2 * config.max_length  # a pair of the longest rows
+        found = max(least, min(tokens, device.MOST_TOKENS))
+        self.config = self.policies.config = replace(config, max_tokens=found)
+        says = f"--max_tokens {found} fit into the GPU's memory"
+        if tokens < least:
+            says = f"--max_tokens {found}, one pair: even that may be too much for the GPU's memory"
+        if config.gradient_checkpointing:
+            says += ", with gradient checkpointing"
+        print(says)
 
     def begin(self, variant: str) -> None:
         """Flags, data and π_ref are written, and metrics.jsonl ends where the run goes on."""

@@ -10,7 +10,7 @@ from shared import tiny_model, word_tokenizer
 from sera_min import bootstrap
 from sera_min.logprobs import sequence_logprobs
 from sera_min.machinery import device, policies
-from sera_min.machinery.config import Config, resolve
+from sera_min.machinery.config import Config, command_line, resolve
 from sera_min.machinery.device import autocast, check_memory, has_bfloat16, prepare, uncompiled
 from sera_min.machinery.errors import InputError
 from sera_min.machinery.run import Run
@@ -59,6 +59,27 @@ def test_what_does_not_fit_the_gpu_is_refused_at_the_start(bfloat16, monkeypatch
         check_memory(model, "cuda:1")
 
 
+def test_what_does_not_fit_never_reaches_the_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda name: SimpleNamespace(total_memory=1))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(device, "has_bfloat16", lambda name: True)
+    for kind, flags in ((policies.Policies, {}), (policies.LoRAPolicies, {"use_peft": True})):
+        model = tiny_model()
+        monkeypatch.setattr(model, "to", lambda *_: pytest.fail("it is moved"))
+        with pytest.raises(InputError, match="the model needs 0 GB"):
+            kind(tmp_path, resolve(Config(device="cuda", **flags))).hold(0, model, word_tokenizer([]))
+
+
+def test_without_memory_the_advice_can_be_followed(tmp_path, monkeypatch):
+    def main(flags):
+        raise torch.OutOfMemoryError
+
+    for remedy in ("begin with --gradient_checkpointing or --use_peft", "resume with --gradient_checkpointing"):
+        with pytest.raises(SystemExit, match=f"out of GPU memory: {remedy}, or begin with a smaller --max_length"):
+            command_line(main, "", ["--output_dir", str(tmp_path)])
+        (tmp_path / "config.json").touch()
+
+
 def test_what_is_frozen_needs_its_own_bytes_alone(monkeypatch):
     model = tiny_model()
     model.requires_grad_(False)
@@ -94,8 +115,9 @@ def test_sampling_takes_what_the_memory_has_room_for(tmp_path, monkeypatch):
     model, free = tiny_model(), 0
     monkeypatch.setattr(device, "free_memory", lambda name: free)
     config = resolve(Config(device="cuda:1"))
-    held = policies.Policies(tmp_path, config)
+    held = policies.Policies(tmp_path, resolve(Config(device="cpu")))
     held.hold(0, model, word_tokenizer([]))
+    held.config = config
     of_cache = 2 * 4 * 2 * 1 * 8  # keys and values in float32, 2 layers, 1 head of 8
     of_row = 40 * 61 / (config.max_prompt_length + config.max_new_tokens)
     for free in (10**6, 10**12):
@@ -125,9 +147,19 @@ def test_a_training_pass_takes_what_the_memory_has_room_for(monkeypatch):
     assert found == pytest.approx((0.9 * 10**8 - 12 * weights - 10**6) / 1000, abs=2)
     assert not model.training and all(p.grad is None for p in model.parameters())
 
+    def too_large(policy, prompts, responses):
+        if len(prompts) == 8:
+            raise torch.OutOfMemoryError
+        return real(policy, prompts, responses)
+
+    monkeypatch.setattr(device, "sequence_logprobs", too_large)
+    assert device.training_tokens(model, 31, "cuda") == 0
+    assert not model.training and all(p.grad is None for p in model.parameters())
+
 
 @pytest.mark.parametrize(("first", "then", "expected"), [
-    (10**6, None, (32768, False)), (9000, None, (9000, False)), (3000, 20000, (20000, True)), (-5, 10, (128, True)),
+    (10**6, None, (32768, False)), (9000, None, (9000, False)), (3000, 20000, (20000, True)), (0, 128, (128, True)),
+    (0, 127, (128, True)),
 ])  # fmt: skip
 def test_where_few_tokens_fit_gradients_are_checkpointed(first, then, expected, tmp_path, monkeypatch, capsys):
     found = [first, then]
@@ -140,7 +172,9 @@ def test_where_few_tokens_fit_gradients_are_checkpointed(first, then, expected, 
     tokens, checkpointing = expected
     assert (run.config.max_tokens, run.config.gradient_checkpointing) == expected and run.policies.config == run.config
     assert run.policies.get(0).is_gradient_checkpointing == checkpointing
-    assert f"--max_tokens {tokens} fit into the GPU's memory" in capsys.readouterr().out
+    fits = " fit into" if then != 127 else ", one pair: even that may be too much for"
+    ends = ", with gradient checkpointing" if checkpointing else ""
+    assert capsys.readouterr().out == f"--max_tokens {tokens}{fits} the GPU's memory{ends}\n"
 
 
 def test_compiled_layers_compute_the_same_and_sampling_leaves_them_alone(monkeypatch):
