@@ -8,7 +8,7 @@
 Both sides take their steps in turn, A B A B …, from the same weights, on the same pairs in the same order. A rate is
 real (unpadded) tokens by the median of the timed steps. Peak memory is a fresh process's: how far it grows above the
 model's weights while it trains. TRL is timed twice: as fair as we know how (FAIR), and as it comes (SHIPPED). FLOPs are
-of 790 TFLOP/s, an H100's or H200's in bfloat16 without sparsity.
+of 790 TFLOP/s, about what a large bfloat16 product reaches on an H100 or H200.
 Writes experiments/results/bench-<device>-<shape>.json and .md after each part; a part not asked for keeps its rows.
 """
 

@@ -1,16 +1,16 @@
 """What sera_min does on a GPU: is it exact there, how fast beside TRL, how much memory. One JSON.
 
-    python experiments/gpu_check.py                         some six minutes on an H200
-    python experiments/gpu_check.py --parts own step-3B lora    these are only done when named: two to four minutes each
+    python experiments/gpu_check.py                         some six minutes on an H200, by the sum of its parts
+    python experiments/gpu_check.py --parts own step-3B lora    these are only done when named
 
-A part that is not named keeps its figures. Without a GPU the same parts run in small form, to show that the program
-itself works, and nothing is written. Beside sera_min's own packages it needs `trl`. Torch and transformers are taken as
-they are found.
+A part that is not named, or that fails, keeps its figures, and where they are from. Without a GPU all parts but the
+steps of larger models run in small form, to show that the program itself works, and nothing is written. Beside
+sera_min's own packages it needs `trl`. Torch and transformers are taken as they are found.
 
 Writes experiments/results/gpu.json, after each part; what a part has measured before it is cut off is on the screen. A
 measurement that takes longer than four minutes is left out, and said to be. A rate counts real, unpadded tokens; every
 step has new pairs, so nearly all of its batches have shapes that were not seen before, as in a run. The utilisation is
-of 790 TFLOP/s, an H100's or H200's in bfloat16 without sparsity.
+of 790 TFLOP/s, about what a large bfloat16 product reaches on an H100 or H200; the data sheet says 989.
 """
 
 import argparse
@@ -30,6 +30,7 @@ import traceback
 from collections import Counter
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -122,8 +123,8 @@ def environment() -> dict[str, Any]:
     commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if GPU else "CPU", "torch": torch.__version__,
-        "transformers": transformers.__version__, "commit": commit.stdout.strip(), "host CPUs": os.cpu_count(),
-        "date": time.strftime("%Y-%m-%d"),
+        "transformers": transformers.__version__, "trl": version("trl"), "commit": commit.stdout.strip(),
+        "host CPUs": os.cpu_count(), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     if GPU:
         a, b = torch.randn(2, 8192, 8192, device=DEVICE, dtype=torch.bfloat16).unbind()
@@ -392,7 +393,7 @@ def own() -> dict[str, Any]:
 
 
 PARTS = {
-    "environment": environment, "sample": sample, "run": run, "exact": exact, "score": score,
+    "sample": sample, "run": run, "exact": exact, "score": score,
     **{f"step-{shape}": partial(step, shape) for shape in FORMS}, "own": own, "lora": with_lora,
 }  # fmt: skip
 WHEN_NAMED = ("step-3B", "own", "lora")
@@ -414,11 +415,16 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     results = json.loads(arguments.output.read_text()) if GPU and arguments.output.exists() else {}
+    where = rounded(environment())
     for part in arguments.parts:
         torch.backends.cuda.matmul.allow_tf32 = False  # exactness is checked in float32
         if part != "exact":
             device.prepare(DEVICE)
-        results[part] = rounded(safely(PARTS[part]))
+        measured = safely(PARTS[part])
+        if isinstance(measured, str):
+            print(f"{part}: {measured}", flush=True)
+            continue
+        results[part] = {"measured on": where, **rounded(measured)}
         print(part, flush=True)
         if GPU:
             arguments.output.write_text(json.dumps(results, indent=1) + "\n")
