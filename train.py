@@ -117,13 +117,12 @@ def bootstrap(
 
     Also returns all samples, and the rewards r̄_t of those that ended.
     """
-    prompts = [pair.prompt for pair in given.pairs]
+    prompts = [pair.prompt for pair in given.pairs]  # prompt i is that of pair i
     seed = seed_of(config.seed, t, "samples")
     samples = policies.sample(t - 1, prompts, config.samples_per_prompt, seed)  # of each prompt N (ids, ended)
 
     # A sample that was cut off is only the beginning of a response: it is left out.
     prompt_of, responses, cut_off = ended_responses(samples)  # R rows
-    # There is a prompt for every pair, so prompt i is that of pair i.
     rows = Rows([prompts[i] for i in prompt_of], responses, pair_index=prompt_of)
     r_bar = variant.mean_reward(t, rows, policies, config)  # (R,)
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 
 class LoRA(nn.Module):
@@ -41,16 +42,23 @@ class LoRA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # (…, in) -> (…, out)
         change = F.linear(F.linear(x, self.A), self.B)  # under autocast in bfloat16, as W x is
-        return self.layer(x) + self.scale * change.to(self.A.dtype)  # float32, as one of the two is
+        return self.frozen(x) + self.scale * change.to(self.A.dtype)  # float32, as one of the two is
+
+    def frozen(self, x: Tensor) -> Tensor:
+        """W x. Outside autocast it is computed in the type of x, whatever that of W."""
+        if self.layer.weight.dtype == x.dtype or torch.is_autocast_enabled(x.device.type):
+            return self.layer(x)
+        weights = {name: w.to(x.dtype) for name, w in self.layer.named_parameters()}
+        return functional_call(self.layer, weights, (x,))
 
 
 def add_lora(model, r: int, alpha: float, target_modules: list[str] | None = None, seed: int = 0) -> None:
     """Puts A and B, float32, beside linear layers of a model of transformers; only they require gradients.
 
     target_modules: the last names of the layers, as "q_proj"; None: all but the head. The same seed
-    gives the same A on any device. If the weights are bfloat16, call the model under torch.autocast.
-    Raises ValueError where a name is that of no such layer, for a layer that shares its weights, and
-    for a model that has LoRA already.
+    gives the same A on any device. These layers' weights may be bfloat16, if what they are given is
+    float32. Raises ValueError where a name is that of no such layer, for a layer that shares its
+    weights, and for a model that has LoRA already.
     """
     if lora_parts(model):
         raise ValueError("the model has LoRA already")

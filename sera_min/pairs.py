@@ -72,11 +72,11 @@ class Rows:
         return torch.tensor([len(y) for y in self.responses], dtype=torch.int64)
 
     def paired(self, best: Tensor, worst: Tensor, margins: Tensor, reference: Tensor) -> TrainingSet:
-        """Bootstrapped pairs. best, worst: rows, (P,), with their margins; reference: (R,), of all rows."""
+        """Bootstrapped pairs. best, worst: K̃ rows each, with their margins; reference: (R,), of all rows."""
         pairs = []
         for w, l in zip(best.tolist(), worst.tolist()):
             pairs.append(Pair(self.prompts[w], self.responses[w], self.responses[l]))
-        both = torch.stack([reference[best], reference[worst]], dim=1)  # (P, 2)
+        both = torch.stack([reference[best], reference[worst]], dim=1)  # (K̃, 2)
         pair_index = [self.pair_index[w] for w in best.tolist()]
         return TrainingSet(pairs, both, margins, ["bootstrap"] * len(pairs), pair_index)
 

@@ -26,12 +26,14 @@ from sera_min.machinery.errors import InputError, naming, one_line
 
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """A name beside `path` that becomes `path` at the end. A failure is an OSError of one line."""
+    """A name beside `path` that becomes `path`, or replaces it, at the end. A failure is an OSError of one line."""
     beside = path.with_name(f".{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(beside, ignore_errors=True)  # a folder that a kill has left
         yield beside
+        if path.is_dir():  # a file would be replaced in any case
+            shutil.rmtree(path)
         beside.replace(path)
     except Exception as error:  # safetensors and torch raise their own kinds
         shutil.rmtree(beside, ignore_errors=True)  # of a folder; nothing if it is a file
@@ -123,10 +125,11 @@ def locked(out: Path) -> Iterator[None]:
         return
     handle = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{out}: another process is running in it") from None
         yield
-    except BlockingIOError:
-        raise InputError(f"{out}: another process is running in it") from None
     finally:
         os.close(handle)
 

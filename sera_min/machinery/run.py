@@ -41,7 +41,11 @@ def open_run(flags: Config, variant: Any) -> Iterator["Run"]:
     run = Run(config, variant)
     run.check()
     with folder.locked(run.out):
-        folder.check_not_ended(run.out)
+        # Another run may have begun or ended there meanwhile.
+        if flags.resume_from_checkpoint:
+            folder.check_not_ended(run.out)
+        else:
+            folder.check_free(run.out)
         run.begin(variant.name)
         yield run
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import train
 from sera_min.logprobs import plain_logprob, score
 from sera_min.lora import add_lora, load_lora, lora_state
+from sera_min.machinery import policies
 from sera_min.machinery.adapters import write_adapter
 from sera_min.machinery.config import Config, resolve
 from sera_min.machinery.errors import InputError
@@ -75,8 +76,12 @@ class Killed(BaseException):
     pass
 
 
+def killed_at_last():
+    raise Killed
+
+
 def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path, monkeypatch):
-    """In step 2 of iteration 2; what it left are matrices, and their moments."""
+    """In step 2 of iteration 2, of which matrices are left, and their moments; and when only policy/ is not written."""
     flags, here = finished
     out, real, steps = tmp_path / "run", train.train_step, []
 
@@ -98,6 +103,10 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path, monkeypatch):
     for left in (state / ".policy-2", out / ".adapter", out / ".policy"):  # by a kill in the midst of writing
         left.mkdir()
         (left / "adapter_config.json").write_text("{")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(policies, "merge_lora", lambda policy: killed_at_last())
+        main(Config(resume_from_checkpoint=str(out)))
+    assert (out / "adapter").exists() and not (out / "policy").exists()
     main(Config(resume_from_checkpoint=str(out)))
     for name in ("policy/model.safetensors", "adapter/adapter_model.safetensors", "metrics.jsonl", "iteration-2/pairs.jsonl"):
         assert (out / name).read_bytes() == (here / "whole" / name).read_bytes(), name

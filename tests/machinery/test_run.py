@@ -207,7 +207,7 @@ def test_lora_in_the_playground(world, sft, tmp_path):
     assert weights.keys() == before.keys() and resolve(small(out, use_peft=True)).learning_rate == 1e-3
     changed = {name for name in weights if not torch.equal(weights[name], before[name])}
     assert changed == {name for name in weights if "_proj" in name}
-    assert (out / "adapter/adapter_model.safetensors").exists()
+    assert not (out / "adapter").exists()  # its base would be state/policy-0, which is gone
 
 
 def test_every_loss_has_its_beta():
@@ -703,6 +703,22 @@ def test_metrics_are_those_of_the_uninterrupted_run_whatever_was_left_of_them(st
         file.write_text(left[metrics])
     main(again)
     assert_same_end(out, stopped[1] / "whole")
+
+
+def test_what_another_run_began_meanwhile_is_not_taken_over(stopped, tmp_path, monkeypatch):
+    """While this one was reading its data, before it had the lock."""
+    out, check = tmp_path / "out", Run.check
+
+    def slow(run):
+        check(run)
+        copy_of(stopped, out)
+        before.update((path, path.stat().st_mtime_ns) for path in out.rglob("*"))
+
+    before: dict = {}
+    monkeypatch.setattr(Run, "check", slow)
+    with pytest.raises(InputError, match="already holds a run"):
+        main(replace(stopped[0], output_dir=str(out)))
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
 
 
 def test_two_processes_do_not_run_in_one_folder(stopped, tmp_path, monkeypatch):

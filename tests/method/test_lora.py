@@ -12,6 +12,9 @@ from torch import nn
 from sera_min.bootstrap import sample_responses
 from sera_min.logprobs import plain_logprob, score, sequence_logprobs
 from sera_min.lora import LoRA, add_lora, linear_layers, load_lora, lora_state, merge_lora
+from sera_min.machinery import device
+from sera_min.machinery.models import check_before_training, remove_noise
+from sera_min.pairs import Pair
 
 R, ALPHA = 3, 7.0
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
@@ -95,6 +98,30 @@ def test_merged_it_is_an_ordinary_model_that_says_the_same(family, tmp_path):
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path, dtype=torch.float64)
     torch.testing.assert_close(score(again, PROMPTS, RESPONSES, max_tokens=100)[0], want)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_outside_autocast_frozen_weights_of_16_bits_compute_in_float32(family):
+    """As in the check before training, which is in float32 on a GPU too."""
+    plain = tiny_model(family)
+    for p in plain.parameters():
+        p.data = p.data.bfloat16().float()  # as it was published
+    add_lora(plain, R, ALPHA)
+    load_lora(plain, random_state(plain))
+    halved = copy.deepcopy(plain)
+    for layer in linear_layers(halved).values():
+        device.halve(layer)
+        assert layer.weight.dtype == torch.bfloat16
+    want, _ = sequence_logprobs(plain, PROMPTS, RESPONSES)
+    got, _ = sequence_logprobs(halved, PROMPTS, RESPONSES)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+    want.sum().backward()
+    got.sum().backward()
+    for p, q in zip(plain.parameters(), halved.parameters()):
+        if p.requires_grad:
+            torch.testing.assert_close(q.grad, p.grad)
+    remove_noise(halved)
+    check_before_training(halved, Pair(PROMPTS[0], RESPONSES[0], RESPONSES[1]), [1])
 
 
 def test_with_b_zero_it_is_the_reference_bit_for_bit():
