@@ -255,9 +255,7 @@ class LoRAPolicies(Policies):
     def finish(self, out: Path) -> None:
         """out/adapter, for PEFT; and out/policy, float32: rounded to 16 bits most of a small step would be lost."""
         last = self.config.iterations
-        if self.config.in_playground:
-            print("no adapter/ is written: the playground's π_ref is not kept")
-        elif adapter_settings(self.folder(0)):
+        if adapter_settings(self.folder(0)):
             print("no adapter/ is written: π_ref is itself an adapter, merged into its base")
         else:
             with writing(out / "adapter") as beside:

@@ -76,7 +76,7 @@ class Killed(BaseException):
     pass
 
 
-def killed_at_last():
+def killed_at_last(policy):
     raise Killed
 
 
@@ -104,7 +104,7 @@ def test_a_killed_run_goes_on_to_the_same_end(finished, tmp_path, monkeypatch):
         left.mkdir()
         (left / "adapter_config.json").write_text("{")
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(policies, "merge_lora", lambda policy: killed_at_last())
+        patch.setattr(policies, "merge_lora", killed_at_last)
         main(Config(resume_from_checkpoint=str(out)))
     assert (out / "adapter").exists() and not (out / "policy").exists()
     main(Config(resume_from_checkpoint=str(out)))
