@@ -397,43 +397,43 @@ def parts_in(results: dict[str, Any]) -> set[str]:
     return {name.split(" | ")[0] for name in results}
 
 
-def draw_frontier(results: dict[str, Any], file: Path) -> None:
-    """True reward against KL: a line a method, a point a β; means and their standard errors."""
-    with study.figure(
-        file.with_name(f"{file.stem}-frontier.png"), "KL(π_θ ‖ π_ref), nats a response", "true reward"
-    ) as axes:
-        for method in THREE:
-            points = points_of(results, method)
-            kl, reward = points.mean(1).T
-            kl_error, reward_error = points.std(1, ddof=1).T / points.shape[1] ** 0.5
-            axes.errorbar(kl, reward, reward_error, kl_error, marker="o", markersize=4, linewidth=1, label=method)
-        axes.set_xscale("log")
+def draw_frontier(results: dict[str, Any], axes: Any) -> None:
+    """A line a method, a point a β; means and their standard errors."""
+    for method in THREE:
+        points = points_of(results, method)
+        kl, reward = points.mean(1).T
+        kl_error, reward_error = points.std(1, ddof=1).T / points.shape[1] ** 0.5
+        axes.errorbar(kl, reward, reward_error, kl_error, marker="o", markersize=4, linewidth=1, label=method)
+    axes.set_xscale("log")
 
 
-def draw_keep(results: dict[str, Any], file: Path) -> None:
-    """Win rate of selection only by K, a line a share of flipped labels; means and their standard errors."""
+def draw_keep(results: dict[str, Any], axes: Any) -> None:
+    """Selection only, a line a share of flipped labels; means and their standard errors."""
     win = by_seed(frame_of(results, "keep"), WIN)
-    with study.figure(file.with_name(f"{file.stem}-keep.png"), "K / |D|", "win rate") as axes:
-        for noise in NOISE:
-            of_noise = win[[of_keep(k, noise) for k in KEEP]]
-            axes.errorbar(KEEP, of_noise.mean(), of_noise.sem(), marker="o", markersize=4, label=f"{noise:.0%} flipped")
+    for noise in NOISE:
+        of_noise = win[[of_keep(k, noise) for k in KEEP]]
+        axes.errorbar(KEEP, of_noise.mean(), of_noise.sem(), marker="o", markersize=4, label=f"{noise:.0%} flipped")
 
 
-def draw_long(results: dict[str, Any], file: Path) -> None:
-    """By iteration: means over the seeds, and bands of a standard deviation."""
-    runs = frame_of(results, "long")
-    for key, name, label in (
-        (REWARD, "reward", "true reward"),
-        ("bootstrap/right", "bootstrapped", "bootstrapped pairs that are right"),
-    ):
-        with study.figure(file.with_name(f"{file.stem}-{name}.png"), "iteration", label) as axes:
-            for row in runs.row.unique():
-                by_t = runs[runs.row == row].groupby("t")[key].agg(["mean", "std"]).dropna()
-                axes.plot(by_t.index, by_t["mean"], marker="o", markersize=3, label=row)
-                axes.fill_between(by_t.index, by_t["mean"] - by_t["std"], by_t["mean"] + by_t["std"], alpha=0.15)
+def draw_iterations(results: dict[str, Any], axes: Any, name: str, key: str) -> None:
+    """A line a row of the table; means and their standard errors."""
+    runs = frame_of(results, name)
+    for row in runs.row.unique():
+        by_t = runs[runs.row == row].groupby("t")[key].agg(["mean", "sem"]).dropna()
+        axes.errorbar(by_t.index, by_t["mean"], by_t["sem"], marker="o", markersize=3, label=row)
 
 
-FIGURES = {"verdict, tuning": draw_frontier, "keep": draw_keep, "long": draw_long}
+def by_iteration(name: str, key: str, label: str) -> tuple:
+    return name, partial(draw_iterations, name=name, key=key), "iteration", label
+
+
+FIGURES: dict[str, tuple[str, Callable[..., None], str, str]] = {  # name -> part of the results, who draws it, x and y
+    "frontier": ("verdict, tuning", draw_frontier, "KL(π_θ ‖ π_ref), nats a response", "true reward"),
+    "keep": ("keep", draw_keep, "K / |D|", "win rate"),
+    "ensemble": by_iteration("ensemble", REWARD, "true reward"),
+    "reward": by_iteration("long", REWARD, "true reward"),
+    "bootstrapped": by_iteration("long", "bootstrap/right", "bootstrapped pairs that are right"),
+}
 
 
 def check(results: dict[str, Any], count: int, file: Path) -> None:
@@ -511,9 +511,10 @@ def main(arguments: list[str] | None = None) -> None:
     written = "\n".join(tables_of(results))
     file.with_suffix(".md").write_text(f"# The studies of the playground\n\n{written}")
     print(written)
-    for name, draw in FIGURES.items():
-        if name in parts_in(results):
-            draw(results, file)
+    for name, (part, draw, x, y) in FIGURES.items():
+        if part in parts_in(results):
+            with study.figure(file.with_name(f"{file.stem}-{name}.png"), x, y) as axes:
+                draw(results, axes)
 
 
 if __name__ == "__main__":
