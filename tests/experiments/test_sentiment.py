@@ -10,6 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "experiments"))
 import sentiment
+import study
 
 
 def test_the_judge_is_the_minimum_of_the_ridge_loss():
@@ -39,13 +40,56 @@ def test_no_sentence_serves_twice(monkeypatch):
         sentiment.part(Path("somewhere"), "pairs")
 
 
-def test_what_a_review_found(tmp_path):
+def test_what_a_review_found(tmp_path, monkeypatch):
     """Rows 1 and 3 are flipped; 0, 2 and 3 are kept. Of the four pairs of a right and a flipped margin 3 are in order."""
-    (tmp_path / "flipped.json").write_text(json.dumps([False, True, False, True]))
+    monkeypatch.setattr(
+        sentiment, "judge", lambda place, texts: torch.tensor([float("good" in text) for text in texts])
+    )
+    (tmp_path / "flipped-7.json").write_text(json.dumps([False, True, False, True]))
     kept = [{"row": 0, "margin": 3.0}, {"row": 2, "margin": 1.0}, {"row": 3, "margin": 2.0}]
-    own = [{"row": 1, "margin": 9.0, "source": "bootstrap"}]
+    own = [{"row": 1, "margin": 9.0, "source": "bootstrap", "prompt": "it is", "chosen": " good", "rejected": " bad"},
+           {"row": 1, "margin": 9.0, "source": "bootstrap", "prompt": "it is", "chosen": " bad", "rejected": " good"}]  # fmt: skip
     lines = [json.dumps({"source": "offline"} | row) for row in [*kept, *own]]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
+    of_first = sentiment.review_of(tmp_path, tmp_path, 7)
+    assert "auc" not in of_first and of_first["right"] == pytest.approx(2 / 3)
     (tmp_path / "dropped.jsonl").write_text(json.dumps({"row": 1, "margin": -1.0, "source": "offline"}))
-    found = sentiment.review_of(tmp_path, tmp_path / "flipped.json", 2)
-    assert found == {"auc 2": 0.75, "right 2": pytest.approx(2 / 3)}
+    found = sentiment.review_of(tmp_path, tmp_path, 7)
+    assert (found["auc"], found["bootstrapped"], found["bootstrapped right"]) == (0.75, 2, 0.5)
+
+
+def made_up(monkeypatch, tmp_path):
+    """At β = 0.5 SeRA is 1.0, 1.1 and 1.2 above plain DPO, at 0.1 less; selection only is above it with seed 1 alone."""
+    monkeypatch.setattr(sentiment, "SEEDS", [0, 1, 2])
+    (tmp_path / "judge.json").write_text(json.dumps({"correlation": 0.7}))
+    results = {}
+    for seed in (0, 1, 2, sentiment.LOOK):
+        for beta in sentiment.BETAS:
+            for method in sentiment.METHODS:
+                reward = seed / 10
+                if method == "SeRA":
+                    reward += 2 * beta + seed / 10
+                if method == "selection only" and seed == 1:
+                    reward += 0.3
+                measured = {"reward": reward, "lexicon": reward, "error": 0.05, "kl": 2.0, "words": 9.0, "cut": 0.1}
+                result = {"3": {**measured, "right": 0.7}, "seconds": 1.0, "machine": "here"}
+                if method == "plain DPO":
+                    result["0"] = {**measured, "reward": -1.0, "kl": 0.0}
+                results[sentiment.name_of("cpu", method, beta, seed)] = result
+    return results
+
+
+def test_the_table_of_made_up_runs(monkeypatch, tmp_path):
+    written = sentiment.tables(tmp_path, "cpu", made_up(monkeypatch, tmp_path))
+    assert "|SeRA|0.5|3|1.200 ± 0.200|1.200 ± 0.200|2.0 ± 0.0|9.0 ± 0.0|0.100 ± 0.000|0.700 ± 0.000|–|–|" in written
+    assert "|plain DPO|0.1|0|-1.000 ± 0.000|" in written
+    for ours, theirs, differences in (
+        ("SeRA", "plain DPO", [1.0, 1.1, 1.2]),
+        ("selection only", "plain DPO", [0.0, 0.3, 0.0]),
+        ("SeRA", "selection only", [1.0, 0.8, 1.2]),
+    ):
+        expected = study.in_brackets(*study.interval(differences, 3))
+        assert f"|{ours} less {theirs}|{expected}|{expected}|" in written
+    assert "|SeRA|20.200, 2.0|21.000, 2.0|" in written
+    sentiment.draw(made_up(monkeypatch, tmp_path), "cpu", tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").stat().st_size > 5000
