@@ -345,8 +345,8 @@ def measure(place: Path, t: int, run: Run, config: Resolved) -> dict[str, float]
 
 def lexicon(place: Path, texts: list[str]) -> float:
     """VADER's mean score, from −1 to 1: a list of words with their polarity, and rules. It has never seen the judge."""
-    [source] = fetch(place).glob("vaderSentiment-*")
-    sys.path.append(str(source))
+    [source] = fetch(place).glob("vaderSentiment-*/vaderSentiment/vaderSentiment.py")
+    sys.path.append(str(source.parents[1]))
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     vader = SentimentIntensityAnalyzer()
@@ -466,7 +466,7 @@ def main() -> None:
     place, device, results_in = options.folder, options.device, study.RESULTS
     if options.quick:
         place, results_in = place / "quick", study.RESULTS / "quick"
-        BETAS[:], SEEDS[:] = [0.1], [0, 1]
+        BETAS[:], SEEDS[:] = [0.1], [LOOK]  # three runs, which are the look and the result
     place.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(place / "runs", ignore_errors=True)  # what a study that was killed has left
     make_judge(place)
