@@ -12,7 +12,7 @@ label of a pair contradicts those of similar pairs, the policies follow the majo
 comes out small or negative, and this iteration trains without the pair.
 
 Why an ensemble of two policies? The paper has one over two iterations (its eq. 7). The parts of it
-that we could read do not give the reason, and our measurements show no effect: in the playground,
+that we could read do not give the reason, and five seeds of ours show no effect: in the playground,
 γ = 0.5 in place of γ = 0 changes the win rate by +0.013, with a 95 % interval of [−0.028, +0.054]
 (docs/related.md). We keep it because the paper has it. The exact form above, and that "strongly
 preferred" pairs are those with the K largest margins, are our reading.
