@@ -170,7 +170,9 @@ class Drawn:
 
     def __init__(self, monkeypatch):
         self.permutations, self.numbers, self.policies = [], [], []
-        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # not what is tested here, and slow
+        # Not what is tested here, and slow.
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+        monkeypatch.setattr("sera_min.machinery.run.check_before_training", lambda *_, **__: None)
         randperm, rand, save = torch.randperm, torch.rand, PreTrainedModel.save_pretrained
 
         def watched_randperm(*args, **kwargs):

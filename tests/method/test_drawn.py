@@ -14,6 +14,7 @@ from sera_min import bootstrap
 from sera_min.machinery.config import Config
 
 WORDS = "b c d e f g h".split()
+UNEVALUATED = replace(train.SERA, evaluate=lambda *_: {}, report=False)  # most of these tests ask for neither
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,7 @@ def test_samples_are_of_the_distribution_asked_for(standing, tmp_path, monkeypat
     """960 samples to one prompt: how often each first token comes, by a chi-square test at 5 standard deviations."""
     Drawn(monkeypatch)
     config = config_of(standing, tmp_path / "run", temperature=temperature, top_p=top_p, samples_per_prompt=16)
-    train.main(config)
+    train.main(config, UNEVALUATED)
     firsts = [(words or ["</s>"])[0] for words in samples_of(tmp_path / "run", 2)]
     expected = first_token_distribution(standing, temperature, top_p)
     assert len(firsts) == 960 and {*firsts} <= expected.keys()
@@ -83,7 +84,7 @@ def test_samples_are_of_the_distribution_asked_for(standing, tmp_path, monkeypat
 
 def test_samples_end_or_are_as_long_as_asked_for(standing, tmp_path, monkeypatch):
     Drawn(monkeypatch)
-    train.main(config_of(standing, tmp_path / "run", max_new_tokens=3))
+    train.main(config_of(standing, tmp_path / "run", max_new_tokens=3), UNEVALUATED)
     lines = read(tmp_path / "run" / "iteration-2" / "samples.jsonl")
     lengths = {reason: {len(line["response"].split()) for line in lines if line["finish_reason"] == reason}
                for reason in ("stop", "length")}  # fmt: skip
@@ -95,7 +96,7 @@ def test_samples_differ_between_iterations_and_seeds_and_are_a_function_of_these
     Drawn(monkeypatch)
     runs = {"a": {}, "seed": {"seed": 1}, "order": {"per_device_train_batch_size": 20, "epochs_per_iteration": 2}}
     for name, changed in runs.items():
-        train.main(config_of(standing, tmp_path / name, iterations=3, max_train_pairs=30, **changed))
+        train.main(config_of(standing, tmp_path / name, iterations=3, max_train_pairs=30, **changed), UNEVALUATED)
     drawn = {(name, t): samples_of(tmp_path / name, t) for name in runs for t in (2, 3)}
     assert drawn["a", 2] == drawn["order", 2] and drawn["a", 3] == drawn["order", 3]
     different = [drawn["a", 2], drawn["a", 3], drawn["seed", 2], drawn["seed", 3]]
@@ -121,7 +122,7 @@ def test_samples_are_those_of_the_newest_policy(standing, tmp_path, monkeypatch)
     """With top_p next to 0 they are its likeliest words; those of the policy before it are others."""
     drawn, many = Drawn(monkeypatch), standing / "many.jsonl"
     train.main(config_of(standing, tmp_path / "run", dataset_name=str(many), top_p=1e-6, learning_rate=0.03, iterations=3,
-                         max_train_pairs=15))
+                         max_train_pairs=15), UNEVALUATED)
     prompts, model = [row["prompt"] for row in read(many)][:15], AutoModelForCausalLM.from_pretrained(standing / "model").eval()
     expected = {1: [likeliest(model, x, 6) for x in prompts]}  # of π_ref
     for t, policy in zip((2, 3), drawn.policies):
@@ -134,7 +135,7 @@ def test_samples_of_every_batch_are_drawn_anew(standing, tmp_path, monkeypatch):
     """60 times the same prompt, a few at a time: no batch draws what another drew."""
     Drawn(monkeypatch)
     monkeypatch.setattr(bootstrap, "CACHE_TOKENS", {"cpu": 64})  # 2 prompts of 8 tokens, 4 samples each
-    train.main(config_of(standing, tmp_path / "run"))
+    train.main(config_of(standing, tmp_path / "run"), UNEVALUATED)
     samples = samples_of(tmp_path / "run", 2)
     batches = [str(samples[start : start + 8]) for start in range(0, len(samples), 8)]
     assert len({*batches}) == len(batches) == 30
@@ -157,7 +158,7 @@ def test_the_order_of_pairs_is_of_the_epoch_the_iteration_and_the_seed(standing,
     for name, changed in changes.items():
         drawn = Drawn(monkeypatch)
         plain = {"keep": 1.0, "bootstrap": 0.0, "epochs_per_iteration": 2, "iterations": 3, "max_train_pairs": 30}
-        train.main(config_of(standing, tmp_path / name, **plain, **changed))
+        train.main(config_of(standing, tmp_path / name, **plain, **changed), UNEVALUATED)
         orders[name] = [p.tolist() for p in drawn.permutations]
         monkeypatch.undo()
     assert orders["a"] == orders["b"] and all(sorted(order) == list(range(30)) for order in orders["a"])
@@ -187,7 +188,7 @@ def test_a_share_of_the_prompts_is_held_out_by_the_seed(standing, tmp_path, monk
     every, trained = {row["prompt"] for row in read(standing / "many.jsonl")}, {}
     config = config_of(standing, tmp_path, dataset_name=str(standing / "many.jsonl"), eval_fraction=0.2, iterations=1)
     for name, seed in {"a": 0, "b": 0, "seed": 1}.items():
-        train.main(replace(config, output_dir=str(tmp_path / name), seed=seed))
+        train.main(replace(config, output_dir=str(tmp_path / name), seed=seed), UNEVALUATED)
         texts = texts_of(tmp_path / name)
         trained[name] = {x for x, _, _ in texts}
         assert len(every - trained[name]) == round(0.2 * len(every)) and len(texts) == 2 * len(trained[name])
@@ -217,5 +218,5 @@ def test_a_sample_ends_at_every_end_that_the_model_names(standing, tmp_path, mon
     rows = [row for row in read(standing / "one.jsonl") if "h" not in row["chosen"] + row["rejected"]]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = config_of(standing, tmp_path / "run", max_new_tokens=12)
-    train.main(replace(config, model_name_or_path=str(tmp_path / "model"), dataset_name=str(tmp_path / "d.jsonl")))
+    train.main(replace(config, model_name_or_path=str(tmp_path / "model"), dataset_name=str(tmp_path / "d.jsonl")), UNEVALUATED)
     assert not any("h" in words for words in samples_of(tmp_path / "run", 2))
