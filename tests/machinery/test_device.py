@@ -159,7 +159,7 @@ def test_a_training_pass_takes_what_the_memory_has_room_for(monkeypatch):
 
 @pytest.mark.parametrize(("first", "then", "expected"), [
     (10**6, None, (32768, False)), (9000, None, (9000, False)), (3000, 20000, (20000, True)), (-5, 10, (128, True)),
-    (0, 128, (128, True)),
+    (0, 128, (128, True)), (0, 127, (128, True)),
 ])  # fmt: skip
 def test_where_few_tokens_fit_gradients_are_checkpointed(first, then, expected, tmp_path, monkeypatch, capsys):
     found = [first, then]
@@ -172,7 +172,7 @@ def test_where_few_tokens_fit_gradients_are_checkpointed(first, then, expected, 
     tokens, checkpointing = expected
     assert (run.config.max_tokens, run.config.gradient_checkpointing) == expected and run.policies.config == run.config
     assert run.policies.get(0).is_gradient_checkpointing == checkpointing
-    fits = ", one pair: even that may be too much for" if then == 10 else " fit into"
+    fits = ", one pair: even that may be too much for" if then in (10, 127) else " fit into"
     ends = ", with gradient checkpointing" if checkpointing else ""
     assert capsys.readouterr().out == f"--max_tokens {tokens}{fits} the GPU's memory{ends}\n"
 
