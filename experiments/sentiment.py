@@ -392,11 +392,12 @@ def last(result: dict[str, Any]) -> str:
     return max(t for t in result if t.isdigit())
 
 
-def frame_of(results: dict[str, Any], device: str, betas: dict[str, float], seeds: list[int]) -> pd.DataFrame:
-    """A line for each run and iteration; the SFT model is iteration 0 of plain DPO."""
+def frame_of(results: dict[str, Any], device: str) -> pd.DataFrame:
+    """A line for each run at its method's best β and iteration; the SFT model is iteration 0 of plain DPO."""
     lines = []
-    for method, beta in betas.items():
-        for seed in seeds:
+    for method in METHODS:
+        beta = best_beta(results, device, method)
+        for seed in SEEDS:
             for t, measured in results[name_of(device, method, beta, seed)].items():
                 if t.isdigit():
                     lines.append({**measured, "row": method, "beta": beta, "seed": seed, "t": int(t)})
@@ -419,11 +420,10 @@ def look_table(results: dict[str, Any], device: str) -> str:
 
 
 def tables(place: Path, device: str, results: dict[str, Any]) -> str:
-    betas = {method: best_beta(results, device, method) for method in METHODS}
-    runs = frame_of(results, device, betas, SEEDS)
+    runs = frame_of(results, device)
     lines = []
     for (row, t), of_row in runs.groupby(["row", "t"], sort=False):
-        line = {f"{len(SEEDS)} seeds": row, "β": f"{betas[row]:g}", "t": str(t)}
+        line = {f"{len(SEEDS)} seeds": row, "β": f"{of_row.beta.iloc[0]:g}", "t": str(t)}
         for key, digits in SHOWN.items():
             line[key] = "–"
             if key in of_row and of_row[key].notna().any():
@@ -447,8 +447,7 @@ def tables(place: Path, device: str, results: dict[str, Any]) -> str:
 
 def draw(results: dict[str, Any], device: str, file: Path) -> None:
     """Reward against KL: a line a method, a point an iteration; means and their standard errors."""
-    betas = {method: best_beta(results, device, method) for method in METHODS}
-    runs = frame_of(results, device, betas, SEEDS)
+    runs = frame_of(results, device)
     with study.figure(file, "KL(π_θ ‖ π_ref), nats a response", "the judge's score") as axes:
         for method in METHODS:
             by_t = runs[(runs.row == method) & (runs.t > 0)].groupby("t")
