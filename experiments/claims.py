@@ -8,8 +8,7 @@
     python experiments/claims.py --write --file earlier the same of earlier.json, the runs of commit 8edd6ba
 
 β is chosen on validation prompts with seeds of their own, by the mean win rate; results are on test prompts. The plan
-of verdict, keep and ensemble was written before their runs: results/plan.md. Writes results/claims.json (every run),
-claims.md and figures.
+of verdict, keep and ensemble was written before their runs: results/plan.md. Writes claims.json, claims.md and figures.
 """
 
 import argparse
@@ -320,25 +319,25 @@ def tuning_table(results: dict[str, Any], name: str) -> str:
 
 
 def keep_table(results: dict[str, Any]) -> str:
-    """Win rate by K and share of flipped labels, and less that of K = 0.7; the share of right labels among the kept."""
+    """Each K at each share of flipped labels, and its win rate less that of K = 0.7."""
     runs = frame_of(results, "keep")
-    win, right = by_seed(runs, WIN), by_seed(runs, RIGHT)
-    heading = f"{len(win)} seeds; win rate, less that of K = 0.7; right labels"
-    lines = []
-    for k in (*KEEP, ABOVE_0):
-        line = {heading: f"{k}"}
-        for noise in NOISE:
+    win, lines = by_seed(runs, WIN), []
+    for noise in NOISE:
+        for k in (*KEEP, ABOVE_0):
             row = of_keep(k, noise)
-            less = "–"
+            of_row = runs[runs.row == row]
+            first, end = of_row[of_row.t == 2], of_row[of_row.t == T]
+            line = {f"K / D, {len(win)} seeds": row, "win rate": spread(win[row])}
+            line["smallest"] = f"{win[row].min():.3f}"
+            line["KL, nats"] = spread(end[KL], 1)
+            line["pairs kept"] = spread(end["select/pairs"], 0)
+            line["right labels"] = spread(end[RIGHT])
+            line["AUC, first review"] = spread(first.auc)
             if k != 0.7:
-                less = difference(win[row], win[of_keep(0.7, noise)], len(KEEP) * len(NOISE))
-            line[f"{noise:.0%} flipped"] = f"{win[row].mean():.3f}, {less}; {right[row].mean():.3f}"
-        lines.append(line)
-    of_review = {heading: "AUC of the margin, first review"}
-    for noise in NOISE[1:]:
-        first = runs[(runs.row == of_keep(0.7, noise)) & (runs.t == 2)]
-        of_review[f"{noise:.0%} flipped"] = spread(first.auc)
-    return markdown(pd.DataFrame([*lines, of_review]).fillna("–"))
+                others = len(KEEP) * len(NOISE)
+                line["win rate less that of K = 0.7"] = difference(win[row], win[of_keep(0.7, noise)], others)
+            lines.append(line)
+    return markdown(pd.DataFrame(lines).fillna("–"))
 
 
 def ensemble_table(results: dict[str, Any]) -> str:

@@ -176,18 +176,20 @@ def test_the_verdict_s_differences_are_paired_by_seed():
     assert "|SeRA less selection only|-0.100 [" in table and "|plain DPO|1|0.300 ± 0.200|" in table
 
 
-def test_the_table_of_k(monkeypatch):
-    """Win rates less those of K = 0.7, right labels, and the AUC of the first review where labels are flipped."""
+def test_the_table_of_k():
+    """Win rates less those of K = 0.7, what is kept, and the AUC of the first review where labels are flipped."""
     rows = {(row, 0.3): [(1, 0.5), (1, 0.7)] for row in claims.KS}
-    rows[claims.of_keep(0.9, 0.3), 0.3] = [(1, 0.6), (1, 0.9)]
+    rows[claims.of_keep(0.9, 0.3), 0.3] = [(1, 0.6), (3, 0.9)]
     results = results_of("keep", rows)
     for name, result in results.items():
+        result["3"]["select/pairs"] = 1800
         result["2"] = {"auc": 0.8} if " 0% flipped" not in name else {}
-    table = claims.keep_table(results)
+    lines = claims.keep_table(results).splitlines()
     less = study.in_brackets(*study.interval([0.1, 0.2], 20))
-    assert f"|0.750, {less}; 0.500|" in table
-    assert "|AUC of the margin, first review|–|0.800 ± 0.000|0.800 ± 0.000|0.800 ± 0.000|" in table
-    assert table.count("|0.600, –; 0.500") == 4  # K = 0.7
+    assert f"|0.9, 30% flipped|0.750 ± 0.212|0.600|2.0 ± 1.4|1800 ± 0|0.500 ± 0.000|0.800 ± 0.000|{less}|" in lines
+    assert [line.split("|")[7] for line in lines[2:]] == ["–"] * 6 + ["0.800 ± 0.000"] * 18
+    assert [line.split("|")[1] for line in lines[2:] if line.endswith("|–|")] == [
+        "0.7, 0% flipped", "0.7, 15% flipped", "0.7, 30% flipped", "0.7, 40% flipped"]  # fmt: skip
 
 
 def test_the_table_of_gamma_compares_at_both_times():
