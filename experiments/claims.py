@@ -319,9 +319,10 @@ def tuning_table(results: dict[str, Any], name: str) -> str:
 
 
 def keep_table(results: dict[str, Any]) -> str:
-    """Each K at each share of flipped labels, and its win rate less that of K = 0.7."""
+    """Each K at each share of flipped labels, and less K = 0.7."""
     runs = frame_of(results, "keep")
-    win, lines = by_seed(runs, WIN), []
+    win, reward = by_seed(runs, WIN), by_seed(runs, REWARD)
+    lines = []
     for noise in NOISE:
         for k in (*KEEP, ABOVE_0):
             row = of_keep(k, noise)
@@ -334,8 +335,8 @@ def keep_table(results: dict[str, Any]) -> str:
             line["right labels"] = spread(end[RIGHT])
             line["AUC, first review"] = spread(first.auc)
             if k != 0.7:
-                others = len(KEEP) * len(NOISE)
-                line["win rate less that of K = 0.7"] = difference(win[row], win[of_keep(0.7, noise)], others)
+                for title, of in (("win rate", win), ("true reward", reward)):
+                    line[f"{title}, less K = 0.7"] = difference(of[row], of[of_keep(0.7, noise)], 20)
             lines.append(line)
     return markdown(pd.DataFrame(lines).fillna("–"))
 

@@ -186,7 +186,7 @@ def test_the_table_of_k():
         result["2"] = {"auc": 0.8} if " 0% flipped" not in name else {}
     lines = claims.keep_table(results).splitlines()
     less = study.in_brackets(*study.interval([0.1, 0.2], 20))
-    assert f"|0.9, 30% flipped|0.750 ± 0.212|0.600|2.0 ± 1.4|1800 ± 0|0.500 ± 0.000|0.800 ± 0.000|{less}|" in lines
+    assert f"|0.9, 30% flipped|0.750 ± 0.212|0.600|2.0 ± 1.4|1800 ± 0|0.500 ± 0.000|0.800 ± 0.000|{less}|{less}|" in lines
     assert [line.split("|")[7] for line in lines[2:]] == ["–"] * 6 + ["0.800 ± 0.000"] * 18
     assert [line.split("|")[1] for line in lines[2:] if line.endswith("|–|")] == [
         "0.7, 0% flipped", "0.7, 15% flipped", "0.7, 30% flipped", "0.7, 40% flipped"]  # fmt: skip
