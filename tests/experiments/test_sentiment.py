@@ -79,7 +79,7 @@ def made_up(monkeypatch, tmp_path):
                 results[sentiment.name_of("cpu", method, flags)] = result
     for rate, kl in ((sentiment.RATES[0], 0.5), (sentiment.RATES[2], 7.0)):
         flags = sentiment.first_look(sentiment.BETAS[0], rate)
-        results[sentiment.name_of("cpu", "plain DPO", flags)] = {"3": {"kl": kl}}
+        results[sentiment.name_of("cpu", "plain DPO", flags)] = {"3": {"kl": kl}, "made_from": "a1"}
     return results
 
 
@@ -116,9 +116,11 @@ def test_the_first_look_chooses_the_rate_and_then_each_method_its_beta():
     assert sentiment.best_rate(results, "cpu") == sentiment.RATES[-1]
 
 
-def test_what_was_made_from_another_sft_model_is_not_compared(monkeypatch, tmp_path):
+def test_results_of_another_sft_model_end_the_study(monkeypatch, tmp_path):
     results = made_up(monkeypatch, tmp_path)
+    sentiment.check_origin(results, "cpu", "a1")
     [other] = [name for name in results if name.endswith("seed 2") and "plain DPO | β = 0.1," in name]
     results[other]["made_from"] = "b2"
-    with pytest.raises(AssertionError):
-        sentiment.tables(tmp_path, "cpu", results)
+    with pytest.raises(SystemExit, match="seed 2 was made from another SFT model"):
+        sentiment.check_origin(results, "cpu", "a1")
+    sentiment.check_origin(results, "cuda", "c3")  # of which there are none
