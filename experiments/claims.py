@@ -37,7 +37,7 @@ from study import in_brackets, interval, markdown, spread
 import train
 
 T, LONG = 3, 6  # iterations
-REWARD, WIN, KL, RIGHT = "gold/reward", "gold/win_rate", "kl", "offline/right"
+REWARD, WIN, KL, RIGHT, OWN = "gold/reward", "gold/win_rate", "kl", "offline/right", "bootstrap/right"
 PLAIN: dict[str, Any] = {"keep": 1.0, "bootstrap": 0.0}
 SELECTION: dict[str, Any] = {"bootstrap": 0.0}
 
@@ -88,7 +88,6 @@ def run_method(method: str, flags: dict[str, Any]) -> dict[str, Any]:
 
 
 # --------------------------------------------------------------------------------- the studies
-
 
 Rows = dict[str, tuple[str, dict[str, Any]]]  # a row of the table: its method, and what it changes
 
@@ -221,8 +220,7 @@ def difference(ours: pd.Series, theirs: pd.Series, comparisons: int) -> str:
 
 SHOWN = {  # title -> what is measured, and its digits
     "true reward": (REWARD, 3), "win rate": (WIN, 3), "KL, nats": (KL, 1), "right labels": (RIGHT, 3),
-    "longer by, words": ("offline/longer", 2), "bootstrapped pairs right": ("bootstrap/right", 3),
-    "seconds": ("seconds", 0),
+    "longer by, words": ("offline/longer", 2), "bootstrapped pairs right": (OWN, 3), "seconds": ("seconds", 0),
 }  # fmt: skip
 
 
@@ -341,11 +339,24 @@ def keep_table(results: dict[str, Any]) -> str:
     return markdown(pd.DataFrame(lines).fillna("–"))
 
 
+def iterations_table(runs: pd.DataFrame) -> str:
+    """By iteration: true reward, win rate, KL, and the shares of right labels."""
+    lines = []
+    for title in ("true reward", "win rate", "KL, nats", "right labels", "bootstrapped pairs right"):
+        key, digits = SHOWN[title]
+        for row in runs.row.unique():
+            line = {"": title, f"{runs.seed.nunique()} seeds": row}
+            for t, of_t in runs[runs.row == row].groupby("t"):
+                line[f"t = {t}"] = spread(of_t[key], digits)
+            lines.append(line)
+    return markdown(pd.DataFrame(lines))
+
+
 def ensemble_table(results: dict[str, Any]) -> str:
-    """Each γ less none, after three iterations and at the end."""
+    """By iteration; and each γ less none, after three iterations and at the end."""
     runs = frame_of(results, "ensemble")
     compared = [(row, "γ = 0.0") for row in runs.row.unique() if row != "γ = 0.0"]
-    tables = [results_table(results, "ensemble")]
+    tables = [iterations_table(runs)]
     for t in sorted({T, LONG} & {*runs.t}):
         tables.append(differences_table(runs, compared, 6, t))
     return "\n\n".join(tables)
@@ -360,17 +371,10 @@ def others_table(results: dict[str, Any]) -> str:
 
 
 def long_table(results: dict[str, Any]) -> str:
-    """By iteration: true reward, KL, and the share of the bootstrapped pairs that are right; and the end."""
+    """By iteration; and less SeRA at the end."""
     runs = frame_of(results, "long")
-    lines = []
-    for title, key in (("true reward", REWARD), ("KL, nats", KL), ("bootstrapped pairs right", "bootstrap/right")):
-        for row in runs.row.unique():
-            line = {"": title, f"{runs.seed.nunique()} seeds": row}
-            for t in range(1, LONG + 1):
-                line[f"t = {t}"] = spread(runs[(runs.row == row) & (runs.t == t)][key])
-            lines.append(line)
     compared = [(row, "SeRA") for row in runs.row.unique() if row != "SeRA"]
-    return markdown(pd.DataFrame(lines)) + "\n\n" + differences_table(runs, compared, len(compared), LONG)
+    return iterations_table(runs) + "\n\n" + differences_table(runs, compared, len(compared), LONG)
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], str]] = {  # of studies that have more to show than `results_table`
@@ -423,16 +427,12 @@ def draw_iterations(results: dict[str, Any], axes: Any, name: str, key: str) -> 
         axes.errorbar(by_t.index, by_t["mean"], by_t["sem"], marker="o", markersize=3, label=row)
 
 
-def by_iteration(name: str, key: str, label: str) -> tuple:
-    return name, partial(draw_iterations, name=name, key=key), "iteration", label
-
-
 FIGURES: dict[str, tuple[str, Callable[..., None], str, str]] = {  # name -> part of the results, who draws it, x and y
     "frontier": ("verdict, tuning", draw_frontier, "KL(π_θ ‖ π_ref), nats a response", "true reward"),
     "keep": ("keep", draw_keep, "K / |D|", "win rate"),
-    "ensemble": by_iteration("ensemble", REWARD, "true reward"),
-    "reward": by_iteration("long", REWARD, "true reward"),
-    "bootstrapped": by_iteration("long", "bootstrap/right", "bootstrapped pairs that are right"),
+    "ensemble": ("ensemble", partial(draw_iterations, name="ensemble", key=REWARD), "iteration", "true reward"),
+    "reward": ("long", partial(draw_iterations, name="long", key=REWARD), "iteration", "true reward"),
+    "bootstrapped": ("long", partial(draw_iterations, name="long", key=OWN), "iteration", "bootstrapped pairs right"),
 }
 
 
