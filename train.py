@@ -20,7 +20,7 @@ Choices of ours, where the paper is silent or was not known to us:
      gradients clipped to norm 1.
   4. IPO's and SimPO's reward is per token, as in TRL; SimPO's target margin is ½.
      The review ranks with the same reward that the loss is defined on.
-  5. Samples that were cut off by the length limit, or that repeat another of the N, are never paired.
+  5. Samples that were cut off by the length limit are never paired; of identical ones only the first is.
 Plain training, the baseline, is `--keep 1 --bootstrap 0`. Variants are in experiments/variants.py.
 """
 
@@ -184,7 +184,11 @@ def train_step(
     config: Resolved,
     variant: "Variant",
 ) -> dict[str, Any]:
-    """One optimizer step on the mean loss of b pairs, in micro-batches of `max_tokens` tokens."""
+    """One optimizer step on the mean loss of b pairs, in micro-batches of `max_tokens` tokens.
+
+    reference: (b, 2), log π_ref of chosen and rejected, on the CPU, nats. Returns what is logged: means over
+    the pairs, the gradient's norm, and under "losses" each pair's loss.
+    """
     b = len(pairs)
     losses = torch.empty(b)
     logps = torch.empty(b, 2)
@@ -212,7 +216,7 @@ def train_step(
 
 
 def train(t: int, data: TrainingSet, run: Run, config: Resolved, variant: "Variant") -> None:
-    """π_θ(t−1) becomes π_θt."""
+    """π_θ(t−1) becomes π_θt, which is saved."""
     policy = run.policies.get(t - 1)
     run.policies.forget()  # this copy is changed in place; π_θ(t−1) stays on disk
     policy.train()  # gradient checkpointing needs it; there is no dropout in any policy
@@ -313,8 +317,9 @@ def main(flags: Config, variant: Variant = SERA) -> dict[str, Any]:
     """Run it all. Returns the last evaluation, which is the last line of metrics.jsonl."""
     with open_run(flags, variant) as run:
         config, policies = run.config, run.policies
-        at_zero = loss_of(torch.zeros(1), config).item()
-        print(f"at margin 0 the loss is {at_zero:.4f}: iteration 1 begins there, unless the loss is SimPO")
+        if config.loss_type != "simpo" and policies.newest() == 0:
+            at_zero = loss_of(torch.zeros(1), config).item()
+            print(f"iteration 1 should begin at a loss of {at_zero:.4f}: all margins are 0")
         for t in range(config.iterations + 1):
             if t > policies.newest():  # π_θt is not on disk yet; π_θ0 always is
                 # After an interruption a review is repeated, from log-probs and samples that are on disk.

@@ -20,7 +20,7 @@ import transformers
 
 from sera_min import bootstrap
 from sera_min.machinery.data import Encoder, as_text, response_text
-from sera_min.machinery.device import autocast, prepare, retry_on_oom
+from sera_min.machinery.device import autocast, devices, prepare, retry_on_oom
 from sera_min.machinery.errors import InputError, Unusable, format_counts, naming, print_replaces
 from sera_min.machinery.folder import at_home, write
 from sera_min.machinery.models import check_positions, eos_ids_of, load, pad_id_of
@@ -47,9 +47,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def question(row: Any) -> Reading:
     """A row as a prompt to answer, whose own answers are not read. Raises InputError and Unusable."""
-    prompt, _ = asked(row)
+    prompt, _answer = asked(row)
     if not prompt:
-        raise InputError(": expected 'prompt' or 'instruction'")
+        raise InputError("expected 'prompt' or 'instruction'")
     return in_context(prompt, [], row)
 
 
@@ -66,9 +66,10 @@ def encode_prompts(
         try:
             with naming(f"{name}, row {i}"):
                 reading = question(row)
-                prompts += encoder.ids(reading)
+                [prompt] = encoder.ids(reading)
         except Unusable as reason:
             raise InputError(f"{name}, row {i} is no prompt to answer: {reason}") from None
+        prompts.append(prompt)
         texts.append(as_text(reading.prompt))
     return texts, prompts, Counter({"read": len(rows), **encoder.counts})
 
@@ -77,6 +78,8 @@ def main(flags: argparse.Namespace) -> None:
     for name in ("max_new_tokens", "max_prompt_length", "temperature"):
         if not getattr(flags, name) > 0:
             raise InputError(f"--{name} is {getattr(flags, name)}: expected above 0")
+    if flags.device not in devices():
+        raise InputError(f"--device is {flags.device!r}: expected one of {', '.join(devices())}")
     policy, tokenizer = load(flags.policy, flags.device)
     longest = flags.max_prompt_length + flags.max_new_tokens
     check_positions(policy, longest, "--max_prompt_length + --max_new_tokens")
@@ -105,7 +108,8 @@ def main(flags: argparse.Namespace) -> None:
         samples = retry_on_oom(attempt, cache, longest)
     answers = []
     cut_off = 0
-    for text, x, ((y, ended),) in zip(texts, prompts, samples):
+    for text, x, of_prompt in zip(texts, prompts, samples):
+        y, ended = of_prompt[0]  # the only one
         cut_off += not ended
         output = response_text(tokenizer, x, y, ends)
         answers.append({"instruction": text, "output": output, "generator": flags.policy})
@@ -122,6 +126,8 @@ def command_line(arguments: list[str] | None = None) -> None:
         main(parse(arguments))
     except (InputError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of GPU memory: a smaller --max_new_tokens or --max_prompt_length may help")
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ def robust_loss(margin: Tensor, beta: float = 0.1, label_smoothing: float = 0.0)
 
 def robust_pair_losses(policy: Any, pairs: list[Pair], reference: Tensor, config: Resolved) -> tuple[Tensor, Tensor]:
     """`train.pair_losses` with the robust loss. The loss of an evaluation stays DPO's."""
-    _, logps = train.pair_losses(policy, pairs, reference, config)  # (m, 2)
+    _losses, logps = train.pair_losses(policy, pairs, reference, config)  # (m, 2)
     r = implicit_reward(logps, reference.to(logps.device))
     return robust_loss(r[:, 0] - r[:, 1], config.beta, config.label_smoothing), logps
 
@@ -144,9 +144,10 @@ def floored_reward(given: Preferences, policies: Policies, config: Resolved) -> 
 
 
 def with_floor(t: int, given: Preferences, policies: Policies, config: Resolved, variant: Variant) -> Review:
-    if t > 1 and config.bootstrap > 0:
-        variant = replace(variant, mean_reward=floored_reward(given, policies, config))
-    return train.review(t, given, policies, config, variant)
+    if t == 1:
+        return train.review(t, given, policies, config, variant)
+    floored = floored_reward(given, policies, config)
+    return train.review(t, given, policies, config, replace(variant, mean_reward=floored))
 
 
 def token_floor() -> Variant:

@@ -8,7 +8,6 @@ that was cut off by the length limit is never paired. Do not append an end of se
 model never wrote one there, so the log-probability of that token says nothing about the response.
 
 Copy this file alone: it needs torch and tqdm, and a causal language model of transformers.
-(mypy --strict wants a type for `model`.)
 From sera_min 0.1.0, Apache-2.0; SeRA, arXiv:2410.09362.
 """
 
@@ -109,7 +108,7 @@ def best_worst_pairs(prompt_of: list[int], responses: list[Ids], rewards: Tensor
 # The distribution is that of model.generate(do_sample=True, top_k=0, …).
 # ------------------------------------------------------------------------------------------------
 
-CACHE_TOKENS = {"cuda": 2**17, "cpu": 2**15}  # tokens in the key-value cache that keep it busy
+CACHE_TOKENS = {"cuda": 2**17, "cpu": 2**15}  # tokens in the key-value cache: enough to keep the device busy
 STRIDE = 32  # tokens after which samples that have ended leave the batch
 KEYS_AND_VALUES = {"DynamicLayer", "DynamicSlidingWindowLayer"}  # caches of nothing else
 

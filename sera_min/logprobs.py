@@ -7,7 +7,6 @@ r is DPO's implicit reward (arXiv:2305.18290, eq. 5) without the factor β, and 
 depends on x alone and cancels in the difference of two responses to x.
 
 Copy this file alone: it needs torch and tqdm, and a causal language model of transformers.
-(mypy --strict wants a type for `model`.)
 From sera_min 0.1.0, Apache-2.0; SeRA, arXiv:2410.09362.
 """
 
@@ -61,9 +60,8 @@ def token_logprobs(model, prompts: list[Ids], responses: list[Ids]) -> tuple[Ten
         GPUs wrap (DDP, FSDP2) a module of your own whose forward calls this.
       - To compile, call `compile()` of the model's body or layers, not of the whole model.
 
-    Raises ValueError for an empty batch,
-    prompt or response, for ids that the model does not have and for models that this cannot read,
-    TypeError for anything but a list of ids.
+    Raises ValueError for an empty batch, prompt or response, for ids that the model does not have and
+    for models that this cannot read, TypeError for anything but a list of ids.
     """
     check_model(model)
     head = model.get_output_embeddings().weight  # (V, H)
@@ -125,8 +123,7 @@ def sequence_logprobs(model, prompts: list[Ids], responses: list[Ids]) -> tuple[
 
     Append the end of sequence to a response that ended: nothing here does. Returns the sums,
     float32 (B,) (float64 if the model is), and the token counts |y|, int64 (B,), so that you can
-    divide, for averages. What `token_logprobs` says of dropout, padding and
-    errors holds here.
+    divide, for averages. What `token_logprobs` says of dropout, padding and errors holds here.
     """
     rows = token_logprobs(model, prompts, responses)
     sums = torch.stack([row.sum() for row in rows])  # B of (|y|,) -> (B,)
@@ -155,7 +152,7 @@ def score(
         for batch in tqdm(batches, desc=desc, unit="batch", disable=desc is None):
             x = [prompts[i] for i in batch]
             y = [responses[i] for i in batch]
-            of_batch, _ = sequence_logprobs(model, x, y)
+            of_batch, _counts = sequence_logprobs(model, x, y)
             sums[batch] = of_batch.float().cpu()
     counts = torch.tensor(list(map(len, responses)), dtype=torch.int64)
     return sums, counts

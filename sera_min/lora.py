@@ -6,7 +6,7 @@ With B = 0 the change is 0, and this model is the reference. So all policies of 
 with other As and Bs, which are megabytes: a review loads nothing.
 
 The sum is float32, whatever the type of W x. bfloat16 has 8 significant bits: as long as B A x is
-much smaller than W x, a sum rounded to it is W x again, and the policy the reference.
+much smaller than W x, a sum rounded to bfloat16 is W x again, and the policy equals the reference.
 
     add_lora(model, r=16, alpha=32)              then train those parameters that require gradients
     state = lora_state(model)                    a policy: As and Bs
@@ -163,5 +163,5 @@ def lora_parts(model) -> dict[str, LoRA]:
 
 def put(model, name: str, part: nn.Module) -> None:
     """`part` in the place of the module of this name."""
-    parent, _, last = name.rpartition(".")
+    parent, _dot, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, part)

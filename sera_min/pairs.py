@@ -42,7 +42,7 @@ class TrainingSet:
 
     pairs: list[Pair]
     reference: Tensor  # (N, 2): log π_ref of chosen and rejected, nats
-    margins: Tensor  # (N,): m̄_t, nats; 0 in iteration 1, where nothing is reviewed
+    margins: Tensor  # (N,): m̄_t, nats (IPO, SimPO: a token); 0 in iteration 1, where nothing is reviewed
     sources: list[str]  # "offline", a given pair, or "bootstrap"
     pair_index: list[int]  # index in D of the pair; of a bootstrapped one, of the pair that gave the prompt
 

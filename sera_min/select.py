@@ -21,7 +21,7 @@ pairs are those with the K largest margins, are our reading.
 From sera_min 0.1.0, Apache-2.0; SeRA, arXiv:2410.09362.
 """
 
-from operator import index
+import operator
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ def select_top(margins: Tensor, k: int) -> Tensor:
     """
     if margins.ndim != 1:
         raise ValueError(f"margins must be (N,), not {tuple(margins.shape)}")
-    if not 0 <= index(k) <= len(margins):
+    if not 0 <= operator.index(k) <= len(margins):
         raise ValueError(f"k is a count of pairs, 0 to {len(margins)}: cannot keep {k} of them")
     if margins.isnan().any():
         first = int(margins.isnan().nonzero()[0])

@@ -31,14 +31,14 @@ def adapter_settings(path: str | Path) -> dict[str, Any]:
 def check_plain(settings: dict[str, Any]) -> None:
     """Raises InputError where the settings ask for more than W + (α/r)·B A."""
     if not settings.get("base_model_name_or_path"):
-        raise InputError(": an adapter that names no base")
+        raise InputError("an adapter that names no base")
     more = {name for name, value in settings.items() if value and name not in READ}
     for name, values in PLAIN.items():
         if settings.get(name, values[0]) not in values:
             more.add(name)
     if more:
         names = ", ".join(sorted(more))
-        raise InputError(f": an adapter, but no plain LoRA ({names}): merge it first, with PEFT's merge_and_unload")
+        raise InputError(f"an adapter, but no plain LoRA ({names}): merge it first, with PEFT's merge_and_unload")
 
 
 def merge_adapter(base: Any, path: str | Path, settings: dict[str, Any]) -> None:

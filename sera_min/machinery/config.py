@@ -17,6 +17,7 @@ from transformers import HfArgumentParser
 
 from sera_min import playground
 from sera_min.machinery import folder
+from sera_min.machinery.device import devices
 from sera_min.machinery.errors import InputError, Paused, naming, print_replaces
 
 
@@ -93,7 +94,7 @@ GROUPS = {  # of --help, by the flag that each begins with
     "label_noise": "the playground",
 }
 PATHS = ("model_name_or_path", "dataset_name", "eval_dataset_name", "output_dir")
-MEMORY = ("max_tokens", "gradient_checkpointing", "save_steps", "pause_before_sampling")
+MAY_CHANGE = ("max_tokens", "gradient_checkpointing", "save_steps", "pause_before_sampling")  # at a resume
 SHARES = ("keep", "bootstrap", "ensemble_gamma", "top_p", "eval_fraction", "label_noise")
 ABOVE_0 = ("beta", "learning_rate", "temperature", "top_p")
 
@@ -127,10 +128,7 @@ def resolve(flags: Config) -> Resolved:
 
 
 def check_values(c: Resolved) -> None:
-    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    if gpus:
-        gpus.append("cuda")
-    choices = {"loss_type": ["dpo", "ipo", "slic", "simpo"], "device": ["cpu", *gpus]}
+    choices = {"loss_type": ["dpo", "ipo", "slic", "simpo"], "device": devices()}
     if c.in_playground:
         choices["eval_split"] = ["test", "validation"]
     for f in fields(c):
@@ -157,28 +155,29 @@ def check_together(c: Resolved) -> None:
     else:
         no_effect["label_noise"] = "on data of your own"
     if c.eval_split is not None:
-        no_effect["eval_fraction"] = "where other pairs are evaluated on"
+        no_effect["eval_fraction"] = "beside --eval_split or --eval_dataset_name"
     if not c.use_peft:
         for name in ("lora_r", "lora_alpha", "lora_target_modules"):
             no_effect[name] = "without --use_peft"
     if c.loss_type != "dpo":
         no_effect["label_smoothing"] = f"on {c.loss_type}"
-    problems = {
-        f"--label_smoothing is {c.label_smoothing}: expected from 0 to below 0.5": not 0 <= c.label_smoothing < 0.5,
-        "--samples_per_prompt is 1: the best of them is paired with the worst": c.samples_per_prompt == 1,
-        "--keep and --bootstrap are 0: no pair would be left": c.keep + c.bootstrap == 0,
-        "--max_length is not above --max_prompt_length: no room for a response": c.max_length <= c.max_prompt_length,
-        "--model_name_or_path needs --dataset_name": not c.in_playground and not c.dataset_name,
-    }
     for name, where in no_effect.items():
-        problems[f"--{name} has no effect {where}"] = getattr(c, name) != getattr(Config, name)
-    for problem, there in problems.items():
-        if there:
-            raise InputError(problem)
+        if getattr(c, name) != getattr(Config, name):
+            raise InputError(f"--{name} has no effect {where}")
+    if not 0 <= c.label_smoothing < 0.5:
+        raise InputError(f"--label_smoothing is {c.label_smoothing}: expected from 0 to below 0.5")
+    if c.samples_per_prompt == 1:
+        raise InputError("--samples_per_prompt is 1: the best of them is paired with the worst")
+    if c.keep + c.bootstrap == 0:
+        raise InputError("--keep and --bootstrap are 0: no pair would be left")
+    if c.max_length <= c.max_prompt_length:
+        raise InputError("--max_length is not above --max_prompt_length: no room for a response")
+    if not c.in_playground and not c.dataset_name:
+        raise InputError("--model_name_or_path needs --dataset_name")
 
 
 def resumed(flags: Config, variant: str) -> Resolved:
-    """The flags that a run was begun with. Beside the folder only MEMORY's may be given."""
+    """The flags that a run was begun with. Only those of MAY_CHANGE may be given others. Raises InputError."""
     out = Path(folder.at_home(str(flags.resume_from_checkpoint)))
     file = out / "config.json"
     if not file.exists():
@@ -189,19 +188,25 @@ def resumed(flags: Config, variant: str) -> Resolved:
         other = begun.pop("variant", "SeRA")
         config = Resolved(**begun)
     if other != variant:
-        program = "train.py" if other == "SeRA" else f"experiments/variants.py {other}"
+        program = "train.py"
+        if other != "SeRA":
+            program = f"experiments/variants.py {other}"
         raise InputError(f"{out} is a run of {other}, to go on: python {program} --resume_from_checkpoint {out}")
-    from_python = flags.seed is not None  # there a default counts as not given, see `parse`
+    # From a command line, what is not given is None (see `parse`); from Python it has its default.
+    with_defaults = [getattr(flags, f.name) for f in fields(Config) if f.default is not None]
+    from_python = None not in with_defaults
     for f in fields(Config):
         value, then = getattr(flags, f.name), getattr(config, f.name)
         if value is None or (from_python and value == f.default) or f.name == "resume_from_checkpoint":
             continue
-        if value != then and f.name not in MEMORY:
+        if value != then and f.name not in MAY_CHANGE:
             raise InputError(
                 f"{out} was begun with {f.name} = {then!r}, not {value!r}: --resume_from_checkpoint alone is enough"
             )
         begun[f.name] = value
-    return Resolved(**begun)
+    config = Resolved(**begun)
+    check_values(config)
+    return config
 
 
 def config_json(config: Resolved, variant: str) -> str:
@@ -238,7 +243,7 @@ def command_line(main: Callable[[Config], Any], description: str | None, argumen
     print_replaces()
     flags = parse(arguments, description)
     out = Path(folder.at_home(flags.resume_from_checkpoint or flags.output_dir))
-    if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:  # what ignores it is to go on
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:  # if it was ignored at the start, it stays so
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main(flags)

@@ -7,6 +7,7 @@ with exactly one end of sequence, unless it is cut. Every row cut or dropped is 
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import lru_cache
 from os.path import commonprefix
@@ -43,7 +44,7 @@ class Given(NamedTuple):
 
 
 def read(config: Resolved, world: Any, tokenizer: Any, eos_ids: Ids) -> Data:
-    """D and the evaluation pairs as token ids; what became of every row is printed. InputError."""
+    """D and the evaluation pairs as token ids; what became of every row is printed. Raises InputError."""
     limits: Any = {"eos_ids": eos_ids, "max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
     if config.in_playground:
         made = of_playground(config, world, tokenizer, limits)
@@ -57,12 +58,12 @@ def read(config: Resolved, world: Any, tokenizer: Any, eos_ids: Ids) -> Data:
 
 
 def of_playground(config: Resolved, world: Any, tokenizer: Any, limits: dict[str, Any]) -> Data:
-    """D with flipped labels, evaluation pairs without, and the evaluation prompts twice."""
+    """D with flipped labels, evaluation pairs without, and the evaluation prompts twice: a mean of more answers."""
     part, noise = str(config.eval_split), config.label_noise
     made = world.preferences(config.max_train_pairs, "train", label_noise=noise, seed=config.seed)
     clean = world.preferences(512, part, label_noise=0, seed=config.seed)
     given, counts = encode(made, tokenizer, name="playground", **limits)
-    held_out, _ = encode(clean, tokenizer, name=f"playground {part}", **limits)
+    held_out, _counts = encode(clean, tokenizer, name=f"playground {part}", **limits)
     print(f"data: {format_counts(counts)}; {len(held_out)} held out")
     texts = world.prompts(part) * 2
     return {"given": given, "held_out": held_out, "prompts": tokenizer(texts).input_ids, "texts": texts}
@@ -78,7 +79,9 @@ def of_user(config: Resolved, tokenizer: Any, limits: dict[str, Any]) -> Data:
         print(f"data: {format_counts(counts)}; {len(held_out)} of them held out")
     else:
         other = config.eval_dataset_name or name
-        rows = read_rows(other, config.eval_split, config=subset if other == name else None)
+        if other != name:
+            subset = None  # the configuration is that of the other data set
+        rows = read_rows(other, config.eval_split, config=subset)
         held_out, held_counts = encode(rows, tokenizer, name=other, **limits)
         known = {tuple(one.pair.prompt) for one in held_out}
         given = [one for one in given if tuple(one.pair.prompt) not in known]
@@ -114,7 +117,8 @@ def encode(rows: Any, tokenizer: Any, *, name: str, eos_ids: Ids, **limits: int)
     """Rows of any form as pairs of token ids, and how many were read, kept, cut, and dropped for which reason.
 
     eos_ids: the tokens that end a response, the tokenizer's first. limits: max_length, max_prompt_length.
-    A text that spells a special token is dropped: it would forge a turn or an end. Raises InputError.
+    A row is dropped where a message or an answer spells a special token, which would forge a turn or an
+    end. A prompt that is a text may spell one. Raises InputError.
     """
     encoder = Encoder(tokenizer, eos_ids, **limits)
     given: list[Given] = []
@@ -134,7 +138,7 @@ def encode(rows: Any, tokenizer: Any, *, name: str, eos_ids: Ids, **limits: int)
 
 
 class Encoder:
-    """Token ids of what rows say, and the counts of what was cut. An InputError begins where its row's name ends."""
+    """Token ids of what rows say, and the counts of what was cut."""
 
     def __init__(self, tokenizer: Any, eos_ids: Ids, max_length: int, max_prompt_length: int) -> None:
         set_template(tokenizer)
@@ -148,12 +152,12 @@ class Encoder:
         special = {i: re.escape(str(token)) for i, token in added if token.special or i in eos_ids}
         ends = {i: special[i] for i in eos_ids if i in special}  # an ordinary token does not end a given response
         self.ends = list(ends)
-        self.spelled_end = re.compile(f"(?:{'|'.join(['(?!)', *ends.values()])})\\s*$")
-        forged = ["(?!)", *special.values()]
+        self.spelled_end = re.compile(f"(?:{any_of(ends.values())})\\s*$")
+        forged = list(special.values())
         self.plain = str(tokenizer.chat_template).endswith(PLAIN_TEMPLATE)
         if self.plain:  # not others' plain text, as `[INST]`
             forged.append("\n\n(?:Human|Assistant):")
-        self.forged = re.compile("|".join(forged))
+        self.forged = re.compile(any_of(forged))
         self.closing = ""  # what the chat template writes after an answer and before an end
         with suppress(InputError):
             dialogue = self.render([turn("user", "☃"), turn("assistant", "☃")], {})
@@ -162,8 +166,8 @@ class Encoder:
     def ids(self, reading: Reading) -> list[Ids]:
         """Of the prompt and the responses. Raises InputError and Unusable."""
         texts = self.texts(reading)
-        with naming(": the tokenizer fails"):
-            "".join(texts).encode()  # names half a surrogate pair, as the tokenizer would not
+        with naming("the tokenizer fails"):
+            "".join(texts).encode()  # fails on half a surrogate pair, with a message that names it
             prompt, *wholes = self.tokenizer(texts, add_special_tokens=False).input_ids
         responses = []
         for text, whole in zip(texts[1:], wholes):
@@ -183,19 +187,25 @@ class Encoder:
         prompt, answers, options = reading
         if isinstance(prompt, str):  # and may spell a BOS, or be what a template has written
             bare = [self.spelled_end.sub("", y).rstrip().removesuffix(self.closing) for y in answers]
-            self.check(bare, bare)
+            self.refuse_special(bare)
+            self.refuse_empty(bare)
             return [prompt, *[prompt + y for y in answers]]
         answers = [{**y, "content": self.spelled_end.sub("", y["content"])} for y in answers]
-        self.check([prompt, answers, options], [y["content"] or y.get("tool_calls") for y in answers])
+        self.refuse_special([prompt, answers, options])
+        self.refuse_empty([y["content"] or y.get("tool_calls") for y in answers])
         return self.rendered(prompt, answers, options)
 
-    def check(self, texts: Any, answers: list[Any]) -> None:
-        """No text in lists and objects spells a special token, and each answer says something."""
-        if isinstance(texts, str) and self.forged.search(texts):
+    def refuse_special(self, value: Any) -> None:
+        """Raises Unusable where a text in lists and objects spells a special token."""
+        if isinstance(value, dict):
+            value = list(value.values())
+        if isinstance(value, list):
+            for one in value:
+                self.refuse_special(one)
+        if isinstance(value, str) and self.forged.search(value):
             raise Unusable("a text spells a special token")
-        if isinstance(texts, (list, dict)):
-            for one in texts.values() if isinstance(texts, dict) else texts:
-                self.check(one, answers)
+
+    def refuse_empty(self, answers: list[Any]) -> None:
         if not all(answers):
             raise Unusable("no token of the prompt or a response")
 
@@ -219,16 +229,16 @@ class Encoder:
         if shared != prompt:
             end = f"does not begin an answered dialogue with its own prompt's {prompt[len(shared) :]!r}"
             if not shared.startswith(self.render(x, options)):
-                raise InputError(f": the chat template {end}")
+                raise InputError(f"the chat template {end}")
             self.counts[f"prompts without their end, as the chat template {end}"] += 1  # as in TRL
         for y, whole in zip(answers, wholes):
             if squeezed(y["content"]) not in squeezed(whole[len(shared) :]):
                 part = f"a part of the answer {y['content'][:40]!r}"
-                raise InputError(f": the chat template leaves out or changes {part}: give the tokenizer another")
+                raise InputError(f"the chat template leaves out or changes {part}: give the tokenizer another")
         return [shared, *wholes]
 
     def render(self, turns: Messages, options: dict[str, Any]) -> str:
-        with naming(": the chat template does not take this dialogue"):
+        with naming("the chat template does not take this dialogue"):
             return self.tokenizer.apply_chat_template(turns, tokenize=False, **options)
 
     def cut(self, prompt: Ids, responses: list[Ids]) -> list[Ids]:
@@ -251,6 +261,11 @@ class Encoder:
         return [kept, *short]
 
 
+def any_of(patterns: Iterable[str]) -> str:
+    """A regular expression for any of these; for none, one that matches nothing."""
+    return "|".join(patterns) or "(?!)"
+
+
 def continued(tokenizer: Any, text: str) -> Ids:
     """Token ids of a text that goes on after a line break: SentencePiece puts a space before the first word of all."""
     before, ids = tokenizer(["\n", "\n" + text], add_special_tokens=False).input_ids
@@ -264,7 +279,9 @@ def added_before(tokenizer: Any) -> Ids:
     """What the tokenizer puts before every text: a BOS, or nothing. TRL puts it before a prompt's text."""
     ids = tokenizer("a").input_ids
     own = tokenizer("a", add_special_tokens=False).input_ids or [tokenizer.eos_token_id]
-    return ids[: ids.index(own[0])] if own[0] in ids else ids  # not all know an "a": proteins
+    if own[0] not in ids:  # not all know an "a": proteins
+        return ids
+    return ids[: ids.index(own[0])]
 
 
 def set_template(tokenizer: Any) -> None:

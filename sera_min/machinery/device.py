@@ -11,12 +11,20 @@ from tqdm import tqdm
 
 from sera_min.bootstrap import CACHE_TOKENS
 from sera_min.logprobs import sequence_logprobs
-from sera_min.machinery.errors import InputError, naming, one_line
+from sera_min.machinery.errors import InputError, one_line
 from sera_min.pairs import padded_tokens
 
 FEW_TOKENS = 8192  # a pass of fewer leaves a GPU idle: gradient checkpointing costs less
-MOST_TOKENS = 32768  # of more a pass is no faster
-MOST_CACHED = 2**20  # tokens in the key-value cache; nor is sampling
+MOST_TOKENS = 32768  # with more, a pass is no faster
+MOST_CACHED = 2**20  # tokens in the key-value cache: with more, sampling is no faster
+
+
+def devices() -> list[str]:
+    """The names of the devices that are there."""
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if not gpus:
+        return ["cpu"]
+    return ["cpu", *gpus, "cuda"]
 
 
 def autocast(device: str) -> torch.autocast:
@@ -81,7 +89,7 @@ def can_compile(device: str) -> bool:
 
 
 def uncompiled() -> Any:
-    """While this is open, layers compute as they are written: sampling's cache has a new shape a token."""
+    """While this is open, layers run uncompiled. In sampling each token's cache has another shape to compile for."""
     return torch.compiler.set_stance("force_eager")
 
 
@@ -112,19 +120,18 @@ def training_tokens(policy: Any, length: int, device: str) -> int:
 
     0 where these do not fit.
     """
-    peaks = {}
     policy.train()
     try:
-        for rows in (2, 2, 8):  # the first one compiles, and makes the gradients
-            peaks[length * rows] = peak_of_pass(policy, rows, length, device)
+        peak_of_pass(policy, 2, length, device)  # not counted: it compiles, and makes the gradients
+        small = peak_of_pass(policy, 2, length, device)
+        large = peak_of_pass(policy, 8, length, device)
     except torch.OutOfMemoryError:
         return 0
     finally:
         policy.zero_grad()
         policy.eval()
-    few, more = peaks
-    each = (peaks[more] - peaks[few]) / (more - few)
-    fixed = peaks[few] - few * each
+    each = (large - small) / (6 * length)  # bytes a token
+    fixed = small - 2 * length * each
     optimizer = 12 * sum(p.numel() for p in policy.parameters() if p.requires_grad)  # gradients and two moments
     room = 0.9 * free_memory(device) - optimizer - fixed  # a tenth is lost between blocks
     return int(room / each)
@@ -136,7 +143,7 @@ def peak_of_pass(policy: Any, rows: int, length: int, device: str) -> int:
     torch.cuda.reset_peak_memory_stats(device)
     x, y = [0] * (length - length // 2), [0] * (length // 2)
     with autocast(device):
-        logps, _ = sequence_logprobs(policy, [x] * rows, [y] * rows)
+        logps, _lengths = sequence_logprobs(policy, [x] * rows, [y] * rows)
     logps.sum().backward()
     return torch.cuda.max_memory_allocated(device) - before
 
@@ -156,7 +163,7 @@ def sampling_tokens(policy: Any, longest: int, device: str) -> int:
 
 def free_memory(device: str) -> int:
     """Bytes that this process can still have."""
-    free, _ = torch.cuda.mem_get_info(device)
+    free, _total = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
@@ -182,21 +189,20 @@ def halve_if_out_of_memory(step: Callable) -> Callable:
     @functools.wraps(step)
     def wrapped(policy, optimizer, pairs, reference, config, variant):
         def attempt(max_tokens: int) -> Any:
-            fitting[optimizer] = max_tokens  # if it does not, the next attempt says so
+            fitting[optimizer] = max_tokens  # should it not fit either, the next attempt overwrites it
             forget_gradients(optimizer)
             smaller = replace(config, max_tokens=max_tokens)
             return step(policy, optimizer, pairs, reference, smaller, variant)
 
         tokens = fitting.get(optimizer, config.max_tokens)
         longest = max(padded_tokens(pair) for pair in pairs)
-        with naming("the model fails"):
-            return retry_on_oom(attempt, tokens, longest)
+        return retry_on_oom(attempt, tokens, longest)
 
     return wrapped
 
 
 def forget_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """And moments of which memory held only the first."""
+    """And the state of parameters for which memory ran out between AdamW's two moments."""
     optimizer.zero_grad()
     for p in list(optimizer.state):
         if "exp_avg_sq" not in optimizer.state[p]:

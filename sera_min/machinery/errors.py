@@ -32,16 +32,13 @@ def one_line(error: BaseException) -> str:
 
 @contextmanager
 def naming(place: str) -> Iterator[None]:
-    """Whatever goes wrong here, in the code of others too, is an InputError that begins with its place.
-
-    Our own goes on from there: it begins with a colon, or with a place inside this one.
-    """
+    """Whatever goes wrong here, in the code of others too, is an InputError that begins with its place."""
     try:
         yield
     except (Unusable, FloatingPointError, torch.OutOfMemoryError):
         raise  # each has its own end
     except InputError as error:
-        raise InputError(f"{place}{error}") from None
+        raise InputError(f"{place}: {error}") from None
     except Exception as error:
         raise InputError(f"{place}: {one_line(error)}") from error
 

@@ -3,7 +3,7 @@
 What a run leaves in output_dir is in docs/data.md. Until it ends, state/ holds what a resume reads
 and does not compute again:
   data.json                    the pairs and prompts as token ids
-  metrics.jsonl                a copy of the lines, in our own keeping
+  metrics.jsonl                a copy, so that a resume does not depend on the one in output_dir
   policy-<t>/                  π_θt, of the last two iterations
   checkpoint-<t>.pt            within the training of π_θt
   logps-<i>-<key>.json         log-probs under π_θi of the rows that the key stands for
@@ -38,7 +38,7 @@ def writing(path: Path) -> Iterator[Path]:
     except Exception as error:  # safetensors and torch raise their own kinds
         shutil.rmtree(beside, ignore_errors=True)  # of a folder; nothing if it is a file
         beside.unlink(missing_ok=True)
-        raise OSError(f"{path} cannot be written: {one_line(error)}") from None
+        raise OSError(f"{path} cannot be written: {one_line(error)}") from error
 
 
 def make_readable(folder: Path) -> None:
@@ -75,7 +75,7 @@ def at_home(path: str | Path) -> str:
 
 
 def is_path(name: str) -> bool:
-    """Whether this is no name on the hub, "owner/name": it has another form, or there is a folder "owner"."""
+    """Whether this is a path, not a hub name "owner/name": it has another form, or there is a folder "owner"."""
     folder = Path(name).parent
     if folder != Path() and folder.is_dir():
         return True
@@ -101,17 +101,22 @@ def check_free(out: Path) -> None:
         raise InputError(f"--output_dir {out}: cannot write to {there}")
     if (out / "config.json").exists():
         check_not_ended(out)
-    for name in ("config.json", "policy", "state", "metrics.jsonl"):
+        raise InputError(f"{out} already holds a run: --resume_from_checkpoint {out}, or another --output_dir")
+    for name in ("policy", "state", "metrics.jsonl"):
         if (out / name).exists():
-            raise InputError(
-                f"{out} already holds a run, or its {name}: --resume_from_checkpoint {out}, or another --output_dir"
-            )
+            raise InputError(f"{out} already holds a {name}, of no run that can be resumed: give another --output_dir")
 
 
 def check_not_ended(out: Path) -> None:
     if (out / "policy").exists():
-        shutil.rmtree(out / "state", ignore_errors=True)  # if it was killed between its last two acts
         raise InputError(f"{out} already holds a run that has ended; its policy is in {out}/policy")
+
+
+def delete_state_of_ended(out: Path) -> None:
+    """If a run was killed between its last two acts, its policy is there, and its state/ is left over."""
+    if all((out / name).exists() for name in ("config.json", "policy", "state")):
+        with locked(out):
+            shutil.rmtree(out / "state", ignore_errors=True)
 
 
 @contextmanager
@@ -146,7 +151,7 @@ def signals_noted() -> Iterator[list[int]]:
 
     before = {}
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup: whoever started us wants it ignored
+        if signal.getsignal(number) != signal.SIG_IGN:  # if it was ignored at the start, it stays so
             before[number] = signal.signal(number, note)
     try:
         yield noted

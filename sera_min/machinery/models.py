@@ -50,7 +50,7 @@ def read_model(path: str | Path) -> tuple[Any, Any]:
     if adapter:
         check_plain(adapter)
         base = adapter["base_model_name_or_path"]
-        with naming(f": its base {base}"):
+        with naming(f"its base {base}"):
             policy, tokenizer = read_model(str(base))
         merge_adapter(policy, path, adapter)
         if cached_file(path, "tokenizer_config.json", _raise_exceptions_for_missing_entries=False):
@@ -60,7 +60,7 @@ def read_model(path: str | Path) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if getattr(config, "quantization_config", None):
-        raise InputError(": its weights are quantised: give the model that was quantised")
+        raise InputError("its weights are quantised: give the model that was quantised")
     for part in (config, config.get_text_config()):
         for name in ("output_router_logits", "output_attentions", "output_hidden_states"):
             if getattr(part, name, False):
@@ -69,10 +69,11 @@ def read_model(path: str | Path) -> tuple[Any, Any]:
     loaded: Any = AutoModelForCausalLM.from_pretrained(path, config=config, output_loading_info=True, **options)
     policy, info = loaded
     unexpected = [name for name in info["unexpected_keys"] if not name.endswith(OLD_CONSTANTS)]
-    problems = {"lack": info["missing_keys"], "hold tensors that the model has no place for:": unexpected}
-    for problem, names in problems.items():
-        if names:
-            raise InputError(f": its files {problem} {', '.join(sorted(names)[:3])}")
+    if info["missing_keys"]:
+        raise InputError(f"its files lack {', '.join(sorted(info['missing_keys'])[:3])}")
+    if unexpected:
+        names = ", ".join(sorted(unexpected)[:3])
+        raise InputError(f"its files hold tensors that the model has no place for: {names}")
     check_tokenizer(policy, tokenizer)
     check_savable(policy, tokenizer, path)
     return policy, tokenizer
@@ -80,10 +81,10 @@ def read_model(path: str | Path) -> tuple[Any, Any]:
 
 def check_tokenizer(policy: Any, tokenizer: Any) -> None:
     if tokenizer.eos_token_id is None:
-        raise InputError(": its tokenizer has no EOS token: no response could end")
+        raise InputError("its tokenizer has no EOS token: no response could end")
     size = policy.get_input_embeddings().num_embeddings
     if len(tokenizer) > size:
-        raise InputError(f": its tokenizer has {len(tokenizer)} ids, the model embeds {size}")
+        raise InputError(f"its tokenizer has {len(tokenizer)} ids, the model embeds {size}")
 
 
 def check_savable(policy: Any, tokenizer: Any, path: str | Path) -> None:
@@ -169,7 +170,7 @@ def check_before_training(policy: Any, pair: Pair, ends: list[int], allowed: flo
     x, y = rows_of([pair])
     with naming(f"{name} cannot be trained here"):  # the model's own code may fail
         policy.train()
-        trained, _ = sequence_logprobs(policy, x, y)  # (2,), side by side
+        trained, _lengths = sequence_logprobs(policy, x, y)  # (2,), side by side
         policy.eval()
         differences = {
             "log π(y|x) differs from its logits'": difference(policy, trained, x, y),
@@ -180,7 +181,7 @@ def check_before_training(policy: Any, pair: Pair, ends: list[int], allowed: flo
     for problem, nats in differences.items():
         if not nats <= allowed:  # NaN is not
             raise InputError(f"{problem}, by {nats:.3g} nats a token: {name} cannot be trained here")
-    print("check: log π(y|x) is the logits', as it is trained and as samples are drawn")
+    print(f"check passed: in training and in sampling log π(y|x) is that of a row alone, to {allowed:g} nats a token")
 
 
 def difference(policy: Any, logps: Tensor, prompts: list[Ids], responses: list[Ids]) -> float:
@@ -207,7 +208,7 @@ def sampled_difference(policy: Any, prompt: Ids, ends: list[int]) -> float:
         of_long, of_short = sample_responses(policy, [long, short], 2, **options)
     hook.remove()
 
-    responses = [y for y, _ in of_long + of_short]
+    responses = [y for y, _ended in of_long + of_short]
     written = passes[-max(map(len, responses)) :]  # the passes before those read the prompts
     drawn_from = torch.stack(written, 1).log_softmax(-1)  # (4, steps, V)
     logps = [of_row[range(len(y)), y].sum() for of_row, y in zip(drawn_from, responses)]

@@ -83,7 +83,7 @@ class Policies:
         return self.held[i]
 
     def hold(self, i: int, policy: Any, tokenizer: Any) -> None:
-        """π_θi is this one."""
+        """Takes this model as π_θi: checks its size, moves it to the device and prepares it."""
         self.tokenizer = self.tokenizer or tokenizer  # all have the same
         device.check_memory(policy, self.config.device)
         policy.to(self.config.device)
@@ -94,10 +94,13 @@ class Policies:
         self.eos_ids = eos_ids_of(policy, self.tokenizer)  # the tokens that end a response
         self.vocabulary_size = policy.get_input_embeddings().num_embeddings
         if self.config.gradient_checkpointing:
-            with naming("--gradient_checkpointing"):  # not every model has it
-                policy.gradient_checkpointing_enable({"use_reentrant": False})
+            self.use_gradient_checkpointing(policy)
         if self.compiled:
             compile_layers(policy)
+
+    def use_gradient_checkpointing(self, policy: Any) -> None:
+        with naming("--gradient_checkpointing"):  # not every model has it
+            policy.gradient_checkpointing_enable({"use_reentrant": False})
 
     def forget(self) -> None:
         """None stays in memory: one is about to be trained, and needs the room."""
@@ -144,7 +147,7 @@ class Policies:
         for x, y in zip(rows.prompts, rows.responses):
             longest = max(longest, len(x) + len(y))
         with autocast(self.config.device), naming(f"{desc}: the model fails"):
-            logps, _ = retry_on_oom(attempt, self.config.max_tokens, longest)
+            logps, _counts = retry_on_oom(attempt, self.config.max_tokens, longest)
         check_log_probs(logps, desc)
         return logps
 
@@ -157,14 +160,14 @@ class Policies:
         file = self.state / f"samples-{i}-{key}.jsonl"
         if not file.exists():
             if n > 1 and self.config.pause_before_sampling:
-                self.pause(file, i, prompts, n, seed)
+                self.pause(file, self.state / f"prompts-{i}-{key}.json", self.request(i, prompts, n, seed))
             with self.timed("sampling"):
                 samples = self.draw(i, prompts, n, seed)
             write_jsonl(file, sample_rows(prompts, samples))
         return read_samples(file, prompts, self.request(i, prompts, n, seed))
 
     def draw(self, i: int, prompts: list[Ids], n: int, seed: int) -> Samples:
-        """Where memory runs out other samples are drawn, in smaller batches."""
+        """If memory runs out, sampling starts again in smaller batches, which draws other samples."""
         config, policy = self.config, self.get(i)
         desc = f"sample from policy {i}"
         bar = None
@@ -204,14 +207,14 @@ class Policies:
             "prompts": prompts,
         }
 
-    def pause(self, file: Path, i: int, prompts: list[Ids], n: int, seed: int) -> None:
-        asked = file.with_name(file.name.replace("samples", "prompts").removesuffix("l"))
-        write(asked, json.dumps(self.request(i, prompts, n, seed)) + "\n")
+    def pause(self, file: Path, asked: Path, request: dict[str, Any]) -> None:
+        """Writes the request to `asked`, and stops until there are samples in `file`."""
+        write(asked, json.dumps(request) + "\n")
         out = self.config.output_dir
         raise Paused(
-            f"paused: {n} samples of each prompt in {asked} are needed, in {file}: "
+            f"paused: {request['samples_per_prompt']} samples of each prompt in {asked} are needed, in {file}: "
             f"python experiments/sample_with_vllm.py {out}\n"
-            f"to go on: python train.py --resume_from_checkpoint {out}"
+            f"to go on: the same program with --resume_from_checkpoint {out}"
         )
 
 
@@ -282,8 +285,8 @@ def sample_rows(prompts: list[Ids], samples: Samples) -> Iterator[dict[str, Any]
     for x, of_prompt in zip(prompts, samples):
         yield {
             "prompt": x,
-            "responses": [y for y, ended in of_prompt],
-            "finish_reasons": [REASON[ended] for y, ended in of_prompt],
+            "responses": [y for y, _ended in of_prompt],
+            "finish_reasons": [REASON[ended] for _y, ended in of_prompt],
         }
 
 

@@ -1,5 +1,6 @@
 """What people look at: report.md, review.png and curves.png, made of the files that the run wrote."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ COLUMNS = {  # of the table: heading -> the name in metrics.jsonl, and what it m
     "KL": ("kl", "mean of log π_θ(y|x) − log π_ref(y|x) over such answers, nats: how far π_θ has gone from π_ref"),
     "words": ("gold/length", "mean length of these answers"),
     "accuracy": ("eval_rewards/accuracies", "share of evaluation pairs with margin > 0, ties ½"),
-    "β·margin": ("eval_rewards/margins", "β times their mean implicit reward margin"),
+    "β·margin": ("eval_rewards/margins", "β times their mean margin"),
 }
 CURVES = ("loss", "rewards/accuracies", "rewards/margins")  # in curves.png
 GROUPS = {"given": "C0", "right label": "C0", "flipped label": "C1", "bootstrapped": "C2"}  # in review.png
@@ -110,9 +111,13 @@ def describe_results(evaluations: list[Line], answers: list[Line]) -> str:
 
 
 def format_cell(value: Any) -> str:
-    if value is None or value != value:  # NaN
+    if value is None:
         return "–"
-    return f"{value:.3f}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    if math.isnan(value):
+        return "–"
+    return f"{value:.3f}"
 
 
 def describe_pairs(title: str, pairs: list[Line], prompts: dict[int, str]) -> list[str]:
@@ -185,7 +190,7 @@ def draw_reviews(figure: Any, reviews: dict[int, list[Line]]) -> None:
             axes.axvline(min(kept), color="black", linestyle="--", label="given pairs kept: right of it")
         axes.set_title(f"iteration {t}: {len(kept)} of {len(given)} given pairs kept", fontsize="medium")
         axes.set_ylim(top=1.6 * axes.get_ylim()[1])  # room for the legend
-        axes.set(xlabel="implicit reward margin, nats", ylabel="pairs")
+        axes.set(xlabel="margin, nats", ylabel="pairs")
         axes.legend(fontsize="small")
 
 

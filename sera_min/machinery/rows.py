@@ -58,9 +58,11 @@ def read_rows(name: str, split: str, limit: int | None = None, config: str | Non
     path = Path(at_home(name))
     if not path.exists() and (name.endswith(SUFFIXES) or is_path(name)):
         raise InputError(f"{name}: no such file")
-    place = name if path.is_file() else f"{name}, split '{split}'"
+    place = name
+    if not path.is_file():
+        place += f", split '{split}'"
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors are told in ours
-    with naming(f"{place}: cannot be read"):
+    with naming(f"{place} cannot be read"):
         if path.is_file():
             return read_file(path)[:limit]
         if path.is_dir():
@@ -84,7 +86,7 @@ def read_folder(folder: Path, split: str, config: str | None) -> list[Any]:
     rows = []
     for file in files[split]:
         path = folder / Path(file).relative_to(seen)
-        with naming(f": {path}"):
+        with naming(str(path)):
             rows += read_file(path)
     return rows
 
@@ -109,7 +111,7 @@ def read_json(text: str) -> list[Any]:
     rows: list[Any] = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            with naming(f": row {len(rows)}, in line {number}"):
+            with naming(f"row {len(rows)}, in line {number}"):
                 rows.append(json.loads(line))
     return rows
 
@@ -130,7 +132,7 @@ def read_csv(text: str) -> list[Any]:
     return rows
 
 
-# What a row says. An error begins where its place ends
+# What a row says
 
 
 class Reading(NamedTuple):
@@ -149,10 +151,10 @@ def preference(row: Any) -> Reading:
         value = field(row, name, text_or_messages)
         if value is None and name == "chosen" and answer:
             value = [answer]
-        with naming(f": '{name}'"):
+        with naming(f"'{name}'"):
             if value is None:
                 columns = " ".join(", ".join(map(str, row)).split())[:300] or "none"
-                raise InputError(f" is missing or null (columns: {columns}): expected a form of docs/data.md")
+                raise InputError(f"missing or null (columns: {columns}): expected a form of docs/data.md")
             found.append(prompt_and_answer(prompt, value, row))
     (x, chosen), (other, rejected) = found
     if x != other:
@@ -163,7 +165,7 @@ def preference(row: Any) -> Reading:
 def asked(row: Any) -> tuple[str | Messages | None, Message | None]:
     """The prompt that a row names, if any, and the answer that ends it in `conversations` and `messages`."""
     if not isinstance(row, dict):
-        raise InputError(f" is of type {type(row).__name__}: expected fields and their values")
+        raise InputError(f"of type {type(row).__name__}: expected fields and their values")
     prompt = field(row, "prompt", text_or_messages)
     if prompt:
         return prompt, None
@@ -191,7 +193,7 @@ def prompt_and_answer(prompt: str | Messages | None, answer: Any, row: dict) -> 
     if dialogue[-1]["role"] != "assistant":
         raise Unusable("a dialogue ends without an answer")
     if len(dialogue) < 2:
-        raise InputError(": nothing stands before the answer: expected a 'prompt' beside it, or a dialogue")
+        raise InputError("nothing stands before the answer: expected a 'prompt' beside it, or a dialogue")
     if not prompt and len(dialogue) > 2 and dialogue[-2]["role"] == "assistant":
         raise Unusable("two turns of the assistant follow each other")
     return dialogue[:-1], dialogue[-1]
@@ -217,7 +219,7 @@ def transcript(text: str, row: dict) -> Messages:
     if before.strip() or not parts:
         if any(row.get(column) is not None for column in QUESTIONS):
             raise Unusable("a text is empty")  # the question
-        raise InputError(": expected 'prompt' or 'instruction' beside it, or a dialogue '\\n\\nHuman: …'")
+        raise InputError("expected 'prompt' or 'instruction' beside it, or a dialogue '\\n\\nHuman: …'")
     if parts[-2] == "Human":
         raise Unusable("a transcript ends without an answer")
     roles = {"Human": "user", "Assistant": "assistant"}
@@ -231,7 +233,7 @@ def in_context(prompt: str | Messages, answers: list[Any], row: dict[str, Any]) 
     options = {"tools": tools} if tools else {}
     if isinstance(prompt, str):
         if system or tools:
-            raise InputError(": 'prompt' is a text, taken as it is, beside a system or tools: write it as messages")
+            raise InputError("'prompt' is a text, taken as it is, beside a system or tools: write it as messages")
     elif system and prompt[0] != turn("system", system):
         if prompt[0]["role"] == "system":
             raise Unusable("'system' stands beside a dialogue with its own system turn")
@@ -248,7 +250,7 @@ def field(row: dict[str, Any], name: str, reader: Callable[[Any], Any]) -> Any:
         value = row.get(column)
         if value is None or (name not in ANSWERS and is_absent(from_json(value))):
             continue
-        with naming(f": '{column}'"):
+        with naming(f"'{column}'"):
             return reader(value)
     return None
 
@@ -283,15 +285,16 @@ def objects(value: Any) -> list[Any]:
     """A list of objects, such as tools or calls."""
     values = without_nulls(from_json(value))
     if not isinstance(values, list) or not all(isinstance(one, dict) for one in values):
-        raise InputError(": expected a list of objects, also as JSON")
+        raise InputError("expected a list of objects, also as JSON")
     return values
 
 
 def text_of(value: Any) -> str:
     """A text that is not blank."""
+    if value is None:
+        raise InputError("missing or null: expected a text")
     if not isinstance(value, str):
-        kind = "missing or null" if value is None else f"of type {type(value).__name__}"
-        raise InputError(f" is {kind}: expected a text")
+        raise InputError(f"of type {type(value).__name__}: expected a text")
     if not value.strip():
         raise Unusable("a text is empty")
     return value
@@ -303,16 +306,16 @@ def text_or_messages(value: Any) -> str | Messages:
     if isinstance(values, dict):
         values = [values]
     if isinstance(values, str) and LIKE_MESSAGES.match(values):
-        raise InputError(" holds messages as Python writes them, or not to their end: write them as JSON")
+        raise InputError("messages as Python writes them, or not to their end: write them as JSON")
     if not isinstance(values, list) or (isinstance(value, str) and not any(map(is_message, values))):
         return text_of(value)  # which may be an answer in JSON
     messages = []
     for j, one in enumerate(values):
-        with naming(f", message {j}"):
+        with naming(f"message {j}"):
             messages.append(message_of(without_nulls(one)))
     messages = [one for one in messages if one["content"] or one["role"] != "system"]
     if not messages:
-        raise InputError(" is empty: expected messages")
+        raise InputError("empty: expected messages")
     return messages
 
 
@@ -327,22 +330,22 @@ def message_of(value: Any) -> Message:
     role = message.get("role", message.get("from"))
     role = OTHER_ROLES.get(str(role), role)
     if role not in ROLES:
-        raise InputError(f": expected a role ({', '.join(ROLES)}) and a content")
+        raise InputError(f"expected a role ({', '.join(ROLES)}) and a content")
     content = message.get("content", message.get("value"))
     if isinstance(content, list):
         kinds = {part.get("type", "text") for part in content if isinstance(part, dict)}
         parts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in content]
         if kinds - {"text", "input_text", "output_text"} or not all(isinstance(part, str) for part in parts):
-            raise InputError(": 'content' has a part that is no text: images and sounds are not read")
+            raise InputError("'content' has a part that is no text: images and sounds are not read")
         content = "".join(parts)
     others = {name: one for name, one in message.items() if name not in MAIN_FIELDS and not is_absent(from_json(one))}
     if "tool_calls" in others:
-        with naming(": 'tool_calls'"):
+        with naming("'tool_calls'"):
             others["tool_calls"] = objects(others["tool_calls"])
     if is_absent(content) and (role == "system" or "tool_calls" in others):
         content = ""  # calls may be all that is said
     else:
-        with naming(": 'content'"):
+        with naming("'content'"):
             content = text_of(content)
     return {**turn(role, content), **others}
 

@@ -31,6 +31,7 @@ def open_run(flags: Config, variant: Any) -> Iterator["Run"]:
     Everything is read and checked before anything is written. Raises InputError.
     """
     print_replaces()
+    folder.delete_state_of_ended(Path(folder.at_home(flags.resume_from_checkpoint or flags.output_dir)))
     if flags.resume_from_checkpoint:
         config = configuration.resumed(flags, variant.name)
     else:
@@ -39,7 +40,10 @@ def open_run(flags: Config, variant: Any) -> Iterator["Run"]:
     if config.in_playground and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # two would wait for each other at every small product
     run = Run(config, variant)
-    run.check()
+    run.check_model()
+    if run.config.max_tokens is None:
+        run.find_max_tokens()
+    run.check_disk()
     with folder.locked(run.out):
         # Another run may have begun or ended there meanwhile.
         if flags.resume_from_checkpoint:
@@ -54,17 +58,21 @@ class Run:
     """What train.py needs beside the method."""
 
     def __init__(self, config: Resolved, variant: Any) -> None:
-        self.config, self.world, self.wants_report = config, variant.world, variant.report
+        self.config = config
+        self.world = variant.world
+        self.wants_report = variant.report
         self.out = Path(config.output_dir)
         self.state = self.out / "state"
-        kind = LoRAPolicies if config.use_peft else Policies
-        self.policies = kind(self.out, config)
+        if config.use_peft:
+            self.policies: Policies = LoRAPolicies(self.out, config)
+        else:
+            self.policies = Policies(self.out, config)
         self.policies.compiled = not config.in_playground and device.can_compile(config.device)
         if config.in_playground and self.policies.newest() < 0:
             with self.policies.timed("SFT"):
                 policy, tokenizer = self.world.make_sft_policy(config.seed, config.device)
             self.policies.hold(0, policy, tokenizer)
-        policy = self.policies.get(max(self.policies.newest(), 0))
+        policy = self.newest_policy()
         longest = max(config.max_length, config.max_prompt_length + config.max_new_tokens)
         check_positions(policy, longest, "--max_length or --max_prompt_length + --max_new_tokens")
 
@@ -82,8 +90,12 @@ class Run:
         self.offline_rows = list(self.texts)
         self.prompts = self.data["prompts"]  # to be answered at every evaluation
 
-    def check(self) -> None:
-        policy = self.policies.get(max(self.policies.newest(), 0))
+    def newest_policy(self) -> Any:
+        return self.policies.get(max(self.policies.newest(), 0))
+
+    def check_model(self) -> None:
+        """The GPU is set up; and before the first step log-probs are checked, in float32 and as the run computes."""
+        policy = self.newest_policy()
         first, eos_ids = self.given.pairs[0], self.policies.eos_ids
         begins = self.policies.newest() < 1
         if begins:
@@ -93,9 +105,12 @@ class Run:
         if begins and has_bfloat16(self.config.device):
             with autocast(self.config.device):  # as the run computes
                 check_before_training(policy, first, eos_ids, allowed=0.2)
-        if self.config.max_tokens is None:
-            self.find_max_tokens(policy)
-        needed = 10 * sum(p.nbytes for p in trained_weights(policy).values())  # four policies, two checkpoints
+
+    def check_disk(self) -> None:
+        """There is room for the checkpoints of a new run. Raises InputError."""
+        policy = self.newest_policy()
+        # Four policies, and two checkpoints, each of weights and two moments.
+        needed = 10 * sum(p.nbytes for p in trained_weights(policy).values())
         if self.config.use_peft:
             needed += 4 * sum(p.numel() for p in policy.parameters())  # policy/
         free = shutil.disk_usage(folder.existing(self.out)).free
@@ -104,14 +119,14 @@ class Run:
                 f"--output_dir {self.out}: {free / 1e9:.1f} GB free, and checkpoints take {needed / 1e9:.1f}"
             )
 
-    def find_max_tokens(self, policy: Any) -> None:
+    def find_max_tokens(self) -> None:
         """As many as the GPU has room for; with gradient checkpointing where those would be few."""
-        config = self.config
+        config, policy = self.config, self.newest_policy()
         tokens = device.training_tokens(policy, config.max_length, config.device)
         if tokens < device.FEW_TOKENS and not config.gradient_checkpointing and policy.supports_gradient_checkpointing:
             config = replace(config, gradient_checkpointing=True)
             self.policies.config = config
-            self.policies.make_ready(policy)
+            self.policies.use_gradient_checkpointing(policy)
             tokens = device.training_tokens(policy, config.max_length, config.device)
         least = 2 * config.max_length  # a pair of the longest rows
         found = max(least, min(tokens, device.MOST_TOKENS))
@@ -261,7 +276,7 @@ class Run:
             prompt = data.prompt_text(self.tokenizer, pair.prompt)
             for y, ended in of_prompt:
                 reward: float | None = next(rewards_left) if ended else None
-                if reward != reward:  # NaN
+                if reward is not None and math.isnan(reward):
                     reward = None
                 line = {"prompt": prompt, "response": self.answer_text(pair.prompt, y)}
                 yield {**line, "finish_reason": REASON[ended], "usable": reward is not None, "reward": reward}
@@ -270,7 +285,10 @@ class Run:
         return data.response_text(self.tokenizer, prompt, response, self.policies.eos_ids)
 
     def write_answers(self, t: int, answers: list[Ids]) -> dict[str, Any]:
-        """Writes answers.jsonl, counts iteration t's pairs; in the playground the true rewards of both."""
+        """Writes answers.jsonl. Returns how many pairs iteration t had.
+
+        In the playground also how many of these are right, and the true reward of the answers.
+        """
         seed = seed_of(self.config.seed, 0, "reference answers")
         references = self.policies.sample(0, self.prompts, 1, seed)
         rows = []

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from shared import CHATML, bpe_tokenizer, encode_pairs, unigram_tokenizer
 
 from sera_min import playground
@@ -94,10 +95,16 @@ def test_prompts_to_answer():
     assert len(x) == 16 and counts["prompts cut"] == 1
 
 
+def test_a_device_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit, match="--device is 'cuda': expected one of cpu$"):
+        answer.command_line(["--policy", "p", "--prompt_file", "f", "--device", "cuda"])
+
+
 @pytest.mark.parametrize("row, message", [
     ({"chosen": "b"}, "ask, row 1: expected 'prompt' or 'instruction'"),
-    ([], "ask, row 1 is of type list: expected fields"),
-    ({"prompt": 5}, "ask, row 1: 'prompt' is of type int: expected a text"),
+    ([], "ask, row 1: of type list: expected fields"),
+    ({"prompt": 5}, "ask, row 1: 'prompt': of type int: expected a text"),
     ({"prompt": " "}, "ask, row 1: expected 'prompt' or 'instruction'"),
 ])  # fmt: skip
 def test_what_is_no_prompt_to_answer(row, message):

@@ -254,16 +254,16 @@ def test_what_is_alike_is_dropped_also_after_the_cut():
 
 
 BAD = {
-    "no chosen": ({"prompt": "a", "rejected": "c"}, "row 1: 'chosen' is missing or null"),
-    "null": ({"prompt": "a", "chosen": None, "rejected": "c"}, "row 1: 'chosen' is missing or null"),
-    "number": ({"prompt": "a", "chosen": 5, "rejected": "c"}, "row 1: 'chosen' is of type int"),
+    "no chosen": ({"prompt": "a", "rejected": "c"}, "row 1: 'chosen': missing or null"),
+    "null": ({"prompt": "a", "chosen": None, "rejected": "c"}, "row 1: 'chosen': missing or null"),
+    "number": ({"prompt": "a", "chosen": 5, "rejected": "c"}, "row 1: 'chosen': of type int"),
     "no prompt": ({"chosen": "b", "rejected": "c"}, "row 1: 'chosen': expected 'prompt' or 'instruction'"),
     "surrogate": ({"prompt": "a\ud800", "chosen": "b", "rejected": "c"}, "row 1: the tokenizer fails: "),
-    "role": ({"prompt": [{"role": "bot", "content": "x"}], "chosen": "b", "rejected": "c"}, "'prompt', message 0: expected a role"),
-    "content": ({"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}, "message 0: 'content' is missing or null"),
-    "empty dialogue": ({"chosen": [], "rejected": []}, "'chosen' is empty: expected messages"),
+    "role": ({"prompt": [{"role": "bot", "content": "x"}], "chosen": "b", "rejected": "c"}, "'prompt': message 0: expected a role"),
+    "content": ({"prompt": [{"role": "user"}], "chosen": "b", "rejected": "c"}, "message 0: 'content': missing or null"),
+    "empty dialogue": ({"chosen": [], "rejected": []}, "'chosen': empty: expected messages"),
     "one message": ({"chosen": [turn(A, "a")], "rejected": [turn(A, "b")]}, "'chosen': nothing stands before the answer: expected"),
-    "instruction": ({"instruction": 3, "chosen": "b", "rejected": "c"}, "row 1: 'instruction' is of type int"),
+    "instruction": ({"instruction": 3, "chosen": "b", "rejected": "c"}, "row 1: 'instruction': of type int"),
 }  # fmt: skip
 
 
@@ -403,7 +403,7 @@ def test_a_parquet_that_does_not_decode_is_named(tmp_path):
 
     broken = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xff\xfe"]).buffers())
     pq.write_table(pa.table({"prompt": ["a"], "chosen": broken, "rejected": ["c"]}), tmp_path / "d.parquet")
-    with pytest.raises(InputError, match="d.parquet: cannot be read: .*utf-8"):
+    with pytest.raises(InputError, match="d.parquet cannot be read: .*utf-8"):
         read_rows(str(tmp_path / "d.parquet"), "train")
 
 

@@ -168,7 +168,7 @@ def test_where_few_tokens_fit_gradients_are_checkpointed(first, then, expected, 
     run.config = resolve(Config(device="cpu", max_length=64))
     run.policies = policies.Policies(tmp_path, run.config)
     run.policies.hold(0, tiny_model(), word_tokenizer([]))
-    run.find_max_tokens(run.policies.get(0))
+    run.find_max_tokens()
     tokens, checkpointing = expected
     assert (run.config.max_tokens, run.config.gradient_checkpointing) == expected and run.policies.config == run.config
     assert run.policies.get(0).is_gradient_checkpointing == checkpointing

@@ -110,21 +110,21 @@ def test_what_contradicts_itself_is_dropped_and_counted(row, why):
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"text": "a", "label": 1}, r"row 0: 'chosen' is missing or null \(columns: text, label\): expected a form of docs/data.md"),
-    ({"prompt": "a", "completion": "b"}, r"row 0: 'chosen' is missing or null \(columns: prompt, completion\)"),
+    ({"text": "a", "label": 1}, r"row 0: 'chosen': missing or null \(columns: text, label\): expected a form of docs/data.md"),
+    ({"prompt": "a", "completion": "b"}, r"row 0: 'chosen': missing or null \(columns: prompt, completion\)"),
     ({"input": {"messages": [U("a")]}, "preferred_output": [STONE]}, r"\(columns: input, preferred_output\)"),
     ({"prompt": "a", "system": "be kind", **SAME}, "row 0: 'prompt' is a text, taken as it is, beside a system or tools: .* as messages"),
-    ({"prompt": str([U("a")]), **SAME}, "row 0: 'prompt' holds messages as Python writes them"),
-    ({"prompt": str([{"id": 1, **U("a")}]), **SAME}, "row 0: 'prompt' holds messages as Python writes them"),
+    ({"prompt": str([U("a")]), **SAME}, "row 0: 'prompt': messages as Python writes them"),
+    ({"prompt": str([{"id": 1, **U("a")}]), **SAME}, "row 0: 'prompt': messages as Python writes them"),
     ({"prompt": "[{'content': 'a', 'role': 'user'}\n {'content': 'b', 'role': 'assistant'}]", **SAME}, "as Python writes them"),  # of numpy
-    ({"prompt": "a", "chosen": json.dumps([U("a"), A("b" * 99)])[:60], "rejected": "c"}, "'chosen' holds messages .* not to their end"),
-    ({"prompt": json.dumps([U("a"), {"role": "assistant"}]), **SAME}, "'prompt', message 1: 'content' is missing or null"),
+    ({"prompt": "a", "chosen": json.dumps([U("a"), A("b" * 99)])[:60], "rejected": "c"}, "'chosen': messages .* not to their end"),
+    ({"prompt": json.dumps([U("a"), {"role": "assistant"}]), **SAME}, "'prompt': message 1: 'content': missing or null"),
     ({"prompt": [U("a")], "tools": str([{"type": "function"}]), **SAME}, "'tools': expected a list of objects, also as JSON"),
     ({"prompt": [U("a")], "chosen": A("", tool_calls="f()"), "rejected": "c"}, "message 0: 'tool_calls': expected a list of objects"),
     ({"prompt": [{"role": "user", "content": [{"type": "image", "text": ""}, {"type": "text", "text": "a"}]}], **SAME}, "images and sounds"),
     ({"prompt": "a", "chosen": "b\ud83d", "rejected": "c"}, "row 0: .* surrogates not allowed"),
-    ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], **SAME}, "row 0: 'prompt', message 0: .* images and sounds are not read"),
-    ({"conversations": [V("robot", "a")], **SAME}, r"row 0: 'conversations', message 0: expected a role \(system, developer, user"),
+    ({"prompt": [{"role": "user", "content": [{"type": "image"}]}], **SAME}, "row 0: 'prompt': message 0: .* images and sounds are not read"),
+    ({"conversations": [V("robot", "a")], **SAME}, r"row 0: 'conversations': message 0: expected a role \(system, developer, user"),
 ])  # fmt: skip
 def test_what_is_not_read_is_refused_in_one_line(row, message):
     with pytest.raises(InputError, match=message) as error:
@@ -337,7 +337,7 @@ def test_a_folder_of_save_to_disk(tmp_path):
     rows.save_to_disk(tmp_path / "one")
     DatasetDict({"train": rows, "test": rows.select([0])}).save_to_disk(tmp_path / "two")
     assert len(read_rows(str(tmp_path / "one"), "train", 2)) == 2 and len(read_rows(str(tmp_path / "two"), "test")) == 1
-    with pytest.raises(InputError, match="split 'other': cannot be read"):
+    with pytest.raises(InputError, match="split 'other' cannot be read"):
         read_rows(str(tmp_path / "two"), "other")
 
 

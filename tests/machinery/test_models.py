@@ -263,7 +263,7 @@ def test_a_loaded_model_is_freed_at_once(tmp_path):
 def test_the_check_accepts_a_model_and_says_so(capsys):
     model = tiny_model().train()
     check_before_training(model, PAIR, [1])
-    assert "check: log π(y|x) is the logits'" in capsys.readouterr().out
+    assert "check passed: in training and in sampling log π(y|x) is that of a row alone, to 0.0001 nats a token" in capsys.readouterr().out
 
 
 def test_the_check_accepts_a_model_whose_samples_end_at_once():

@@ -78,7 +78,7 @@ def test_it_ends_as_a_run_that_drew_the_same_samples_itself(flags, tmp_path, mon
         train.main(resumed(flags))
     sample_with_vllm.main([str(out)])
     command_line(train.main, None, ["--resume_from_checkpoint", str(out)])
-    assert capsys.readouterr().out.endswith(f"to go on: python train.py --resume_from_checkpoint {out}\n")
+    assert capsys.readouterr().out.endswith(f"to go on: the same program with --resume_from_checkpoint {out}\n")
     sample_with_vllm.main([str(out)])
     final = train.main(resumed(flags))
     assert final["bootstrap/pairs"] > 0

@@ -522,6 +522,15 @@ def test_what_a_model_or_a_tokenizer_raises_is_one_line(tmp_path):
         held.draw(0, [[5]], 2, seed=0)
 
 
+def test_a_mistake_in_ones_own_loss_is_not_said_to_be_the_model_s(world, tmp_path):
+    """Someone who changes the code sees where it fails."""
+    def pair_losses(*_):
+        raise NameError("my_typo")
+
+    with pytest.raises(NameError, match="my_typo"):
+        main(small(tmp_path / "out"), replace(world, pair_losses=pair_losses))
+
+
 def test_what_is_evaluated_are_the_answers_of_the_policy_itself():
     policies = SimpleNamespace(
         sample=lambda i, prompts, n, seed: [[([7 + i, 1], True)] for _ in prompts],
@@ -602,6 +611,9 @@ def test_killed_between_its_last_two_acts_it_has_ended(stopped, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(here / "whole", out)
     (out / "state/policy-1").mkdir(parents=True)
+    with folder.locked(out), pytest.raises(InputError, match="another process is running in it"):  # it is not killed
+        main(resumed(out))
+    assert (out / "state").exists()
     with pytest.raises(InputError, match="a run that has ended; its policy is in"):
         main(resumed(out))
     assert not (out / "state").exists()
@@ -638,6 +650,10 @@ def test_a_resume_asks_for_the_same_data_and_flags_but_those_of_memory(model_dir
             main(replace(again, **{name: value}))
     with pytest.raises(SystemExit, match="out was begun with iterations = 1, not 3"):  # given, though it is the default
         configuration.command_line(main, None, ["--resume_from_checkpoint", str(out), "--iterations", "3"])
+    with pytest.raises(SystemExit, match="out was begun with keep = 0.7, not 0.5"):  # a seed beside it changes nothing
+        configuration.command_line(main, None, ["--resume_from_checkpoint", str(out), "--keep", "0.5", "--seed", "0"])
+    with pytest.raises(InputError, match="--save_steps is 0: expected at least 1"):  # what may change is checked too
+        main(replace(again, save_steps=0))
     main(replace(again, max_tokens=512, gradient_checkpointing=True, save_steps=1, beta=0.5))
     for name in ("iteration-1/pairs.jsonl", "iteration-0/answers.jsonl"):
         assert (out / name).read_text() == (tmp_path / "whole" / name).read_text()
@@ -707,7 +723,7 @@ def test_metrics_are_those_of_the_uninterrupted_run_whatever_was_left_of_them(st
 
 def test_what_another_run_began_meanwhile_is_not_taken_over(stopped, tmp_path, monkeypatch):
     """While this one was reading its data, before it had the lock."""
-    out, check = tmp_path / "out", Run.check
+    out, check = tmp_path / "out", Run.check_disk
 
     def slow(run):
         check(run)
@@ -715,7 +731,7 @@ def test_what_another_run_began_meanwhile_is_not_taken_over(stopped, tmp_path, m
         before.update((path, path.stat().st_mtime_ns) for path in out.rglob("*"))
 
     before: dict = {}
-    monkeypatch.setattr(Run, "check", slow)
+    monkeypatch.setattr(Run, "check_disk", slow)
     with pytest.raises(InputError, match="already holds a run"):
         main(replace(stopped[0], output_dir=str(out)))
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
@@ -901,7 +917,7 @@ WRONG = [
     (["--keep", "0", "--bootstrap", "0"], "no pair would be left"),
     (["--iterations", "0"], "--iterations is 0: expected at least 1"),
     (["--model_name_or_path", "", "--dataset_name", "DATA"], "error: "),
-    (["--output_dir", "HOLDS-POLICY"], "already holds a run, or its policy"),
+    (["--output_dir", "HOLDS-POLICY"], "already holds a policy, of no run"),
     (["--model_name_or_path", "TRUNCATED", "--dataset_name", "DATA"], "TRUNCATED: "),
     (["--model_name_or_path", "MISMATCHED", "--dataset_name", "DATA"], "MISMATCHED: "),
     (["--model_name_or_path", "HEADLESS", "--dataset_name", "DATA"], "HEADLESS: its files lack lm_head.weight"),
@@ -915,7 +931,7 @@ WRONG = [
     (["--eval_split", "dev"], "--eval_split is 'dev': expected one of test, validation"),
     (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--label_noise", "0"], "--label_noise has no effect on data of your own"),
     (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--eval_dataset_name", "ALIKE", *SHORT], "no pair is left to evaluate on"),
-    (["--eval_fraction", "0.5"], "--eval_fraction has no effect where other pairs are evaluated on"),
+    (["--eval_fraction", "0.5"], "--eval_fraction has no effect beside --eval_split or --eval_dataset_name"),
     (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--eval_dataset_name", "DATA", "--eval_fraction", "0.5"], "--eval_fraction has no effect"),
     (["--dataset_train_split", "x"], "--dataset_train_split has no effect in the playground"),
     (["--samples_per_prompt", "1"], "--samples_per_prompt is 1: the best of them is paired with the worst"),
@@ -929,14 +945,14 @@ WRONG = [
     (["--model_name_or_path", "no/such-model", "--dataset_name", "DATA"], "no/such-model: "),
     (["--model_name_or_path", "no-folder/", "--dataset_name", "DATA"], "no-folder/: no such folder"),
     (["--model_name_or_path", "MODEL", "--dataset_name", "no-folder/", *SHORT], "no-folder/: no such file"),
-    (["--model_name_or_path", "MODEL", "--dataset_name", "no/such-data", *SHORT], "no/such-data, split 'train': cannot be read"),
+    (["--model_name_or_path", "MODEL", "--dataset_name", "no/such-data", *SHORT], "no/such-data, split 'train' cannot be read"),
     (["--model_name_or_path", "NO-EOS", "--dataset_name", "DATA"], "its tokenizer has no EOS token"),
     (["--model_name_or_path", "NARROW", "--dataset_name", "DATA"], "its tokenizer has 379 ids, the model embeds 300"),
     (["--model_name_or_path", "PICKLED", "--dataset_name", "DATA"], "PICKLED: "),
     (["--model_name_or_path", "REMOTE", "--dataset_name", "DATA", *SHORT], "REMOTE: "),
     (["--model_name_or_path", "HALF-REMOTE", "--dataset_name", "DATA", *SHORT], "HALF-REMOTE: "),
     (["--model_name_or_path", "MODEL", "--dataset_name", "ALIKE", *SHORT], "no pair is left to train on"),
-    (["--model_name_or_path", "MODEL", "--dataset_name", "BAD", *SHORT], "row 1: 'rejected' is missing"),
+    (["--model_name_or_path", "MODEL", "--dataset_name", "BAD", *SHORT], "row 1: 'rejected': missing or null"),
     (["--output_dir", "TAKEN"], "already holds a run"),
     (["--output_dir", "DATA.jsonl/out"], "--output_dir DATA.jsonl/out: cannot write to "),
     (["--resume_from_checkpoint", "nowhere"], "nowhere: no run has begun there"),
