@@ -654,6 +654,11 @@ def test_a_resume_asks_for_the_same_data_and_flags_but_those_of_memory(model_dir
         configuration.command_line(main, None, ["--resume_from_checkpoint", str(out), "--keep", "0.5", "--seed", "0"])
     with pytest.raises(InputError, match="--save_steps is 0: expected at least 1"):  # what may change is checked too
         main(replace(again, save_steps=0))
+    begun = (out / "config.json").read_text()
+    (out / "config.json").write_text(begun.replace('"device": "cpu"', '"device": "cuda:99"'))  # on another machine
+    with pytest.raises(InputError, match="--device is 'cuda:99': expected one of cpu"):
+        main(again)
+    (out / "config.json").write_text(begun)
     main(replace(again, max_tokens=512, gradient_checkpointing=True, save_steps=1, beta=0.5))
     for name in ("iteration-1/pairs.jsonl", "iteration-0/answers.jsonl"):
         assert (out / name).read_text() == (tmp_path / "whole" / name).read_text()
