@@ -286,7 +286,7 @@ def run(place: Path, device: str, origin: str, method: str, flags: dict[str, Any
         return {}
 
     variant = replace(train.SERA, batches_of=study.equal_steps, evaluate=evaluate, report=False)
-    out = place / "runs" / f"{method}, {beta_and_rate(flags)}, seed {seed}"
+    out = place / "runs" / device / f"{method}, {beta_and_rate(flags)}, seed {seed}"
     config = Config(
         model_name_or_path=str(place / "sft"),
         dataset_name=str(place / f"pairs-{seed}.jsonl"),
@@ -303,6 +303,7 @@ def run(place: Path, device: str, origin: str, method: str, flags: dict[str, Any
         device=device,
     )
     config = replace(config, **claims.METHODS[method][1], **flags)
+    files.delete_state_of_ended(out)
     with study.quiet():
         if not (out / "config.json").exists():
             train.main(config, variant)
@@ -498,7 +499,8 @@ def tables(place: Path, device: str, results: dict[str, Any]) -> str:
         differences.append(line)
     correlation = files.read_json(place / "judge.json")["correlation"]
     head = f"The judge's correlation with people's scores, on sentences that it has not seen: {correlation:.2f}."
-    note = f"t = 0 is the SFT model. A mean reward's standard error by the completions drawn: {runs.error.max():.2f}."
+    error = runs[runs.t == end].error.max()
+    note = f"t = 0 is the SFT model. Standard error of a run's last mean reward, by its completions: at most {error:.2f}."
     of_results = [study.markdown(pd.DataFrame(lines)), study.markdown(pd.DataFrame(differences))]
     parts = [head, note, *of_results, look_table(results, device), rate_table(results, device)]
     return "# Film sentences\n\n" + "\n\n".join(parts) + "\n"
