@@ -500,7 +500,7 @@ def tables(place: Path, device: str, results: dict[str, Any]) -> str:
     correlation = files.read_json(place / "judge.json")["correlation"]
     head = f"The judge's correlation with people's scores, on sentences that it has not seen: {correlation:.2f}."
     error = runs[runs.t == end].error.max()
-    note = f"t = 0 is the SFT model. Standard error of a run's last mean reward, by its completions: at most {error:.2f}."
+    note = f"t = 0 is the SFT model. A last mean reward has a standard error of at most {error:.2f}."
     of_results = [study.markdown(pd.DataFrame(lines)), study.markdown(pd.DataFrame(differences))]
     parts = [head, note, *of_results, look_table(results, device), rate_table(results, device)]
     return "# Film sentences\n\n" + "\n\n".join(parts) + "\n"
