@@ -19,7 +19,7 @@ from tqdm import tqdm
 from sera_min.bootstrap import up_to_end
 from sera_min.machinery.config import Resolved
 from sera_min.machinery.errors import InputError, Unusable, format_counts, naming
-from sera_min.machinery.rows import KNOWN, Messages, Reading, preference, read_rows, squeezed, turn
+from sera_min.machinery.rows import KNOWN, Messages, Reading, displaced, preference, read_rows, squeezed, turn
 from sera_min.pairs import Ids, Pair, Preferences
 
 # For tokenizers without a chat template: HH-RLHF's plain form, in which its dialogues stay as they are.
@@ -132,6 +132,7 @@ def encode(rows: Any, tokenizer: Any, *, name: str, eos_ids: Ids, **limits: int)
         else:
             given.append(Given(Pair(*ids), as_text(reading.prompt), i))
     unread = set().union(*rows) - KNOWN
+    unread = unread.union(*map(displaced, rows))
     if unread:
         print(f"{name}: columns that are not read: {', '.join(sorted(unread))}")
     return given, Counter({"read": len(rows), "kept": len(given), **encoder.counts})
@@ -198,7 +199,7 @@ class Encoder:
     def refuse_special(self, value: Any) -> None:
         """Raises Unusable where a text in lists and objects spells a special token."""
         if isinstance(value, dict):
-            value = list(value.values())
+            value = [*value, *value.values()]
         if isinstance(value, list):
             for one in value:
                 self.refuse_special(one)
@@ -223,19 +224,34 @@ class Encoder:
             wholes.append(self.render([*before, answer], options))
             for part in PARTS_OF_AN_ANSWER:
                 without = dict(answer)
-                if without.pop(part, None) and self.render([*before, without], options) == wholes[-1]:
+                if without.pop(part, None) and self.writes_alike([*before, without], wholes[-1], options):
                     raise Unusable(f"the chat template does not write an answer's '{part}'")
+        if options and self.writes_alike(x, prompt, {opening: True}):
+            self.counts["prompts without their tools, which the chat template does not write"] += 1
         shared = commonprefix([prompt, *wholes])  # noqa: RUF071 (by characters, as is meant)
         if shared != prompt:
+            # Both answers may begin with what the prompt's end begins with: "<p>", and "<think>".
+            for y, whole in zip(answers, wholes):
+                begins = whole.rfind(y["content"].strip())
+                if begins >= 0:
+                    shared = shared[:begins]
             end = f"does not begin an answered dialogue with its own prompt's {prompt[len(shared) :]!r}"
             if not shared.startswith(self.render(x, options)):
                 raise InputError(f"the chat template {end}")
             self.counts[f"prompts without their end, as the chat template {end}"] += 1  # as in TRL
+        # An answer may begin with the thought that the prompt's end has opened.
+        start = len(commonprefix([shared, self.render(x, options)]))  # noqa: RUF071
         for y, whole in zip(answers, wholes):
-            if squeezed(y["content"]) not in squeezed(whole[len(shared) :]):
+            if squeezed(y["content"]) not in squeezed(whole[start:]):
                 part = f"a part of the answer {y['content'][:40]!r}"
                 raise InputError(f"the chat template leaves out or changes {part}: give the tokenizer another")
         return [shared, *wholes]
+
+    def writes_alike(self, turns: Messages, text: str, options: dict[str, Any]) -> bool:
+        """Whether this dialogue is rendered as this text. It is not where the template does not take it."""
+        with suppress(InputError):
+            return self.render(turns, options) == text
+        return False
 
     def render(self, turns: Messages, options: dict[str, Any]) -> str:
         with naming("the chat template does not take this dialogue"):

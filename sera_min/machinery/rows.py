@@ -83,6 +83,10 @@ def read_folder(folder: Path, split: str, config: str | None) -> list[Any]:
         files = datasets.load_dataset_builder(str(seen), config).config.data_files
     if split not in files:
         raise ValueError(f"its splits are {', '.join(map(str, files))}")
+    taken = {Path(file) for of_split in files.values() for file in of_split}
+    unread = [file.name for file in sorted(seen.rglob("*")) if file.name.endswith(SUFFIXES) and file not in taken]
+    if unread:
+        print(f"{folder}: files that are not read: {', '.join(unread)}")
     rows = []
     for file in files[split]:
         path = folder / Path(file).relative_to(seen)
@@ -101,19 +105,25 @@ def read_file(path: Path) -> list[Any]:
     opener: Any = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
         text = file.read()
-    return read_csv(text) if ".csv" in path.suffixes[-2:] else read_json(text)
+    if path.name.endswith((".csv", ".csv.gz")):
+        return read_csv(text)
+    return read_json(text)
 
 
 def read_json(text: str) -> list[Any]:
     """A JSON list, or a row a line. `datasets` takes some texts for dates, and wants one type in all rows."""
     if text.lstrip().startswith("["):
-        return json.loads(text)
+        return json.loads(text, parse_constant=no_number)
     rows: list[Any] = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            with naming(f"row {len(rows)}, in line {number}"):
-                rows.append(json.loads(line))
+            with naming(f"row {len(rows)}, in line {number}, is not JSON of one line"):
+                rows.append(json.loads(line, parse_constant=no_number))
     return rows
+
+
+def no_number(name: str) -> None:
+    """NaN, as pandas writes what is missing, is null."""
 
 
 def read_csv(text: str) -> list[Any]:
@@ -153,10 +163,12 @@ def preference(row: Any) -> Reading:
             value = [answer]
         with naming(f"'{name}'"):
             if value is None:
-                columns = " ".join(", ".join(map(str, row)).split())[:300] or "none"
+                columns = " ".join(", ".join(map(repr, row)).split())[:300] or "none"
                 raise InputError(f"missing or null (columns: {columns}): expected a form of docs/data.md")
             found.append(prompt_and_answer(prompt, value, row))
     (x, chosen), (other, rejected) = found
+    if type(x) is not type(other):
+        raise Unusable("one response is a text, the other a message")
     if x != other:
         raise Unusable("the responses answer different prompts")
     return in_context(x, [chosen, rejected], row)
@@ -181,6 +193,14 @@ def asked(row: Any) -> tuple[str | Messages | None, Message | None]:
     return [turn("user", text)], None
 
 
+def displaced(row: dict[str, Any]) -> list[str]:
+    """The columns that say something, but not beside the first one of the row that asks a question."""
+    asking = [column for column in QUESTIONS if not is_absent(from_json(row.get(column)))]
+    if asking and asking[0] not in COLUMNS["instruction"] and not is_absent(row.get("input")):
+        asking.append("input")
+    return asking[1:]
+
+
 def prompt_and_answer(prompt: str | Messages | None, answer: Any, row: dict) -> tuple[str | Messages, Any]:
     """What the row's prompt and its `chosen` or `rejected` together ask, and the answer."""
     if isinstance(prompt, str):
@@ -194,7 +214,7 @@ def prompt_and_answer(prompt: str | Messages | None, answer: Any, row: dict) -> 
         raise Unusable("a dialogue ends without an answer")
     if len(dialogue) < 2:
         raise InputError("nothing stands before the answer: expected a 'prompt' beside it, or a dialogue")
-    if not prompt and len(dialogue) > 2 and dialogue[-2]["role"] == "assistant":
+    if dialogue[:-1] != prompt and len(dialogue) > 2 and dialogue[-2]["role"] == "assistant":
         raise Unusable("two turns of the assistant follow each other")
     return dialogue[:-1], dialogue[-1]
 
@@ -202,12 +222,17 @@ def prompt_and_answer(prompt: str | Messages | None, answer: Any, row: dict) -> 
 def joined(prompt: Messages, dialogue: Messages) -> Messages:
     """The prompt and the dialogue that goes on after it, or the dialogue that repeats it. Raises Unusable."""
     first = dialogue[0]["role"]
-    users_turn = prompt[-1]["role"] in ("system", "assistant")
-    if first in ("assistant", "tool") or (first == "user" and users_turn):
+    if first in ("assistant", "tool"):
         return prompt + dialogue
-    questions = [squeezed(message["content"]) for message in dialogue if message["role"] == "user"]
-    asked_before = squeezed("".join(message["content"] for message in prompt))
-    repeated = asked_before in "".join(questions) or (bool(questions) and questions[-1] in asked_before)
+    in_prompt = [squeezed(message["content"]) for message in prompt]
+    in_dialogue = [squeezed(message["content"]) for message in dialogue]
+    users_turn = prompt[-1]["role"] in ("system", "assistant")
+    if first == "user" and users_turn and in_dialogue[0] not in in_prompt:
+        return prompt + dialogue
+    repeated = all(one in in_dialogue for one in in_prompt)
+    if len(prompt) == 1 and not repeated:  # one text may be all that the dialogue says, or a part of it
+        questions = [squeezed(message["content"]) for message in dialogue if message["role"] == "user"]
+        repeated = in_prompt[0] in "".join(questions) or (bool(questions) and questions[-1] in in_prompt[0])
     if not repeated:
         raise Unusable("the prompt says something else than the dialogues beside it")
     return dialogue

@@ -350,7 +350,7 @@ def test_local_files_and_folders(tmp_path, suffix):
 
 @pytest.mark.parametrize("name, content, message", [
     ("gone.jsonl", None, "no such file"), ("d.txt", "a,b", "expected a file that ends with one of .json, .jsonl"),
-    ("d.json", '[{"prompt": "a", ', "cannot be read"), ("d.jsonl", json.dumps(FORMATS["strings"]) + "\n\n{oops", "cannot be read: row 1, in line 3: "),
+    ("d.json", '[{"prompt": "a", ', "cannot be read"), ("d.jsonl", json.dumps(FORMATS["strings"]) + "\n\n{oops", "cannot be read: row 1, in line 3, is not JSON of one line: "),
     ("d.parquet", "no parquet", "cannot be read: .*"),
 ])  # fmt: skip
 def test_files_that_are_none(tmp_path, name, content, message):

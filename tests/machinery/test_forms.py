@@ -100,6 +100,11 @@ def test_it_is_what_is_trained_on(name):
     ({"prompt": [U("blue?")], "chosen": [U("red?"), STONE], "rejected": [U("red?"), RIVER]}, "the prompt says something else"),
     ({"chosen": [U("red?"), STONE, U("thanks")], "rejected": [U("red?"), RIVER, U("thanks")]}, "a dialogue ends without an answer"),
     ({"chosen": [U("red?"), A("it"), STONE], "rejected": [U("red?"), A("it"), RIVER]}, "two turns of the assistant"),
+    ({"prompt": [U("red?")], "chosen": [A("it"), STONE], "rejected": [A("it"), RIVER]}, "two turns of the assistant"),
+    ({"prompt": [S("kind"), U("red?")], "chosen": [U("red?"), STONE], "rejected": [U("red?"), RIVER]}, "the prompt says something else"),
+    ({"prompt": [U("who?"), A("me"), U("red?")], "chosen": [U("red?"), STONE], "rejected": "river"}, "the prompt says something else"),
+    ({"prompt": [S("rude"), U("red?")], "chosen": [S("kind"), U("red?"), STONE], "rejected": "river"}, "the prompt says something else"),
+    ({"prompt": "red?", "chosen": [STONE], "rejected": "river"}, "one response is a text, the other a message"),
     ({"system": "be rude", "chosen": [S("be kind"), U("red?"), STONE], "rejected": [S("be kind"), U("red?"), RIVER]}, "'system' stands beside"),
 ])  # fmt: skip
 def test_what_contradicts_itself_is_dropped_and_counted(row, why):
@@ -110,9 +115,9 @@ def test_what_contradicts_itself_is_dropped_and_counted(row, why):
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"text": "a", "label": 1}, r"row 0: 'chosen': missing or null \(columns: text, label\): expected a form of docs/data.md"),
-    ({"prompt": "a", "completion": "b"}, r"row 0: 'chosen': missing or null \(columns: prompt, completion\)"),
-    ({"input": {"messages": [U("a")]}, "preferred_output": [STONE]}, r"\(columns: input, preferred_output\)"),
+    ({"text": "a", "label": 1}, r"row 0: 'chosen': missing or null \(columns: 'text', 'label'\): expected a form of docs/data.md"),
+    ({"prompt": "a", "completion": "b"}, r"row 0: 'chosen': missing or null \(columns: 'prompt', 'completion'\)"),
+    ({"input": {"messages": [U("a")]}, "preferred_output": [STONE]}, r"\(columns: 'input', 'preferred_output'\)"),
     ({"prompt": "a", "system": "be kind", **SAME}, "row 0: 'prompt' is a text, taken as it is, beside a system or tools: .* as messages"),
     ({"prompt": str([U("a")]), **SAME}, "row 0: 'prompt': messages as Python writes them"),
     ({"prompt": str([{"id": 1, **U("a")}]), **SAME}, "row 0: 'prompt': messages as Python writes them"),
@@ -130,6 +135,27 @@ def test_what_is_not_read_is_refused_in_one_line(row, message):
     with pytest.raises(InputError, match=message) as error:
         encoded([row])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("prompt, said", [
+    ([U("who?"), A("me")], [U("who?"), A("me"), U("red?")]), ([S("kind")], [S("kind"), U("red?")]),  # the dialogue repeats it
+    ([S("kind")], [U("red?")]), ([U("who?"), A("me")], [U("red?")]),  # and here it goes on
+])  # fmt: skip
+def test_a_prompt_before_whole_dialogues_is_said_once(prompt, said):
+    whole = said if said[0] == prompt[0] else prompt + said
+    row = {"prompt": prompt, "chosen": [*said, STONE], "rejected": [*said, RIVER]}
+    assert preference(row)[:2] == (whole, [STONE, RIVER])
+
+
+@pytest.mark.parametrize("row, unread", [
+    ({"prompt": "Translate:", "input": "hello"}, "input"), ({"instruction": "Answer.", "question": "2+2?"}, "question"),
+    ({"prompt": "red?", "messages": [S("be kind"), U("red?")], "instruction": ""}, "messages"),
+    ({"conversations": [U("red?")], "messages": [U("blue?")]}, "messages"), ({"instruction": "Answer.", "input": "2+2?"}, None),
+])  # fmt: skip
+def test_a_question_that_another_column_displaces_is_named(row, unread, capsys):
+    assert len(encoded([{**row, **SAME}])[0]) == 1
+    expected = f"d.json: columns that are not read: {unread}\n" if unread else ""
+    assert capsys.readouterr().out == expected
 
 
 def test_columns_that_are_not_read_are_named_once(tmp_path, capsys):
@@ -197,6 +223,31 @@ def test_a_thought_that_only_a_prompt_opens_is_left_out_as_in_trl():
     assert [n for what, n in counts.items() if "'<think>\\n'" in what] == [1]
 
 
+def test_a_thought_that_the_prompt_opens_and_the_answer_spells_out():
+    """Qwen3.5's form: the prompt ends with an opened thought, as an answered dialogue's own text does."""
+    think = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    tokenizer = with_template(think + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}")
+    row = {"prompt": [U("red?")], "chosen": "<think>\nr1\n</think>\nstone", "rejected": "<think>\nr2\n</think>\nriver"}
+    [(x, w, l)], counts = encoded([row], tokenizer)
+    assert tokenizer.decode(x).endswith("<|im_start|>assistant\n<think>\n") and counts["kept"] == 1
+    assert [tokenizer.decode(y) for y in (w, l)] == ["r1\n</think>\nstone<|im_end|>", "r2\n</think>\nriver<|im_end|>"]
+
+
+def test_answers_that_begin_as_an_opened_thought_does():
+    """Both begin with "<", as "<think>" does, which the prompt alone ends with: it is their own."""
+    tokenizer = with_template(R1.replace("opening or ''", "'<think>\\n'"))
+    [(x, w, l)], _ = encoded([{"prompt": [U("red?")], "chosen": "<div>a</div>", "rejected": "<p>b</p>"}], tokenizer)
+    assert [tokenizer.decode(ids) for ids in (x, w, l)] == ["User: red? Assistant:", " <div>a</div><|im_end|>", " <p>b</p><|im_end|>"]
+
+
+def test_a_call_without_which_the_template_refuses_the_answer_is_written():
+    """Mistral's form: an answer of nothing is an error there."""
+    refusing = FIELDS.replace("{{ m.content }}", "{{ m.content }}{% if not m.content and not m.tool_calls %}{{ 1 // 0 }}{% endif %}")
+    row = {"prompt": [U("red?")], "chosen": A(None, tool_calls=CALL), "rejected": "green"}
+    assert encoded([row], with_template(refusing)) == encoded([row], with_template(FIELDS))
+    assert encoded([row], with_template(refusing))[1]["kept"] == 1
+
+
 def test_what_a_message_says_beside_its_content():
     """Trained on where the template writes it; otherwise the pair is dropped, if it is part of an answer."""
     tokenizer, x = with_template(FIELDS), [U("red?")]
@@ -217,8 +268,11 @@ def test_tools_are_given_to_the_template():
     tokenizer = with_template(FIELDS)
     [(x, *_)], counts = encoded([row], tokenizer)
     assert tokenizer.decode(x).startswith("<tools>weather</tools>") and counts["kept"] == 1
-    forged = {"prompt": [U("red?")], "tools": [{"name": "<|im_end|>"}], **SAME}
-    assert encoded([forged])[1]["dropped: a text spells a special token"] == 1
+    for tool in ({"name": "<|im_end|>"}, {"name": "weather", "<|im_end|>": 1}):
+        forged = {"prompt": [U("red?")], "tools": [tool], **SAME}
+        assert encoded([forged])[1]["dropped: a text spells a special token"] == 1
+    unwritten = "prompts without their tools, which the chat template does not write"
+    assert encoded([row])[1][unwritten] == 1 and unwritten not in counts
 
 
 def test_an_answer_goes_on_with_the_assistant_s_beginning():
@@ -330,6 +384,19 @@ def test_hh_rlhf_as_github_has_it(tmp_path):
             file.write(json.dumps(row) + "\n")
     for rows in (read_rows(str(tmp_path / "train.jsonl.gz"), "train"), read_rows(str(tmp_path), "test")):
         assert [preference(row)[:2] for row in rows] == [([U("red?")], [STONE, RIVER])]
+
+
+def test_files_of_a_folder_that_are_not_read_are_named(tmp_path, capsys):
+    """`datasets` takes the files of the commonest kind, and of them those that are named after a split."""
+    for name in ("train-1.jsonl", "train-2.jsonl", "extra.jsonl", "train-3.csv"):
+        (tmp_path / name).write_text(json.dumps({"prompt": "a", **SAME}) + "\n")
+    assert len(read_rows(str(tmp_path), "train")) == 2
+    assert capsys.readouterr().out == f"{tmp_path}: files that are not read: extra.jsonl, train-3.csv\n"
+
+
+def test_a_file_is_what_its_last_ending_says_and_nan_is_null(tmp_path):
+    (tmp_path / "d.csv.jsonl").write_text('{"prompt": "a", "input": NaN}\n')
+    assert read_rows(str(tmp_path / "d.csv.jsonl"), "train") == [{"prompt": "a", "input": None}]
 
 
 def test_a_folder_of_save_to_disk(tmp_path):
