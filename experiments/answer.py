@@ -23,9 +23,9 @@ from sera_min.machinery.data import Encoder, as_text, response_text
 from sera_min.machinery.device import autocast, devices, prepare, retry_on_oom
 from sera_min.machinery.errors import InputError, Unusable, format_counts, naming, print_replaces
 from sera_min.machinery.folder import at_home, write
-from sera_min.machinery.models import check_positions, eos_ids_of, load, pad_id_of
+from sera_min.machinery.models import check_before_training, check_positions, eos_ids_of, load, pad_id_of
 from sera_min.machinery.rows import Reading, asked, in_context, read_rows
-from sera_min.pairs import Ids
+from sera_min.pairs import Ids, Pair
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -80,6 +80,8 @@ def main(flags: argparse.Namespace) -> None:
             raise InputError(f"--{name} is {getattr(flags, name)}: expected above 0")
     if flags.device not in devices():
         raise InputError(f"--device is {flags.device!r}: expected one of {', '.join(devices())}")
+    if Path(flags.output).is_dir():
+        raise InputError(f"--output {flags.output} is a folder: expected a file")
     policy, tokenizer = load(flags.policy, flags.device)
     longest = flags.max_prompt_length + flags.max_new_tokens
     check_positions(policy, longest, "--max_prompt_length + --max_new_tokens")
@@ -88,6 +90,7 @@ def main(flags: argparse.Namespace) -> None:
     limits = {"max_length": longest, "max_prompt_length": flags.max_prompt_length}
     texts, prompts, counts = encode_prompts(rows, tokenizer, name=flags.prompt_file, eos_ids=ends, **limits)
     print(f"prompts: {format_counts(counts)}")
+    check_before_training(policy, Pair(prompts[0], ends[:1], ends[:1]), ends)  # is it sampled rightly?
     prepare(flags.device)
 
     attempt = partial(

@@ -1,16 +1,17 @@
 """What sera_min does on a GPU: is it exact there, how fast beside TRL, how much memory. One JSON.
 
-    python experiments/gpu_check.py                         some six minutes on an H200, by the sum of its parts
+    python experiments/gpu_check.py                         seven minutes on an H200, by the sum of its parts
     python experiments/gpu_check.py --parts own step-3B lora    these are only done when named
 
-A part that is not named, or that fails, keeps its figures, and where they are from. Without a GPU all parts but the
-steps of larger models run in small form, to show that the program itself works, and nothing is written. Beside
-sera_min's own packages it needs `trl`. Torch and transformers are taken as they are found.
+A part that is not named, or of which nothing could be measured, keeps its figures, and where they are from. Without a
+GPU all parts but the steps of larger models run in small form, to show that the program itself works, and nothing is
+written. Beside sera_min's own packages it needs `trl`. Torch and transformers are taken as they are found.
 
-Writes experiments/results/gpu.json, after each part; what a part has measured before it is cut off is on the screen. A
-measurement that takes longer than four minutes is left out, and said to be. A rate counts real, unpadded tokens; every
-step has new pairs, so nearly all of its batches have shapes that were not seen before, as in a run. The utilisation is
-of 790 TFLOP/s, about what a large bfloat16 product reaches on an H100 or H200; the data sheet says 989.
+Writes experiments/results/gpu.json, or --output, after each measurement. One that takes longer than four minutes, or
+for which nothing is left of the eight (--limit) that all may take, is left out, and said to be. A rate counts real,
+unpadded tokens; every step has new pairs, so nearly all of its batches have shapes that were not seen before, as in a
+run. The utilisation is of 790 TFLOP/s, about what a large bfloat16 product reaches on an H100 or H200; the data
+sheet says 989.
 """
 
 import argparse
@@ -48,9 +49,10 @@ import train
 from sera_min import bootstrap, logprobs, playground
 from sera_min.lora import add_lora, linear_layers
 from sera_min.machinery import device
+from sera_min.machinery.folder import write
 from sera_min.pairs import rows_of
 
-GPU = DEVICE == "cuda" and "fakecuda" not in sys.modules
+GPU = DEVICE == "cuda"
 RESULT = ROOT / "experiments/results/gpu.json"
 SHAPES = ("135M", "1.1B")
 PAIRS = 32  # in a step
@@ -144,12 +146,9 @@ def timed(work: Any, repeats: int) -> list[float]:
     return seconds
 
 
-def exact() -> dict[str, Any]:
-    """Log-probs of small models of 15 families against float64, one row at a time; and gradients."""
-    return {family: exact_family(family) for family in FAMILIES}
-
-
 def exact_family(family: str) -> dict[str, float]:
+    """Log-probs of a small model of a family against float64, one row at a time; and gradients."""
+    torch.backends.cuda.matmul.allow_tf32 = False  # exactness is checked in float32
     known = vars(AutoConfig.for_model(family))
     torch.manual_seed(0)
     sizes = {name: size for name, size in SIZES.items() if name in known or name == "num_key_value_heads"}
@@ -176,6 +175,7 @@ def exact_family(family: str) -> dict[str, float]:
             compiled, _ = logprobs.sequence_logprobs(model, x, y)
             found["bfloat16 and compiled, nats a token"] = ((compiled - right).abs() / tokens).max().item()
     torch._dynamo.reset()
+    device.prepare(DEVICE)
     return found
 
 
@@ -213,26 +213,18 @@ def pairs_of(vocabulary: int, seed: int) -> list[Any]:
     return made_pairs((seed + 1) * PAIRS, vocabulary)[-PAIRS:]
 
 
-def step(shape: str) -> dict[str, Any]:
-    """A training step of 32 pairs, ours in several forms and TRL's."""
-    found: dict[str, Any] = {}
-    for name, *form in FORMS[shape]:
-        found[name] = safely(step_of, shape, *form)
-        print(shape, name, found[name], flush=True)
-    for batch in TRL_BATCHES[shape]:
-        name = f"TRL, {batch} pairs a pass"
-        found[name] = safely(step_of_trl, shape, batch)
-        print(shape, name, found[name], flush=True)
-    return found
+def safely(work: Any, seconds: float) -> Any:
+    """work(), or what kept it from an end within so many seconds."""
+    if seconds < 10:
+        return "no time was left"
 
+    def too_long(*_: Any) -> None:
+        raise TimeoutError(f"not done in {seconds:.0f} seconds")
 
-def safely(work: Any, *arguments: Any) -> Any:
-    """work(*arguments), or what kept it from an end. Within another one only the inner one's time is limited."""
-    began = time.perf_counter()
     signal.signal(signal.SIGALRM, too_long)
-    signal.alarm(LONGEST)
+    signal.alarm(int(seconds))
     try:
-        return work(*arguments)
+        return work()
     except torch.OutOfMemoryError:
         return "out of memory"
     except Exception as error:
@@ -240,14 +232,10 @@ def safely(work: Any, *arguments: Any) -> Any:
         return repr(error)[:300]
     finally:
         signal.alarm(0)
-        print(f"{time.perf_counter() - began:.0f} s:", end=" ", flush=True)
-
-
-def too_long(*_: Any) -> None:
-    raise TimeoutError(f"not done in {LONGEST} seconds")
 
 
 def step_of(shape: str, max_tokens: int, compiled: bool, checkpointing: bool) -> dict[str, Any]:
+    """A training step of 32 pairs, ours."""
     steps = Steps(shape, max_tokens, compiled, checkpointing)
     began = clock()
     for seed in range(3):
@@ -261,6 +249,7 @@ def step_of(shape: str, max_tokens: int, compiled: bool, checkpointing: bool) ->
 
 
 def step_of_trl(shape: str, batch: int) -> dict[str, Any]:
+    """The same, TRL's, in passes of `batch` pairs."""
     forget()
     count = 8 if GPU else 3
     model = made_model(shape)
@@ -313,10 +302,6 @@ def with_lora() -> dict[str, Any]:
     return found
 
 
-def score() -> dict[str, Any]:
-    return {shape: score_of(shape) for shape in SHAPES}
-
-
 def score_of(shape: str) -> dict[str, Any]:
     forget()
     model = made_model(shape).eval()
@@ -331,12 +316,8 @@ def score_of(shape: str) -> dict[str, Any]:
     return {"tokens/s": rate, "peak GB": gigabytes(), "busy": busy(work)}
 
 
-def sample() -> dict[str, Any]:
-    """New tokens a second: train.py's sampling, and `generate` with 8 prompts at a time; both 4 samples a prompt."""
-    return {shape: sample_of(shape) for shape in SHAPES}
-
-
 def sample_of(shape: str) -> dict[str, Any]:
+    """New tokens a second: train.py's sampling, and `generate` with 8 prompts at a time; both 4 samples a prompt."""
     forget()
     model = made_model(shape).eval()
     prompts = [pair.prompt[:256] for pair in made_pairs(SAMPLED // 4, model.config.vocab_size)]
@@ -359,7 +340,6 @@ def sample_of(shape: str) -> dict[str, Any]:
     logits = torch.randn(SAMPLED, model.config.vocab_size, device=DEVICE)
     found["drawing a token, ms"] = 1e3 * statistics.median(timed(lambda: draw(logits[:, :1].long(), logits), 20))
     found["busy, 16 tokens"] = busy(lambda: ours(prompts, 16))
-    print(shape, found, flush=True)
     return found
 
 
@@ -392,10 +372,23 @@ def own() -> dict[str, Any]:
     return {name: seconds for name, seconds, *_ in bench.iteration_part("135M", 256 if GPU else 8, None)}
 
 
-PARTS = {
-    "sample": sample, "run": run, "exact": exact, "score": score,
-    **{f"step-{shape}": partial(step, shape) for shape in FORMS}, "own": own, "lora": with_lora,
-}  # fmt: skip
+def step_forms(shape: str) -> dict[str, Any]:
+    """Of a shape: a form of the step -> what measures it."""
+    forms = {name: partial(step_of, shape, *form) for name, *form in FORMS[shape]}
+    for batch in TRL_BATCHES[shape]:
+        forms[f"TRL, {batch} pairs a pass"] = partial(step_of_trl, shape, batch)
+    return forms
+
+
+PARTS: dict[str, dict[str, Any]] = {  # part -> measurement -> what measures it
+    "sample": {shape: partial(sample_of, shape) for shape in SHAPES},
+    "run": {"train.py": run},
+    "exact": {family: partial(exact_family, family) for family in FAMILIES},
+    "score": {shape: partial(score_of, shape) for shape in SHAPES},
+    **{f"step-{shape}": step_forms(shape) for shape in FORMS},
+    "own": {"256 pairs": own},
+    "lora": {"8B": with_lora},
+}
 WHEN_NAMED = ("step-3B", "own", "lora")
 
 
@@ -411,24 +404,33 @@ def main() -> None:
     most = [part for part in PARTS if part not in WHEN_NAMED]
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=most)
     parser.add_argument("--output", type=Path, default=RESULT)
+    parser.add_argument("--limit", type=int, default=470, help="seconds that all may take (470)")
     arguments = parser.parse_args()
+    end = time.perf_counter() + arguments.limit
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    results = json.loads(arguments.output.read_text()) if GPU and arguments.output.exists() else {}
+    results: dict[str, Any] = {}
+    if GPU and arguments.output.exists():
+        results = json.loads(arguments.output.read_text())
+    device.prepare(DEVICE)
     where = rounded(environment())
+    failed = []
     for part in arguments.parts:
-        torch.backends.cuda.matmul.allow_tf32 = False  # exactness is checked in float32
-        if part != "exact":
-            device.prepare(DEVICE)
-        measured = safely(PARTS[part])
-        if isinstance(measured, str):
-            print(f"{part}: {measured}", flush=True)
-            continue
-        results[part] = {"measured on": where, **rounded(measured)}
-        print(part, flush=True)
-        if GPU:
-            arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+        found: dict[str, Any] = {"measured on": where}
+        for name, work in PARTS[part].items():
+            began = time.perf_counter()
+            measured = safely(work, min(LONGEST, end - began))
+            found[name] = rounded(measured)
+            print(f"{time.perf_counter() - began:.0f} s: {part}, {name}: {found[name]}", flush=True)
+            if isinstance(measured, str):
+                failed.append(f"{part}, {name}: {measured}")
+            else:
+                results[part] = found
+            if GPU:
+                write(arguments.output, json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 if __name__ == "__main__":

@@ -14,14 +14,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import train
-from sera_min import playground
 from sera_min.bootstrap import best_worst_pairs, ended_responses
 from sera_min.machinery.config import Resolved, seed_of
 from sera_min.machinery.policies import Policies
 from sera_min.pairs import Ids, Pair, Preferences, Review, Rows, Samples, TrainingSet, rows_of
 from train import Variant
-
-TOKENIZER = playground.make_tokenizer()
 
 
 def to_train_on(policies: Policies, pairs: list[Pair], against: int = 0) -> Review:
@@ -67,6 +64,8 @@ def dice() -> Variant:
 
 def length_price(rewards: Tensor, lengths: Tensor, prompt_of: list[int]) -> float:
     """Of α = 0, 0.001, …, 1 that at which best and worst differ least in length, on average over the prompts; (R,)."""
+    if not prompt_of:
+        return 0.0
     of_prompt: dict[int, list[int]] = {}
     for row, prompt in enumerate(prompt_of):
         of_prompt.setdefault(prompt, []).append(row)

@@ -11,7 +11,8 @@ log π_ref that it returns: no reference is in memory then. OUT/iteration-<t> ge
      --gradient_accumulation_steps stays the same and divides the pairs (else accelerate repeats some at the end).
   2. To score and to sample, every process loads the full model in float32 from policy/; several nodes share one OUT.
      ZeRO-3 needs stage3_gather_16bit_weights_on_model_save, and saves weights rounded to 16 bits, which loses small
-     steps: prefer FSDP. Tested by us: DDP on two CPU processes, nothing else.
+     steps: prefer FSDP. DeepSpeed's configuration must have no `scheduler`: it would be that of iteration 1's steps.
+     Tested by us: DDP on two CPU processes, nothing else.
   3. Samples of another engine: with `--pause_before_sampling` a run stops where samples are due, and leaves the token
      ids of the prompts in OUT/state/prompts-….json. `experiments/sample_with_vllm.py OUT` answers them, or any other
      program that writes JSONL of {"prompt": [ids], "responses": [[ids], …], "finish_reasons": ["stop", "length", …]},
@@ -25,6 +26,7 @@ log π_ref that it returns: no reference is in memory then. OUT/iteration-<t> ge
 import gc
 import io
 import json
+import math
 import os
 import sys
 from argparse import RawDescriptionHelpFormatter
@@ -46,12 +48,13 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import HfArgumentParser
 from trl import DPOConfig, DPOTrainer
+from trl.trainer import dpo_trainer
 
 from sera_min.logprobs import score
 from sera_min.machinery import data, policies
 from sera_min.machinery.config import Config, Resolved, flag, resolve, seed_of
-from sera_min.machinery.device import prepare, retry_on_oom
-from sera_min.machinery.errors import InputError, Paused, naming, print_replaces
+from sera_min.machinery.device import has_bfloat16, prepare, retry_on_oom
+from sera_min.machinery.errors import InputError, Paused, naming, one_line, print_replaces
 from sera_min.machinery.folder import at_home, make_readable, write
 from sera_min.machinery.models import check_before_training, check_positions, load
 from sera_min.machinery.policies import check_log_probs, key_of, read_samples
@@ -88,11 +91,16 @@ def is_main() -> bool:
 def shared_out(n: int, work: Callable[[int, range], list], desc: str) -> list:
     """A result for each of n rows, on every process: of chunk c they are work(c, rows), whichever process has c."""
     state = PartialState()
-    chunks = -(-n // CHUNK)
+    chunks = math.ceil(n / CHUNK)
     numbers = range(state.process_index, chunks, state.num_processes)
-    done = []
-    for c in tqdm(numbers, desc, disable=not is_main()):
-        done.append((c, work(c, range(c, n, chunks))))
+    done, failed = [], None
+    try:
+        for c in tqdm(numbers, desc, disable=not is_main()):
+            done.append((c, work(c, range(c, n, chunks))))
+    except (InputError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        failed = f"process {state.process_index}: {one_line(error)}"
+    for message in gather_object([failed]):  # so that all end, and the first process says why
+        refuse(message is not None, str(message))
     results: list = [None] * n
     for c, values in gather_object(done):
         results[c::chunks] = values
@@ -107,6 +115,7 @@ class Policies(policies.Policies):
 
     bars = False  # `shared_out` has one, over all chunks
     most = 1  # policies in memory, of every process
+    trains = False  # TRL does, with the engine that was launched
 
     def __init__(self, out: Path, config: Resolved, bf16: bool, samples: str | None = None) -> None:
         super().__init__(out, config)
@@ -159,24 +168,24 @@ class Policies(policies.Policies):
         return rows.logps[i]
 
     def score_chunk(self, i: int, prompts: list[Ids], responses: list[Ids]) -> list[float]:
-        """On this process, in the precision that TRL trains in."""
+        """On this process, in the precision that TRL trains in; the head is float32, see `train`."""
         policy = self.get(i)
-
         longest = max(len(x) + len(y) for x, y in zip(prompts, responses))
         in_bfloat16 = torch.autocast(policy.device.type, dtype=torch.bfloat16, enabled=self.bf16)
         with in_bfloat16, naming("the model fails"):
-            logps, _ = retry_on_oom(partial(score, policy, prompts, responses), self.config.max_tokens, longest)
+            logps, _counts = retry_on_oom(partial(score, policy, prompts, responses), self.config.max_tokens, longest)
         return logps.tolist()
 
     def sample(self, i: int, prompts: list[Ids], n: int, seed: int) -> Samples:
         """n samples of each prompt from π_θi, each chunk with its seed; or those of another engine."""
-        file = self.state / f"samples-{i}-{key_of(*prompts, [n, seed])}.jsonl"
+        key = key_of(*prompts, [n, seed])
+        file = self.state / f"samples-{i}-{key}.jsonl"
         if self.samples and i == self.newest():
             file = Path(self.samples)
         if self.samples or file.exists():
             return read_samples(file, prompts, self.request(i, prompts, n, seed))
         if self.config.pause_before_sampling:
-            self.pause(file, i, prompts, n, seed)
+            self.pause(file, self.state / f"prompts-{i}-{key}.json", self.request(i, prompts, n, seed))
 
         def work(c: int, chunk: range) -> Samples:
             of_chunk = seed_of(seed, c, "chunk")
@@ -184,10 +193,10 @@ class Policies(policies.Policies):
 
         return shared_out(len(prompts), work, f"sample from policy {i}")
 
-    def pause(self, file: Path, i: int, prompts: list[Ids], n: int, seed: int) -> None:
-        asked = file.with_name(file.name.replace("samples", "prompts").removesuffix("l"))
+    def pause(self, file: Path, asked: Path, request: dict[str, Any]) -> None:
         if is_main():
-            write(asked, json.dumps(self.request(i, prompts, n, seed)) + "\n")
+            write(asked, json.dumps(request) + "\n")
+        n = request["samples_per_prompt"]
         raise Paused(
             f"paused: {n} samples of each prompt in {asked} are needed, in {file} or any file that --samples names: "
             f"python experiments/sample_with_vllm.py {self.out}\nto go on: the same command again"
@@ -216,15 +225,24 @@ def train(t: int, data: TrainingSet, policies: Policies, args: DPOConfig) -> Non
         "ref_chosen_logps": data.reference[:, 0].tolist(),
         "ref_rejected_logps": data.reference[:, 1].tolist(),
     }
-    policy, _ = load(policies.folder(t - 1), "cpu")  # TRL places it
+    policy, _tokenizer = load(policies.folder(t - 1), "cpu")  # TRL places it
     rows = Dataset.from_dict(columns)
-    trainer = Trainer(policy, args=args, train_dataset=rows, processing_class=policies.tokenizer)
+    float32_head = partial(dpo_trainer.add_fused_lm_head, cast_lm_head_to_fp32=True)
+    with (
+        # TRL's head is rounded to bfloat16, but the reference's log-probs come from a float32 one.
+        mock.patch.object(dpo_trainer, "add_fused_lm_head", float32_head),
+        # Under FSDP TRL would load a reference in every process, and everywhere take a hash of all weights, to compute
+        # and to store the log-probs that it is given here.
+        mock.patch.object(dpo_trainer, "create_model_from_path", lambda *_, **__: None),
+        mock.patch.object(dpo_trainer, "hash_module", lambda model: ""),
+    ):
+        trainer = Trainer(policy, args=args, train_dataset=rows, processing_class=policies.tokenizer)
     trainer.train()
+    policies.save(t, trainer)
     if is_main():
         with open(policies.out / "metrics.jsonl", "a", encoding="utf-8") as lines:
             for line in trainer.state.log_history:
                 lines.write(json.dumps({**line, "phase": "train", "iteration": t}) + "\n")
-    policies.save(t, trainer)
     trainer.accelerator.free_memory()
 
 
@@ -242,6 +260,13 @@ def resolved(flags: Any, args: DPOConfig) -> Resolved:
         args.ld_alpha is not None or args.f_divergence_type != "reverse_kl",
         "--ld_alpha and --f_divergence_type change the reward that the review reads: not supported",
     )
+    refuse(args.label_smoothing > 0, "--label_smoothing has no effect on TRL's sigmoid, hinge and ipo")
+    refuse(args.eval_strategy != "no", "--eval_strategy: nothing is held out to evaluate on")
+    refuse(args.fp16, "--fp16: the review computes in bfloat16 or float32")
+    again = "to go on, give the same flags as before, with the same --output_dir"
+    refuse(args.resume_from_checkpoint is not None, f"--resume_from_checkpoint: {again}")
+    one_each = "start a process for each, torchrun --nproc_per_node N, or set CUDA_VISIBLE_DEVICES=0"
+    refuse(args.n_gpu > 1, f"one process and {args.n_gpu} GPUs: {one_each}")
     refuse((Path(args.output_dir) / "config.json").exists(), f"{args.output_dir} holds a run of train.py")
     values = vars(args) | vars(flags)
     shared = {name: values[name] for name in SHARED}
@@ -290,6 +315,9 @@ def main(flags: Any, args: DPOConfig) -> None:
         if flags.pairs_only:
             break
         train(t, reviewed.training_set, policies, args)
+        gc.collect()  # the trainer refers to itself, and would keep its memory through the next review
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
     print(f"pairs and policies are in {config.output_dir}")
 
 
@@ -304,11 +332,15 @@ def command_line(arguments: list[str] | None = None) -> None:
 
     parser = HfArgumentParser((Flags, DPOConfig), description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.error = fail
-    parser.set_defaults(num_train_epochs=1, save_strategy="no", bf16=torch.cuda.is_available())
+    bf16 = torch.cuda.is_available() and has_bfloat16("cuda")
+    parser.set_defaults(num_train_epochs=1, save_strategy="no", bf16=bf16)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     print_replaces()
-    flags, args = parser.parse_args_into_dataclasses(arguments)
+    try:
+        flags, args = parser.parse_args_into_dataclasses(arguments)
+    except ValueError as error:  # TRL checks its flags
+        fail(one_line(error))
     args.output_dir = at_home(args.output_dir)
     flags.samples = flags.samples and at_home(flags.samples)
     shown = sys.stdout
@@ -322,6 +354,8 @@ def command_line(arguments: list[str] | None = None) -> None:
             print(pause)
     except (InputError, OSError, FloatingPointError) as error:
         fail(error)
+    except torch.OutOfMemoryError:
+        fail("out of GPU memory: a smaller --per_device_train_batch_size, --max_tokens or --max_length may help")
 
 
 if __name__ == "__main__":

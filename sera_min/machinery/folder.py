@@ -32,7 +32,7 @@ def writing(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(beside, ignore_errors=True)  # a folder that a kill has left
         yield beside
-        if path.is_dir():  # a file would be replaced in any case
+        if path.is_dir() and beside.is_dir():  # only a folder replaces a folder
             shutil.rmtree(path)
         beside.replace(path)
     except Exception as error:  # safetensors and torch raise their own kinds

@@ -48,6 +48,7 @@ def key_of(*rows: Ids) -> str:
 class Policies:
     bars = True  # whether sampling shows its progress
     most = 2  # policies in memory at a time; while one is trained it is alone
+    trains = True  # in this process, which then needs memory for it
 
     def __init__(self, out: Path, config: Resolved) -> None:
         self.config = config
@@ -85,7 +86,8 @@ class Policies:
     def hold(self, i: int, policy: Any, tokenizer: Any) -> None:
         """Takes this model as π_θi: checks its size, moves it to the device and prepares it."""
         self.tokenizer = self.tokenizer or tokenizer  # all have the same
-        device.check_memory(policy, self.config.device)
+        if self.trains:
+            device.check_memory(policy, self.config.device)
         policy.to(self.config.device)
         self.make_ready(policy)
         self.held[i] = policy

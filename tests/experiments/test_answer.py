@@ -10,6 +10,7 @@ import torch
 from shared import CHATML, bpe_tokenizer, encode_pairs, unigram_tokenizer
 
 from sera_min import playground
+from sera_min.machinery import folder
 from sera_min.machinery.data import response_text
 from sera_min.machinery.errors import InputError
 from sera_min.machinery.models import load
@@ -99,6 +100,16 @@ def test_a_device_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(SystemExit, match="--device is 'cuda': expected one of cpu$"):
         answer.command_line(["--policy", "p", "--prompt_file", "f", "--device", "cuda"])
+
+
+def test_a_folder_is_no_place_for_answers(tmp_path):
+    """It was replaced by the file, with all that it held."""
+    (tmp_path / "kept").touch()
+    with pytest.raises(SystemExit, match="is a folder: expected a file"):
+        answer.command_line(["--policy", "p", "--prompt_file", "f", "--output", str(tmp_path)])
+    with pytest.raises(OSError, match="cannot be written"):
+        folder.write(tmp_path, "text")
+    assert (tmp_path / "kept").exists()
 
 
 @pytest.mark.parametrize("row, message", [

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sera_min import playground
 from sera_min.machinery.config import Config, resolve
 from sera_min.pairs import Pair, Preferences
 
@@ -17,13 +18,15 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent.par
 import neighbours  # noqa: E402
 import study  # noqa: E402
 
+TOKENIZER = playground.make_tokenizer()
+
 
 def text(y):
-    return neighbours.TOKENIZER.decode(y, skip_special_tokens=True)
+    return TOKENIZER.decode(y, skip_special_tokens=True)
 
 
 def ids(y):
-    return neighbours.TOKENIZER(y + " <eos>").input_ids
+    return TOKENIZER(y + " <eos>").input_ids
 
 X = ids("tell me about the fox and the cave")[:-1]
 GOOD, FAIR, BAD = "the fox is lovely .", "the owl is lovely .", "the owl is ugly ."  # true reward 1, 0, −1
@@ -36,7 +39,7 @@ def pairs_of(changes, t, offline, *, sampled=(), logps=0.0, policies=None, **fla
     asked = SimpleNamespace(
         log_prob=lambda i, rows: torch.tensor([float(score(i, text(y))) for y in rows.responses]),
         sample=lambda i, prompts, n, seed: samples[: len(prompts)],
-        eos_ids=[neighbours.TOKENIZER.eos_token_id],
+        eos_ids=[TOKENIZER.eos_token_id],
     )
     config = resolve(Config(device="cpu", beta=1.0, **flags))
     given = Preferences(offline)

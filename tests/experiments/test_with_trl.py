@@ -26,6 +26,7 @@ import train  # noqa: E402
 from sera_min import logprobs, playground, select  # noqa: E402
 from sera_min.machinery import data, models  # noqa: E402
 from sera_min.machinery.config import Config, Resolved, resolve, seed_of  # noqa: E402
+from sera_min.machinery.errors import InputError  # noqa: E402
 from sera_min.machinery.policies import REASON  # noqa: E402
 from sera_min.pairs import Rows  # noqa: E402
 
@@ -218,6 +219,10 @@ def test_samples_of_another_engine_and_an_end_at_the_pairs(runs, tmp_path, capsy
         (["--samples", "f.jsonl", "--iterations", "7"], "--samples: no iteration is left to review, for .*iteration-7/policy"),
         (["--samples", "f.jsonl", "--iterations", "8", "--bootstrap", "0.4"], "--samples: --bootstrap is too low for a single pair"),
         (["--dataset_name", "no.jsonl"], "no.jsonl: no such file"),
+        (["--label_smoothing", "0.1"], "--label_smoothing has no effect on TRL's sigmoid"),
+        (["--eval_strategy", "epoch"], "--eval_strategy: nothing is held out"),
+        (["--resume_from_checkpoint", "OUT"], "--resume_from_checkpoint: to go on, give the same flags as before"),
+        (["--loss_weights", "1", "2"], "loss_weights"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_line(model_dir, tmp_path, monkeypatch, rank, wrong, message):
@@ -306,6 +311,27 @@ def test_the_review_is_that_of_train(runs, tmp_path):
     for row, pair in zip(pairs, result.pairs):
         assert [*tokenizer(row["chosen"]).input_ids, end] == pair.chosen
         assert [*tokenizer(row["rejected"]).input_ids, end] == pair.rejected
+
+
+def test_what_fails_on_another_process_is_said_by_the_first(monkeypatch):
+    """Each process has its own chunks: the others hear of a failure when the results are exchanged."""
+    monkeypatch.setattr(with_trl, "gather_object", lambda mine: [*mine, "process 1: the model fails: on row 7"])
+    with pytest.raises(InputError, match="^process 1: the model fails: on row 7$"):
+        with_trl.shared_out(3, lambda c, rows: [0.0] * len(rows), "score")
+
+    def fails(c, rows):
+        raise FloatingPointError("not finite")
+
+    monkeypatch.setattr(with_trl, "gather_object", list)
+    with pytest.raises(InputError, match="^process 0: not finite$"):
+        with_trl.shared_out(3, fails, "score")
+
+
+def test_a_process_needs_memory_for_weights_alone(model_dir, tmp_path, monkeypatch):
+    """TRL trains, with the engine that was launched: what that needs is not asked of one GPU."""
+    monkeypatch.setattr(with_trl.policies.device, "check_memory", None)
+    config = resolve(Config(model_name_or_path=str(model_dir), dataset_name="d.jsonl", device="cpu", output_dir=str(tmp_path)))
+    assert with_trl.Policies(tmp_path, config, bf16=False).get(0) is not None
 
 
 def test_every_chunk_of_samples_has_a_seed(monkeypatch):

@@ -1,6 +1,7 @@
 """A run that pauses where samples are due, and goes on with those that another program wrote."""
 
 import json
+import os
 import random
 import sys
 from dataclasses import replace
@@ -26,8 +27,10 @@ LIMIT = 8  # --max_new_tokens
 class Engine:
     """In vLLM's place, with the part of its interface that is used: samples by plain transformers."""
 
-    def __init__(self, policy: str, *, dtype: str, generation_config: str, skip_tokenizer_init: bool) -> None:
-        assert (dtype, generation_config, skip_tokenizer_init) == ("bfloat16", "vllm", True)
+    def __init__(self, policy: str, *, dtype: str, generation_config: str, skip_tokenizer_init: bool, tensor_parallel_size: int,
+                 max_model_len: int) -> None:
+        assert (dtype, generation_config, skip_tokenizer_init, tensor_parallel_size) == ("bfloat16", "vllm", True, 1)
+        assert LIMIT < max_model_len <= 8 + LIMIT
         self.model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float32)
 
     def generate(self, prompts: list[dict], settings: list[dict]) -> list[SimpleNamespace]:
@@ -41,7 +44,8 @@ class Engine:
         y = self.model.generate(torch.tensor([x]), generation_config=config)[0, len(x) :].tolist()
         stopped = y[-1] in stop_token_ids
         drop_end = stopped and own_seed % 2  # some versions do
-        return SimpleNamespace(token_ids=tuple(y[: len(y) - drop_end]), finish_reason="stop" if stopped else "length")
+        says_so = stopped and (drop_end or len(y) < max_tokens)  # of an end at the last token some versions say "length"
+        return SimpleNamespace(token_ids=tuple(y[: len(y) - drop_end]), finish_reason="stop" if says_so else "length")
 
 
 @pytest.fixture
@@ -86,7 +90,8 @@ def test_it_ends_as_a_run_that_drew_the_same_samples_itself(flags, tmp_path, mon
     def draw(self: Policies, i: int, prompts: list, n: int, seed: int, real=Policies.draw) -> list:
         if n == 1:  # an answer, which a run draws itself
             return real(self, i, prompts, n, seed)
-        engine = Engine(self.folder(i), dtype="bfloat16", generation_config="vllm", skip_tokenizer_init=True)
+        engine = Engine(self.folder(i), dtype="bfloat16", generation_config="vllm", skip_tokenizer_init=True,
+                        tensor_parallel_size=1, max_model_len=8 + LIMIT)  # fmt: skip
         ends, samples = self.eos_ids, []
         for k, x in enumerate(prompts):
             drawn = [engine.sample(x, seed + k * n + j, n=n, temperature=1.0, top_p=1.0, max_tokens=LIMIT,
@@ -94,7 +99,8 @@ def test_it_ends_as_a_run_that_drew_the_same_samples_itself(flags, tmp_path, mon
             samples.append([])
             for one in drawn:
                 left_out = one.finish_reason == "stop" and one.token_ids[-1:] != (ends[0],)
-                samples[-1].append(([*one.token_ids] + ends[:1] * left_out, one.finish_reason == "stop"))
+                y = [*one.token_ids] + ends[:1] * left_out
+                samples[-1].append((y, y[-1] in ends))
         return samples
 
     monkeypatch.setattr(Policies, "draw", draw)
@@ -156,3 +162,7 @@ def test_what_cannot_be_is_refused(flags, monkeypatch):
         sample_with_vllm.main([str(out)])
     asked, answer = sample_with_vllm.waiting_request(out)
     assert asked.exists() and not answer.exists()
+    older = asked.with_name("prompts-0-of-other-flags.json")
+    older.touch()
+    os.utime(older, (0, 0))
+    assert sample_with_vllm.waiting_request(out) == (asked, answer)
