@@ -658,12 +658,18 @@ def table(results: dict) -> str:
     def cell(value: float | None) -> str:
         if value is None:
             return "–"
-        return f"{value:.1e}" if abs(value) < 0.01 else f"{value:,.2f}" if abs(value) < 100 else f"{value:,.0f}"
+        if abs(value) < 0.01:
+            return f"{value:.1e}"
+        if abs(value) < 100:
+            return f"{value:,.2f}"
+        return f"{value:,.0f}"
 
-    lines, machine = [], None
+    lines, before = [], None
     for part, rows in results["parts"].items():
-        if machine != (machine := results["machines"][part]):
+        machine = results["machines"][part]
+        if machine != before:
             lines += ["", f"On {machine}:"]
+        before = machine
         if part == "ablation":
             lines += ["", "| without the trick | time, ours 1 | peak memory growth, ours 1 |", "|---|--:|--:|"]
             lines += [f"| {name} | {cell(ratio)} | {cell(grew)} |" for name, _, grew, ratio in rows]

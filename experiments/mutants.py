@@ -46,7 +46,8 @@ class Mutant(NamedTuple):
 
     def applied(self, text: str) -> str:
         """The file's text with the change. Raises ValueError where it does not apply."""
-        if (times := text.count(self.old)) != 1:
+        times = text.count(self.old)
+        if times != 1:
             raise ValueError(f"{self.name}: its text is {times} times in {self.file}")
         return text.replace(self.old, self.new)
 
@@ -104,7 +105,12 @@ def run_tests(copy: Path, tests: list[str], limit: float) -> tuple[str, float, s
         return "the time limit", limit, ""
     status = f"pytest's exit status {process.returncode}" if process.returncode else ""
     failed = re.search("^(?:FAILED|ERROR) (tests/.*?)(?: - .*)?$", printed, re.MULTILINE)
-    return failed[1] if status and failed else status, time.monotonic() - began, printed
+    if status and failed:
+        status = failed[1]
+    no_name = re.search("^E +((?:Attribute|Import|Name|UnboundLocal)Error)", printed, re.MULTILINE)
+    if status and no_name:  # it may be no mutant, but a text that names what is not there
+        status += f" ({no_name[1]})"
+    return status, time.monotonic() - began, printed
 
 
 def main() -> None:

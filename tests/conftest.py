@@ -4,11 +4,14 @@ import gc
 import os
 import signal
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what a GPU does is checked by experiments/gpu_check.py
 
 import pytest
+from hypothesis import settings
 
+settings.register_profile("ours", deadline=None)  # on a busy machine any example may take long
+settings.load_profile("ours")
 gc.disable()  # while everything is imported, where a collection of garbage finds next to nothing, and takes seconds in all
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background job ignores
 

@@ -31,7 +31,7 @@ SCENARIOS = {  # variant -> its flags, and what the naive run calls it
     "robust": ({"label_smoothing": 0.2, "keep": 1.0, "bootstrap": 0.0}, {"loss_type": "robust"}),
     "length_free": ({"samples_per_prompt": 6, "beta": 0.1, "keep": 0.5}, {"length_free": True}),
     "token_floor": ({"loss_type": "slic"}, {"token_floor": 0.6}),
-    "both_remedies": ({"loss_type": "simpo", "beta": 2.0, "iterations": 3}, {"token_floor": 0.6, "length_free": True}),
+    "both_remedies": ({"loss_type": "simpo", "beta": 3.0, "iterations": 3}, {"token_floor": 0.6, "length_free": True}),
     "random_pairs": ({"iterations": 3}, {"select": "random"}),
 }
 

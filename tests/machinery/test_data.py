@@ -8,9 +8,20 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from shared import CHATML, GEMMA, LLAMA2, ZEPHYR, bpe_tokenizer, encode_pairs, unigram_tokenizer, wordpiece_tokenizer
+from shared import (
+    CHATML,
+    GEMMA,
+    LLAMA2,
+    ZEPHYR,
+    bpe_tokenizer,
+    encode_pairs,
+    unigram_tokenizer,
+    word_tokenizer,
+    wordpiece_tokenizer,
+)
 
-from sera_min.machinery.data import Given, prompt_text, response_text, split_by_prompt
+from sera_min.machinery.config import Config, resolve
+from sera_min.machinery.data import Given, prompt_text, read, response_text, split_by_prompt
 from sera_min.machinery.errors import InputError
 from sera_min.machinery.rows import read_rows
 from sera_min.pairs import Pair
@@ -316,7 +327,7 @@ columns = st.sampled_from([  # as often those of pairs that are read
 FAST, CHAT = bpe_tokenizer(), bpe_tokenizer(CHATML)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(columns, json_values))
 def test_any_row_is_a_pair_a_counted_drop_or_our_error(row):
     try:
@@ -380,7 +391,7 @@ raw = st.text(max_size=30).map(lambda text: json.dumps({"prompt": text, "chosen"
 halved = st.tuples(jsonl, st.floats(0, 1)).map(lambda both: both[0][: int(both[1] * len(both[0]))])
 
 
-@settings(max_examples=125, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=125, suppress_health_check=list(HealthCheck))
 @given(st.one_of(jsonl, deep, long, halved, st.binary(max_size=60), raw.map(lambda text: text.encode("utf-8", "replace"))),
        st.sampled_from(["json", "jsonl", "parquet"]))  # fmt: skip
 def test_any_file_is_pairs_counted_drops_or_our_error(tmp_path, content, suffix):
@@ -413,3 +424,14 @@ def test_no_prompt_is_on_both_sides():
     assert len(held) == 15 and len(train) == 35
     assert not {one.pair.prompt[0] for one in train} & {one.pair.prompt[0] for one in held}
     assert split_by_prompt(pairs, 0.0, seed=0) == (pairs, [])
+
+
+def test_64_different_prompts_are_answered(tmp_path):
+    rows = [{"prompt": f"w{i}", "chosen": "w1", "rejected": "w2"} for i in range(150)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 2))
+    config = resolve(Config(model_name_or_path="m", dataset_name=str(tmp_path / "d.jsonl"), eval_fraction=0.5, device="cpu"))
+    tokenizer = word_tokenizer([f"w{i}" for i in range(150)])
+    made = read(config, None, tokenizer, [1])
+    different = list(dict.fromkeys(one.text for one in made["held_out"]))
+    assert len(different) == 75 and made["texts"] == different[:64]
+    assert made["prompts"] == tokenizer(different[:64]).input_ids

@@ -530,7 +530,7 @@ any_rows = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, suppress_health_check=list(HealthCheck))
 @given(any_rows)
 def test_a_row_is_the_same_in_every_kind_of_file(tmp_path_factory, rows):
     """Empty, null and nested fields, through JSON, CSV, parquet and a folder: the same ids, and the same is dropped."""

@@ -89,10 +89,11 @@ def test_what_the_playground_reports(world, run):
         pairs = read(out / f"iteration-{t}" / "pairs.jsonl") if t else []
         for name, source in {"select/precision": "offline", "bootstrap/precision": "bootstrap"}.items():
             assert shown.get(name) == pytest.approx(share_right([p for p in pairs if p["source"] == source]))
-        if t:  # other samples than the reference's, and than the iteration's before
-            others = [reference, [line["answer"] for line in read(out / f"iteration-{t - 1}" / "answers.jsonl")]]
-            for other in others:
-                assert sum(a["answer"] == b for a, b in zip(answers, other)) < 0.2 * len(answers)
+        others = [reference]
+        if t:
+            others.append([line["answer"] for line in read(out / f"iteration-{t - 1}" / "answers.jsonl")])
+        for other in others:  # the samples are others than the reference's, at t = 0 too, and than the iteration's before
+            assert sum(a["answer"] == b for a, b in zip(answers, other)) < 0.2 * len(answers)
     assert ties > 10  # else ½ is not seen
     assert len(given) == PAIRS and 0.6 < share_right(given) < 0.8  # 30 % of the labels are flipped
 
@@ -147,11 +148,12 @@ def test_what_a_run_without_flags_is():
         "top_p": 1.0, "loss_type": "dpo", "beta": 1.0, "label_smoothing": 0.0, "learning_rate": 3e-4,
         "epochs_per_iteration": 1, "per_device_train_batch_size": 32, "seed": 0,
         "label_noise": 0.3, "max_train_pairs": 2000, "max_length": 64, "max_prompt_length": 16,
-        "max_new_tokens": 32, "eval_split": "test",
+        "max_new_tokens": 32, "eval_split": "test", "save_steps": 500, "lora_r": 16, "lora_alpha": 32,
     }  # fmt: skip
     assert {name: getattr(config, name) for name in expected} == expected
     user = resolve(Config(model_name_or_path="m", dataset_name="d", device="cpu"))
     assert (user.beta, user.learning_rate, user.max_length, user.max_prompt_length, user.max_new_tokens) == (0.1, 1e-6, 1024, 512, 512)
+    assert user.eval_fraction == 0.05
 
 
 def test_the_playground_is_that_of_the_flags(world, tmp_path):

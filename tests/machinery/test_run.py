@@ -7,7 +7,6 @@ import copy
 import io
 import json
 import os
-import pickle
 import random
 import re
 import resource
@@ -26,7 +25,7 @@ import pytest
 import torch
 from datasets import load_dataset
 from safetensors.torch import load_file, save_file
-from shared import WORDS, bpe_tokenizer, read, some_rows, tiny_model, word_tokenizer
+from shared import CHATML, WORDS, bpe_tokenizer, read, some_rows, tiny_model, word_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import train
@@ -405,6 +404,20 @@ def test_a_gradient_that_is_not_finite_names_all_pairs_of_its_step(tmp_path, mon
         trained(tmp_path / "run", tiny_model(), pairs, torch.zeros(3, 2))
 
 
+def test_no_pass_has_more_tokens_than_are_allowed(tmp_path, monkeypatch):
+    passes, real_pass = [], train.sequence_logprobs
+
+    def watched(model, x, y):
+        passes.append(len(x) * max(len(a) + len(b) for a, b in zip(x, y)))
+        return real_pass(model, x, y)
+
+    monkeypatch.setattr(train, "sequence_logprobs", watched)
+    config, model = resolve(real("m", "d", tmp_path, max_tokens=64)), tiny_model()
+    optimizer = torch.optim.AdamW(model.parameters())
+    train.train_step(model, optimizer, some_pairs(16), torch.zeros(16, 2), config, SERA)
+    assert max(passes) <= 64 and len(passes) > 1
+
+
 def test_out_of_memory_halves_the_micro_batch_and_changes_nothing(tmp_path, monkeypatch, capsys):
     """The GPU is played by a model that holds 60 tokens at a time; the steps are those of one that holds any."""
     real_pass, pairs, steps, held = train.sequence_logprobs, some_pairs(16), {}, [0]
@@ -688,20 +701,15 @@ def test_a_resume_trains_on_what_the_run_read_whatever_the_template_writes_today
     assert "Today is Monday." in (tmp_path / "out/iteration-1/pairs.jsonl").read_text()
 
 
-A_PICKLE = pickle.dumps(Path("a pickle"), protocol=2)
-
-
 @pytest.mark.parametrize("name, content, message", [
     ("config.json", b'{"half', "config.json cannot be read: ."), ("config.json", b"3", "config.json cannot be read: ."),
     ("state/data.json", b'{"half', "data.json cannot be read: ."),
     ("state/logps-0-*.json", b"[1", r"logps-0-.*json cannot be read: ."),
     ("state/samples-1-*.jsonl", b'{"half', r"samples-1-.*jsonl cannot be read: ."),
     ("state/policy-1/model.safetensors", b"half", "policy-1: ."),
-    ("state/checkpoint-2.pt", A_PICKLE, "checkpoint-2.pt cannot be read: ."),
     ("state/checkpoint-2.pt", b"half", "checkpoint-2.pt cannot be read: ."),
 ], ids=str)  # fmt: skip
 def test_what_a_resume_cannot_read_is_one_line(stopped, tmp_path, name, content, message):
-    """Broken, or a pickle that wants to run code."""
     out = tmp_path / "out"
     again, files = copy_of(stopped, out), [*(tmp_path / "out").glob(name)]
     assert files
@@ -710,6 +718,25 @@ def test_what_a_resume_cannot_read_is_one_line(stopped, tmp_path, name, content,
     with pytest.raises(InputError, match=message) as error:
         main(again)
     assert "\n" not in str(error.value)
+
+
+class RunsCode:
+    """Unpickled, it creates a file."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (self.file, "w")
+
+
+def test_a_checkpoint_that_wants_to_run_code_is_refused(stopped, tmp_path):
+    out = tmp_path / "out"
+    again = copy_of(stopped, out)
+    torch.save({"step": 2, "policy": RunsCode(str(tmp_path / "it-has-run"))}, out / "state/checkpoint-2.pt")
+    with pytest.raises(InputError, match="checkpoint-2.pt cannot be read: ."):
+        main(again)
+    assert not (tmp_path / "it-has-run").exists()
 
 
 @pytest.mark.parametrize("metrics", ["missing", "shorter", "half a line", "longer"])
@@ -823,6 +850,70 @@ def test_a_signal_ends_the_step_and_saves_it(stopped, tmp_path, monkeypatch, cap
     command(resumed(out))
     assert len(steps) == 4 + 4  # none was taken twice
     assert_same_end(out, here / "whole")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=str)
+def test_a_signal_while_sampling_stops_at_once(stopped, tmp_path, monkeypatch, number):
+    unhandled = []
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *_: unhandled.append(1))  # pytest would end
+    monkeypatch.setattr(bootstrap, "sample_responses", lambda *_, **__: os.kill(os.getpid(), number))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            command(replace(stopped[0], output_dir=str(tmp_path / "out")))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 130 and not unhandled
+
+
+def test_weights_that_are_nan_replace_no_checkpoint(stopped, tmp_path, monkeypatch):
+    out, real_step, steps = tmp_path / "out", train.train_step, []
+
+    def breaks(policy, *args):
+        metrics = real_step(policy, *args)
+        steps.append(1)
+        if len(steps) == 2:
+            next(policy.parameters()).data[0] = float("nan")
+        return metrics
+
+    monkeypatch.setattr(train, "train_step", breaks)
+    with pytest.raises(FloatingPointError, match="iteration 1, step 2: its weights are not finite"):
+        main(replace(stopped[0], output_dir=str(out)))
+    assert torch.load(out / "state/checkpoint-1.pt", weights_only=True)["step"] == 1
+
+
+def test_plain_training_draws_answers_alone(stopped, tmp_path, monkeypatch):
+    asked, real_sample = [], Policies.sample
+
+    def sample(policies, i, prompts, n, seed):
+        asked.append(n)
+        return real_sample(policies, i, prompts, n, seed)
+
+    monkeypatch.setattr(Policies, "sample", sample)
+    main(replace(stopped[0], output_dir=str(tmp_path / "out"), keep=1.0, bootstrap=0.0))
+    assert set(asked) == {1} and not [*(tmp_path / "out").rglob("samples.jsonl")]
+
+
+def test_what_is_printed_is_what_was_written(stopped, tmp_path, capsys):
+    main(replace(stopped[0], output_dir=str(tmp_path / "out"), max_new_tokens=3))
+    printed = capsys.readouterr().out
+    assert "iteration 1 should begin at a loss of 0.6931: all margins are 0" in printed
+    reasons = [line["finish_reason"] for line in read(tmp_path / "out/iteration-2/samples.jsonl")]
+    assert 0 < reasons.count("length") < len(reasons)
+    assert f"dropped: {reasons.count('length')} cut-off samples" in printed
+
+
+def test_gradient_checkpointing_is_on_while_it_trains(stopped, tmp_path, monkeypatch):
+    """transformers switches it off in eval mode."""
+    modes, real_pass = [], train.sequence_logprobs
+
+    def watched(model, x, y):
+        modes.append(any(part.training for part in model.modules()))
+        return real_pass(model, x, y)
+
+    monkeypatch.setattr(train, "sequence_logprobs", watched)
+    main(replace(stopped[0], output_dir=str(tmp_path / "out"), iterations=1, gradient_checkpointing=True))
+    assert modes and all(modes)
 
 
 def test_a_second_signal_stops_at_once(stopped, tmp_path, monkeypatch):
@@ -1140,6 +1231,31 @@ def test_a_tilde_is_the_home(tmp_path, monkeypatch):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text(configuration.config_json(config, "SeRA"))
     assert configuration.resumed(Config(resume_from_checkpoint="~/run"), "SeRA") == config
+
+
+def test_log_probs_that_are_no_numbers_name_their_row(tmp_path):
+    held, model = Policies(tmp_path, resolve(real("m", "d", tmp_path))), tiny_model()
+    with torch.no_grad():
+        model.lm_head.weight[7] = float("nan")
+    held.hold(0, model, bpe_tokenizer())
+    with pytest.raises(FloatingPointError, match="log π.* of response 0 is nan"):
+        held.score(0, Rows([[5]], [[6, 1]], [0]))
+
+
+def test_a_key_is_that_of_one_list_of_rows():
+    assert policies.key_of([1, 2], [3]) != policies.key_of([1], [2, 3])
+
+
+def test_a_prompt_without_the_bos_that_trl_puts_before_it_has_its_ids_in_the_line():
+    run = Run.__new__(Run)
+    run.tokenizer, run.offline_rows = bpe_tokenizer(CHATML, adds_bos=True), [0]
+
+    def ids(text):
+        return run.tokenizer(text, add_special_tokens=False).input_ids
+
+    pair = Pair(ids("<|im_start|>user\nfox<|im_end|>\n"), ids("yes<|im_end|>"), ids("no<|im_end|>"))
+    [line] = run.pair_lines(training_set_of([pair], torch.zeros(1, 2)))
+    assert line["token_ids"] == pair._asdict()
 
 
 def test_a_pair_that_trl_would_read_to_other_ids_has_them_in_its_line(tmp_path):

@@ -31,7 +31,7 @@ def test_frequencies_are_the_model_s_whatever_its_generation_config_says(family)
         with torch.no_grad():
             want = (model(input_ids=torch.tensor([x])).logits[0, -1] / 2.0).softmax(-1)
         share = torch.bincount(torch.tensor([y[0] for y, _ in row]), minlength=61) / 4000
-        assert (share - want).abs().max() < 0.04
+        assert (share - want).abs().max() < 0.02
 
 
 def test_the_plain_sampler_draws_from_the_same_distribution():
@@ -51,7 +51,7 @@ def test_the_plain_sampler_draws_from_the_same_distribution():
     model.forward = lambda input_ids: answer  # the same every time, and at once
     drawn = [plain_sample(model, [9], 1, 2.0, 1)[0][0] for _ in range(1500)]
     share = torch.bincount(torch.tensor(drawn), minlength=61) / 1500
-    assert (share - want).abs().max() < 0.05
+    assert (share - want).abs().max() < 0.025  # the uniform distribution is twice as far away
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -353,3 +353,21 @@ def test_every_part_of_a_model_has_its_settings_back():
     settings = model.generation_config
     sample(Wrapped(model), [[5, 6], [7]])
     assert model.generation_config is settings
+
+
+def test_a_model_in_training_mode_is_sampled_without_dropout():
+    """Nearly at temperature 0: all samples are the greedy one."""
+    model = tiny_model("gpt2", resid_pdrop=0.5).train()
+    [samples] = sample(model, [[5, 6]], n=8, max_new_tokens=12, temperature=1e-6, eos_token_id=60)
+    assert samples == [samples[0]] * 8
+
+
+def test_after_an_error_the_model_has_its_own_settings_again():
+    """Where memory has run out sampling is tried again."""
+    model = tiny_model("gpt2").train()
+    settings = model.generation_config
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    with pytest.raises(FloatingPointError):
+        sample(model, [[5, 6]])
+    assert model.generation_config is settings and model.training

@@ -370,3 +370,12 @@ def test_what_cannot_be_read_is_said_before_anything_is_computed():
     model.config.is_encoder_decoder = True
     with pytest.raises(ValueError, match="LlamaForCausalLM has an encoder"):
         sequence_logprobs(model, [[5]], [[6]])
+
+
+def test_the_head_is_float32_under_autocast_and_in_the_backward_pass_too():
+    model, types = tiny_model(), []
+    model.lm_head.register_forward_hook(lambda module, args, output: types.append((args[0].dtype, output.dtype)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        sums, _counts = sequence_logprobs(model, [[5, 6]], [[7, 8, 1]])
+    sums.sum().backward()  # the head is computed once more, for its gradient
+    assert types == [(torch.float32, torch.float32)] * 2

@@ -240,3 +240,23 @@ def test_peft_reads_a_state_to_the_same_log_probs(family, tmp_path):
     save_file(state, tmp_path / "adapter_model.safetensors")
     theirs = peft.PeftModel.from_pretrained(plain, tmp_path).base_model.model
     torch.testing.assert_close(score(theirs, PROMPTS, RESPONSES, max_tokens=100)[0], want, rtol=1e-6, atol=1e-5)
+
+
+def test_layers_of_one_shape_begin_with_different_matrices():
+    model = tiny_model()
+    add_lora(model, 3, 7.0)
+    every_a = [matrix for name, matrix in lora_state(model).items() if "lora_A" in name]
+    assert len(every_a) > 4 and len({str(a.tolist()) for a in every_a}) == len(every_a)
+
+
+def test_what_is_merged_into_16_bits_is_float32():
+    """A small step would be rounded away."""
+    model = tiny_model().bfloat16()
+    before = model.model.layers[0].self_attn.q_proj.weight.detach().float()
+    add_lora(model, 3, 7.0)
+    part = model.model.layers[0].self_attn.q_proj
+    nn.init.normal_(part.B, std=1e-4)
+    expected = before + 7 / 3 * part.B.detach() @ part.A.detach()
+    merge_lora(model)
+    merged = model.model.layers[0].self_attn.q_proj.weight.detach()
+    torch.testing.assert_close(merged, expected, rtol=1e-6, atol=1e-9)

@@ -133,3 +133,7 @@ def test_defaults_are_those_of_the_papers_and_of_trl():
                 for f in functions]  # fmt: skip
     assert defaults == [{"beta": 0.1, "label_smoothing": 0.0}, {"beta": 0.1}, {"beta": 0.1, "delta": 1.0},
                         {"beta": 2.0, "gamma": 1.0}, {"previous": None, "gamma": 0.5}]  # fmt: skip
+
+
+def test_slic_s_margin_of_1_may_be_another():
+    assert slic_loss(torch.tensor([0.0, 5.0, 20.0]), 0.1, delta=2.0).tolist() == [2.0, 1.5, 0.0]

@@ -29,7 +29,7 @@ SCENARIOS = {  # name: what it changes of PLAIN, and of what must change nothing
     "dpo, label smoothing, four epochs of three steps": (
         {"label_smoothing": 0.1, "epochs_per_iteration": 4, "iterations": 2}, {}),
     "ipo, unequal micro-batches": ({"loss_type": "ipo", "beta": 0.2}, {"max_tokens": 40}),
-    "simpo, many samples": ({"loss_type": "simpo", "beta": 2.0, "samples_per_prompt": 6, "keep": 0.5}, {"max_tokens": 60}),
+    "simpo, many samples": ({"loss_type": "simpo", "beta": 3.0, "samples_per_prompt": 6, "keep": 0.5}, {"max_tokens": 60}),
     "plain dpo": ({"keep": 1.0, "bootstrap": 0.0}, {}),
 }  # fmt: skip
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 from shared import tiny_model
 
+import train
 from sera_min import playground
 from sera_min.logprobs import implicit_reward
-from sera_min.losses import dpo_loss, ipo_loss, simpo_loss, slic_loss
+from sera_min.machinery.config import Config, resolve
 from sera_min.select import select_top
 
 ROOT = Path(__file__).parents[2]
@@ -61,30 +62,17 @@ def test_the_rewards_and_the_margin_by_hand():
     assert written == pytest.approx([value.item() for value in computed], abs=5e-4)
 
 
-REWARDS = {  # of sums of log-probs and token counts
-    "DPO": lambda policy, reference, n: implicit_reward(policy, reference),
-    "IPO": implicit_reward,
-    "SLiC": lambda policy, reference, n: implicit_reward(policy, reference),
-    "SimPO": lambda policy, reference, n: implicit_reward(policy, torch.zeros(()), n),
-}
-LOSSES = {
-    "DPO": dpo_loss,
-    "IPO": ipo_loss,
-    "SLiC": slic_loss,
-    "SimPO": lambda margin, beta: simpo_loss(margin, beta, gamma=beta / 2),
-}
-
-
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", ["DPO", "IPO", "SLiC", "SimPO"])
 def test_the_losses_by_hand(name):
     [row] = [row for row in rows_of(BY_HAND) if row[0] == name]
     beta, written_w, written_l, written_margin = map(number, row[1:5])
+    config = resolve(Config(loss_type=name.lower(), beta=beta, device="cpu"))
     rewards = []
     for logps in logps_by_hand():
         reference, policy = logps.sum(0)
-        rewards.append(REWARDS[name](policy, reference, torch.tensor(len(logps))))
+        rewards.append(train.reward(policy, reference, torch.tensor(len(logps)), config))
     margin = rewards[0] - rewards[1]
-    loss = LOSSES[name](margin[None], beta)
+    loss = train.loss_of(margin[None], config)
     computed = [*rewards, margin, loss]
     written = [written_w, written_l, written_margin, number(row[6])]
     assert written == pytest.approx([value.item() for value in computed], abs=5e-4)
@@ -129,7 +117,11 @@ def test_the_verdict_s_numbers_are_those_of_the_results():
         assert less_none in when
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/exercises.md", "experiments/README.md"])
+PAGES = ["README.md", "experiments/README.md", "experiments/results/README.md"]
+PAGES += [f"docs/{name}.md" for name in ("data", "exercises", "related", "results", "running", "speed")]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_and_commands_name_what_is_there(page):
     text = (ROOT / page).read_text()
     paths = [(ROOT / page).parent / path for path in LINK.findall(text)]
