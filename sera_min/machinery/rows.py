@@ -83,13 +83,15 @@ def read_folder(folder: Path, split: str, config: str | None) -> list[Any]:
         files = datasets.load_dataset_builder(str(seen), config).config.data_files
     if split not in files:
         raise ValueError(f"its splits are {', '.join(map(str, files))}")
-    taken = {Path(file) for of_split in files.values() for file in of_split}
-    unread = [file.name for file in sorted(seen.rglob("*")) if file.name.endswith(SUFFIXES) and file not in taken]
-    if unread:
-        print(f"{folder}: files that are not read: {', '.join(unread)}")
+    paths: dict[Any, list[Path]] = {}  # of each split
+    for of_split, found in files.items():
+        paths[of_split] = [folder / Path(file).relative_to(seen) for file in found]
+    unread = set(folder.rglob("*")).difference(*paths.values())
+    names = [path.name for path in sorted(unread) if path.name.endswith(SUFFIXES)]
+    if names:
+        print(f"{folder}: files that are not read: {', '.join(names)}")
     rows = []
-    for file in files[split]:
-        path = folder / Path(file).relative_to(seen)
+    for path in paths[split]:
         with naming(str(path)):
             rows += read_file(path)
     return rows
