@@ -65,6 +65,11 @@ def alike(one, other):
     return one is not None and all(torch.equal(one[name], other[name]) for name in other)
 
 
+def close(value):
+    """The run computes in float32, the naive run in float64."""
+    return pytest.approx(value, abs=1e-4, rel=1e-4)
+
+
 def assert_the_same(out, world, settings, permutations, policies=None):
     """Everything that the run in `out` wrote is what the naive run comes to."""
     here, rows = world
@@ -72,43 +77,67 @@ def assert_the_same(out, world, settings, permutations, policies=None):
              "samples": samples_of(out, settings), "answers": answers_of(out, settings)}  # fmt: skip
     naive = NaiveSera(here / "model", rows["D"], rows["held_out"], {**NAIVE, **settings}, drawn)
     assert not drawn["permutations"]
-    close = lambda value: pytest.approx(value, abs=1e-4, rel=1e-4)  # noqa: E731
 
     metrics = read(out / "metrics.jsonl")
-    steps = [{name: value for name, value in m.items() if name != "phase"} for m in metrics if m["phase"] == "train"]
-    for step in (steps[0], naive.steps[0]):  # π_θ is π_ref: how sums are rounded decides which of its margins are above 0
-        assert 0 <= step.pop("rewards/accuracies") <= 1
-    rates = [pytest.approx(step["learning_rate"], rel=1e-6) for step in naive.steps]
-    assert [step["learning_rate"] for step in steps] == rates and steps == [close(step) for step in naive.steps]
-    evaluations = [m for m in metrics if m["phase"] != "train"]
-    assert [{k: m[k] for k in naive.evaluations[0]} for m in evaluations] == [close(e) for e in naive.evaluations]
+    assert_same_steps([m for m in metrics if m["phase"] == "train"], naive.steps)
+    assert_same_evaluations([m for m in metrics if m["phase"] != "train"], naive.evaluations)
+    for t, expected in naive.trained_on.items():
+        assert_same_pairs(read(out / f"iteration-{t}/pairs.jsonl"), expected, rows["D"], naive.tokenizer)
+    assert list(naive.dropped) == list(range(2, settings["iterations"] + 1))
+    assert not (out / "iteration-1/dropped.jsonl").exists()
+    for t, expected in naive.dropped.items():
+        assert_same_pairs(read(out / f"iteration-{t}/dropped.jsonl"), expected, rows["D"], naive.tokenizer)
+    for t, expected in naive.sample_rewards.items():
+        assert_same_rewards(read(out / f"iteration-{t}/samples.jsonl"), expected)
 
-    pairs = {f"iteration-{t}/pairs.jsonl": expected for t, expected in naive.trained_on.items()}
-    dropped = {f"iteration-{t}/dropped.jsonl": expected for t, expected in naive.dropped.items()}
-    assert not (out / "iteration-1/dropped.jsonl").exists() and len(dropped) == settings["iterations"] - 1
-    for name, expected in {**pairs, **dropped}.items():
-        written = read(out / name)
-        assert [line["source"] for line in written] == [pair[4] for pair in expected]
-        assert [line["margin"] for line in written] == close([pair[3] for pair in expected])
-        texts = [[line[name].split() for name in ("prompt", "chosen", "rejected")] for line in written]
-        ids = [(x, w[:-1], l[:-1]) for x, w, l, _, _ in expected]  # a text does not tell its end of sequence
-        assert texts == [[naive.tokenizer.convert_ids_to_tokens(part) for part in pair] for pair in ids]
-        given = [rows["D"][line["row"]] for line in written]
-        assert [row["prompt"].split() for row in given] == [x for x, _, _ in texts]
-        assert all(line["source"] == "bootstrap" or [row["chosen"].split(), row["rejected"].split()] == both
-                   for line, row, (_, *both) in zip(written, given, texts))  # fmt: skip
-    for t, rewards in naive.sample_rewards.items():
-        lines = read(out / f"iteration-{t}" / "samples.jsonl")
-        assert [line["usable"] for line in lines] == [r is not None for group in rewards for r in group]
-        pairs = [(line["reward"], r) for line, r in zip(lines, (r for group in rewards for r in group)) if r is not None]
-        assert [a for a, _ in pairs] == close([b for _, b in pairs]) and len(pairs) > 10
-
-    saved = [policy for before, policy in pairwise([None, *(policies or [])]) if not alike(before, policy)]
-    final = load_file(out / "policy" / "model.safetensors")
     expected = [dict(policy.named_parameters()) for policy in naive.policies[1:]]
-    for run_s, naive_s in [*zip(saved[-len(expected) :], expected, strict=True)] if policies else [(final, expected[-1])]:
-        for name, value in run_s.items():
-            assert (value.double() - naive_s[name]).abs().max() < 1e-4, name
+    assert_same_weights(load_file(out / "policy" / "model.safetensors"), expected[-1])
+    if policies:
+        saved = [policy for before, policy in pairwise([None, *policies]) if not alike(before, policy)]
+        for policy, naive_policy in zip(saved[-len(expected) :], expected, strict=True):
+            assert_same_weights(policy, naive_policy)
+
+
+def assert_same_steps(steps, expected):
+    steps = [{name: value for name, value in step.items() if name != "phase"} for step in steps]
+    for step in (steps[0], expected[0]):  # π_θ is π_ref: how sums are rounded decides which of its margins are above 0
+        assert 0 <= step.pop("rewards/accuracies") <= 1
+    rates = [pytest.approx(step["learning_rate"], rel=1e-6) for step in expected]
+    assert [step["learning_rate"] for step in steps] == rates
+    assert steps == [close(step) for step in expected]
+
+
+def assert_same_evaluations(evaluations, expected):
+    names = expected[0]
+    assert [{name: found[name] for name in names} for found in evaluations] == [close(one) for one in expected]
+
+
+def assert_same_pairs(lines, expected, given, tokenizer):
+    """Lines of pairs.jsonl or dropped.jsonl; expected: (prompt, chosen, rejected, margin, source)."""
+    assert [line["margin"] for line in lines] == close([margin for *_, margin, _source in expected])
+    for line, (x, w, l, _margin, source) in zip(lines, expected, strict=True):
+        prompt, chosen, rejected = (line[name].split() for name in ("prompt", "chosen", "rejected"))
+        assert prompt == tokenizer.convert_ids_to_tokens(x)
+        assert chosen == tokenizer.convert_ids_to_tokens(w[:-1])  # a text does not tell its end of sequence
+        assert rejected == tokenizer.convert_ids_to_tokens(l[:-1])
+        assert line["source"] == source
+        row = given[line["row"]]
+        assert row["prompt"].split() == prompt
+        if source == "offline":
+            assert (row["chosen"].split(), row["rejected"].split()) == (chosen, rejected)
+
+
+def assert_same_rewards(lines, expected):
+    """Lines of samples.jsonl; expected: of each prompt the rewards of its samples, None where one is not usable."""
+    rewards = [reward for of_prompt in expected for reward in of_prompt]
+    assert [line["usable"] for line in lines] == [reward is not None for reward in rewards]
+    usable = [reward for reward in rewards if reward is not None]
+    assert [line["reward"] for line in lines if line["usable"]] == close(usable) and len(usable) > 10
+
+
+def assert_same_weights(policy, expected):
+    for name, value in policy.items():
+        assert (value.double() - expected[name]).abs().max() < 1e-4, name
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
