@@ -59,7 +59,7 @@ from sera_min.pairs import Rows
 
 METHODS = ("SeRA", "selection only", "plain DPO")  # the longest runs first
 BETAS = [0.1, 0.5]
-RATES, FAR = [1e-4, 3e-4, 1e-3], 2.0  # the smallest at which plain DPO ends that many nats from the SFT model
+RATES, FAR = [1e-4, 3e-4, 5e-4, 1e-3], 2.0  # the smallest at which plain DPO ends that many nats from the SFT model
 SEEDS, LOOK = [0, 1, 2, 3, 4], 100  # LOOK is the seed of the first look
 SIZES = {"judge": 3000, "test": 500, "look": 500, "sft": 6500, "pairs": 256, "answers": 200, "iterations": 3}
 QUICK = {"judge": 200, "test": 50, "look": 50, "sft": 256, "pairs": 12, "answers": 2, "iterations": 3}
