@@ -14,6 +14,7 @@ from sera_min.machinery.config import Config, command_line, resolve
 from sera_min.machinery.device import autocast, check_memory, has_bfloat16, prepare, uncompiled
 from sera_min.machinery.errors import InputError
 from sera_min.machinery.run import Run
+from sera_min.pairs import Pair, Preferences
 
 
 @pytest.fixture(params=[True, False], ids=["with bfloat16", "without"])
@@ -175,6 +176,21 @@ def test_where_few_tokens_fit_gradients_are_checkpointed(first, then, expected, 
     fits = ", one pair: even that may be too much for" if then in (10, 127) else " fit into"
     ends = ", with gradient checkpointing" if checkpointing else ""
     assert capsys.readouterr().out == f"--max_tokens {tokens}{fits} the GPU's memory{ends}\n"
+
+
+def test_log_probs_are_checked_again_as_a_run_in_bfloat16_computes_them(tmp_path, monkeypatch):
+    checks = []
+    monkeypatch.setattr("sera_min.machinery.run.check_before_training", lambda *_, allowed=None: checks.append(allowed))
+    run = Run.__new__(Run)
+    run.config = resolve(Config(device="cpu"))
+    run.policies = policies.Policies(tmp_path, run.config)
+    run.policies.hold(0, tiny_model(), word_tokenizer([]))
+    run.given = Preferences([Pair([5], [6], [7])])
+    run.check_model()
+    assert checks == [None]
+    monkeypatch.setattr("sera_min.machinery.run.has_bfloat16", lambda name: True)
+    run.check_model()
+    assert checks == [None, None, 0.2]
 
 
 def test_compiled_layers_compute_the_same_and_sampling_leaves_them_alone(monkeypatch):
