@@ -196,7 +196,7 @@ def asked(row: Any) -> tuple[str | Messages | None, Message | None]:
 
 
 def displaced(row: dict[str, Any]) -> list[str]:
-    """The columns that say something, but not beside the first one of the row that asks a question."""
+    """Of the columns that may ask a question, those that are not read, because another one is."""
     asking = [column for column in QUESTIONS if not is_absent(from_json(row.get(column)))]
     if asking and asking[0] not in COLUMNS["instruction"] and not is_absent(row.get("input")):
         asking.append("input")
@@ -209,9 +209,13 @@ def prompt_and_answer(prompt: str | Messages | None, answer: Any, row: dict) -> 
         if isinstance(answer, str):
             return prompt, answer
         prompt = [turn("user", prompt)]
-    if isinstance(answer, str):
-        answer = [turn("assistant", answer)] if prompt else transcript(answer, row)
-    dialogue = joined(prompt, answer) if prompt else answer
+    dialogue = answer
+    if isinstance(answer, str) and prompt:
+        dialogue = [turn("assistant", answer)]
+    elif isinstance(answer, str):
+        dialogue = transcript(answer, row)
+    if prompt:
+        dialogue = joined(prompt, dialogue)
     if dialogue[-1]["role"] != "assistant":
         raise Unusable("a dialogue ends without an answer")
     if len(dialogue) < 2:
