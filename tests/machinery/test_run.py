@@ -31,11 +31,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 import train
 from sera_min import bootstrap, playground
 from sera_min.logprobs import sequence_logprobs
+from sera_min.lora import lora_state
 from sera_min.machinery import config as configuration
 from sera_min.machinery import folder, policies
 from sera_min.machinery.config import Config, resolve
 from sera_min.machinery.errors import InputError
-from sera_min.machinery.policies import Policies
+from sera_min.machinery.policies import LoRAPolicies, Policies
 from sera_min.machinery.run import Run
 from sera_min.pairs import Pair, Rows, TrainingSet
 from train import SERA, main
@@ -1247,6 +1248,15 @@ def test_log_probs_that_are_no_numbers_name_their_row(tmp_path):
     held.hold(0, model, bpe_tokenizer())
     with pytest.raises(FloatingPointError, match="log π.* of response 0 is nan"):
         held.score(0, Rows([[5]], [[6, 1]], [0]))
+
+
+def test_lora_begins_with_other_matrices_under_another_seed(stopped, tmp_path):
+    first = []
+    for seed in (0, 1):
+        config = resolve(replace(stopped[0], use_peft=True, learning_rate=1e-3, seed=seed))
+        policy = LoRAPolicies(tmp_path / str(seed), config).get(0)
+        first.append(next(iter(lora_state(policy).values())))
+    assert not torch.equal(*first)
 
 
 def test_a_key_is_that_of_one_list_of_rows():
