@@ -77,7 +77,9 @@ def made_up(monkeypatch, tmp_path):
                     result["0"] = {**measured, "reward": -1.0, "kl": 0.0}
                 flags = {"beta": beta, "seed": seed, "learning_rate": sentiment.RATES[1]}
                 results[sentiment.name_of("cpu", method, flags)] = result
-    for rate, kl in ((sentiment.RATES[0], 0.5), (sentiment.RATES[2], 7.0)):
+    kls = dict(zip(sentiment.RATES, (0.5, 2.0, 7.0, 9.0)))
+    del kls[sentiment.RATES[1]]  # made above
+    for rate, kl in kls.items():
         flags = sentiment.first_look(sentiment.BETAS[0], rate)
         results[sentiment.name_of("cpu", "plain DPO", flags)] = {"3": {"kl": kl}, "made_from": "a1"}
     return results
@@ -104,7 +106,7 @@ def test_the_first_look_chooses_the_rate_and_then_each_method_its_beta():
         return {"1": {"kl": 99.0, "reward": 99.0}, "3": {"kl": kl, "reward": reward}, "machine": "here"}
 
     results = {}
-    for rate, kl in zip(sentiment.RATES, (1.9, 2.0, 9.0)):
+    for rate, kl in zip(sentiment.RATES, (1.9, 2.0, 9.0, 9.5)):
         flags = sentiment.first_look(sentiment.BETAS[0], rate)
         results[sentiment.name_of("cpu", "plain DPO", flags)] = ends(kl, 1.0)
     assert sentiment.best_rate(results, "cpu") == sentiment.RATES[1] == 3e-4
