@@ -219,7 +219,7 @@ def train(t: int, data: TrainingSet, run: Run, config: Resolved, variant: "Varia
     """π_θ(t−1) becomes π_θt, which is saved."""
     policy = run.policies.get(t - 1)
     run.policies.forget()  # this copy is changed in place; π_θ(t−1) stays on disk
-    policy.train()  # gradient checkpointing needs it; there is no dropout in any policy
+    policy.train()  # gradient checkpointing needs it; dropout was removed when the model was read
     # With LoRA only its matrices have gradients, and change.
     optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     batches = variant.batches_of(len(data.pairs), t, config)
@@ -283,7 +283,7 @@ def evaluate(t: int, run: Run, config: Resolved) -> dict[str, Any]:
     for of_prompt in policies.sample(t, run.prompts, 1, seed):
         ids, _ended = of_prompt[0]
         answers.append(ids)
-    answered = Rows(run.prompts, answers, list(range(len(answers))))
+    answered = Rows(run.prompts, answers)
     # Its mean over y ~ π_θ estimates KL(π_θ ‖ π_ref), if temperature and top_p are 1.
     log_ratio = policies.log_prob(t, answered) - policies.log_prob(0, answered)
     metrics["kl"] = log_ratio.mean().item()

@@ -90,6 +90,8 @@ def main(flags: argparse.Namespace) -> None:
     limits = {"max_length": longest, "max_prompt_length": flags.max_prompt_length}
     texts, prompts, counts = encode_prompts(rows, tokenizer, name=flags.prompt_file, eos_ids=ends, **limits)
     print(f"prompts: {format_counts(counts)}")
+    if not prompts:
+        raise InputError(f"{flags.prompt_file}: no prompt to answer")
     check_before_training(policy, Pair(prompts[0], ends[:1], ends[:1]), ends)  # is it sampled rightly?
     prepare(flags.device)
 
@@ -129,6 +131,8 @@ def command_line(arguments: list[str] | None = None) -> None:
         main(parse(arguments))
     except (InputError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
     except torch.OutOfMemoryError:
         sys.exit("error: out of GPU memory: a smaller --max_new_tokens or --max_prompt_length may help")
 

@@ -363,7 +363,7 @@ def measure(place: Path, t: int, run: Run, config: Resolved) -> dict[str, float]
             texts.append(prompt + completion)
             x_ids.append(x)
             y_ids.append(y)
-    rows = Rows(x_ids, y_ids, list(range(len(y_ids))))
+    rows = Rows(x_ids, y_ids)
     log_ratios = policies.log_prob(t, rows) - policies.log_prob(0, rows)
     for line, text, score, log_ratio in zip(lines, texts, judge(place, texts).tolist(), log_ratios.tolist()):
         line |= {"score": score, "log_ratio": log_ratio, "words": len(text.split())}

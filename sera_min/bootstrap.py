@@ -134,9 +134,9 @@ def sample_responses(
     model's generation_config has no say. Prompts of similar length are sampled together, with at
     most `max_tokens` tokens in the key-value cache (None: CACHE_TOKENS). The same seed, batch size
     and machine give the same samples; the random generators of the CPU and of the model's GPU are
-    left as they were. Where pad and end are one token, transformers may warn of right padding: there
-    is none. Raises ValueError for an empty prompt and numbers that make no sense, FloatingPointError
-    for probabilities of NaN.
+    left as they were. Where pad and end are one token, or a prompt has one token alone, transformers may
+    warn of right padding: there is none. Raises ValueError for an empty prompt and numbers that make
+    no sense, FloatingPointError for probabilities of NaN.
     """
     check_sampling(prompts, n, max_new_tokens, temperature, top_p, eos_token_id, pad_token_id)
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)

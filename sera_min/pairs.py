@@ -63,7 +63,8 @@ class Rows:
 
     prompts: list[Ids]
     responses: list[Ids]
-    pair_index: list[int]  # index in D of the row's pair; of a sample, of the pair that gave the prompt
+    # Index in D of the row's pair, or of the pair that gave a sample its prompt; none for evaluation prompts.
+    pair_index: list[int] = field(default_factory=list)
     logps: dict[int, Tensor] = field(default_factory=dict)  # i -> log π_θi(y|x), (R,), nats
 
     @property

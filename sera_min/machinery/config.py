@@ -5,7 +5,7 @@ import math
 import signal
 import sys
 import zlib
-from argparse import ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
+from argparse import Action, ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, make_dataclass
 from pathlib import Path
@@ -84,7 +84,7 @@ class Config:
         return self.model_name_or_path is None
 
 
-Resolved = Config  # with every choice made: what a run reads and saves
+Resolved = Config  # with every choice made, and so every value of its type: what a run reads and saves
 GROUPS = {  # of --help, by the flag that each begins with
     "keep": "the five that matter most",
     "model_name_or_path": "what is read and written",
@@ -119,6 +119,9 @@ def resolve(flags: Config) -> Resolved:
     for name in PATHS:
         if values.get(name):
             values[name] = folder.at_home(values[name])
+    model = values.get("model_name_or_path")
+    if model and Path(model).is_dir():
+        values["model_name_or_path"] = str(Path(model).absolute())  # for a resume that begins in another folder
     values.setdefault("max_prompt_length", max(1, values["max_length"] // 2))
     values.setdefault("max_new_tokens", max(1, values["max_length"] - values["max_prompt_length"]))
     config = Resolved(**values)
@@ -177,7 +180,10 @@ def check_together(c: Resolved) -> None:
 
 
 def resumed(flags: Config, variant: str) -> Resolved:
-    """The flags that a run was begun with. Only those of MAY_CHANGE may be given others. Raises InputError."""
+    """The flags that a run was begun with. Only those of MAY_CHANGE may be given others. Raises InputError.
+
+    From Python a flag that has its default counts as not given.
+    """
     out = Path(folder.at_home(str(flags.resume_from_checkpoint)))
     file = out / "config.json"
     if not file.exists():
@@ -192,7 +198,7 @@ def resumed(flags: Config, variant: str) -> Resolved:
         if other != "SeRA":
             program = f"experiments/variants.py {other}"
         raise InputError(f"{out} is a run of {other}, to go on: python {program} --resume_from_checkpoint {out}")
-    # From a command line, what is not given is None (see `parse`); from Python it has its default.
+    # From a command line, what is not given is None (see `parse`).
     with_defaults = [getattr(flags, f.name) for f in fields(Config) if f.default is not None]
     from_python = None not in with_defaults
     for f in fields(Config):
@@ -215,6 +221,11 @@ def config_json(config: Resolved, variant: str) -> str:
 
 class HelpFormatter(ArgumentDefaultsHelpFormatter, RawDescriptionHelpFormatter):
     """Every flag with its default, below a description that is left as it is written."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        if action.default is None:  # the help itself says what it then is
+            return action.help
+        return super()._get_help_string(action)
 
 
 def parse(arguments: list[str] | None, description: str | None) -> Config:

@@ -159,7 +159,8 @@ class Encoder:
         if self.plain:  # not others' plain text, as `[INST]`
             forged.append("\n\n(?:Human|Assistant):")
         self.forged = re.compile(any_of(forged))
-        self.closing = ""  # what the chat template writes after an answer and before an end
+        # What the chat template writes after an answer and before an end, seen from a sign that it does not write.
+        self.closing = ""
         with suppress(InputError):
             dialogue = self.render([turn("user", "☃"), turn("assistant", "☃")], {})
             self.closing = self.spelled_end.sub("", dialogue.rpartition("☃")[2]).rstrip()
@@ -230,7 +231,7 @@ class Encoder:
             self.counts["prompts without their tools, which the chat template does not write"] += 1
         shared = commonprefix([prompt, *wholes])  # noqa: RUF071 (by characters, as is meant)
         if shared != prompt:
-            # Both answers may begin with what the prompt's end begins with: "<p>", and "<think>".
+            # The prompt's end may be "<think>", and the answers "<p>a" and "<p>b": their "<" is not the prompt's.
             for y, whole in zip(answers, wholes):
                 begins = whole.rfind(y["content"].strip())
                 if begins >= 0:
@@ -239,7 +240,7 @@ class Encoder:
             if not shared.startswith(self.render(x, options)):
                 raise InputError(f"the chat template {end}")
             self.counts[f"prompts without their end, as the chat template {end}"] += 1  # as in TRL
-        # An answer may begin with the thought that the prompt's end has opened.
+        # The prompt's end may be "<think>", and an answer "<think>so</think>a", which is written once.
         start = len(commonprefix([shared, self.render(x, options)]))  # noqa: RUF071
         for y, whole in zip(answers, wholes):
             if squeezed(y["content"]) not in squeezed(whole[start:]):

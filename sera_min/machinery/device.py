@@ -202,7 +202,7 @@ def halve_if_out_of_memory(step: Callable) -> Callable:
 
 
 def forget_gradients(optimizer: torch.optim.Optimizer) -> None:
-    """And the state of parameters for which memory ran out between AdamW's two moments."""
+    """The gradients go, and the state of parameters for which memory ran out between AdamW's two moments."""
     optimizer.zero_grad()
     for p in list(optimizer.state):
         if "exp_avg_sq" not in optimizer.state[p]:

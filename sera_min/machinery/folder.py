@@ -109,7 +109,7 @@ def check_free(out: Path) -> None:
 
 def check_not_ended(out: Path) -> None:
     if (out / "policy").exists():
-        raise InputError(f"{out} already holds a run that has ended; its policy is in {out}/policy")
+        raise InputError(f"{out} already holds a run that has ended, and its policy: give another --output_dir")
 
 
 def delete_state_of_ended(out: Path) -> None:

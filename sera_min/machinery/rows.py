@@ -125,7 +125,8 @@ def read_json(text: str) -> list[Any]:
 
 
 def no_number(name: str) -> None:
-    """NaN, as pandas writes what is missing, is null."""
+    """NaN, as pandas writes what is missing, is null; and so is Infinity."""
+    return None
 
 
 def read_csv(text: str) -> list[Any]:
@@ -165,8 +166,7 @@ def preference(row: Any) -> Reading:
             value = [answer]
         with naming(f"'{name}'"):
             if value is None:
-                columns = " ".join(", ".join(map(repr, row)).split())[:300] or "none"
-                raise InputError(f"missing or null (columns: {columns}): expected a form of docs/data.md")
+                raise InputError(f"missing or null ({columns_of(row)}): expected a form of docs/data.md")
             found.append(prompt_and_answer(prompt, value, row))
     (x, chosen), (other, rejected) = found
     if type(x) is not type(other):
@@ -174,6 +174,11 @@ def preference(row: Any) -> Reading:
     if x != other:
         raise Unusable("the responses answer different prompts")
     return in_context(x, [chosen, rejected], row)
+
+
+def columns_of(row: dict[str, Any]) -> str:
+    names = ", ".join(map(repr, row)) or "none"
+    return "columns: " + " ".join(names.split())[:300]
 
 
 def asked(row: Any) -> tuple[str | Messages | None, Message | None]:
@@ -226,7 +231,14 @@ def prompt_and_answer(prompt: str | Messages | None, answer: Any, row: dict) -> 
 
 
 def joined(prompt: Messages, dialogue: Messages) -> Messages:
-    """The prompt and the dialogue that goes on after it, or the dialogue that repeats it. Raises Unusable."""
+    """The prompt and the dialogue that goes on after it, or the dialogue that repeats it. Raises Unusable.
+
+    S, U and A are a system's, a user's and an assistant's messages:
+      prompt U1            dialogue A           goes on
+      prompt S or U0 A0    dialogue U1 A        goes on
+      prompt S U1          dialogue S U1 A      repeats it
+      prompt "U1"          dialogue S U0 A0 U1 A    one text, which may be any or all of the questions
+    """
     first = dialogue[0]["role"]
     if first in ("assistant", "tool"):
         return prompt + dialogue
@@ -236,7 +248,7 @@ def joined(prompt: Messages, dialogue: Messages) -> Messages:
     if first == "user" and users_turn and in_dialogue[0] not in in_prompt:
         return prompt + dialogue
     repeated = all(one in in_dialogue for one in in_prompt)
-    if len(prompt) == 1 and not repeated:  # one text may be all that the dialogue says, or a part of it
+    if len(prompt) == 1 and not repeated:
         questions = [squeezed(message["content"]) for message in dialogue if message["role"] == "user"]
         repeated = in_prompt[0] in "".join(questions) or (bool(questions) and questions[-1] in in_prompt[0])
     if not repeated:
@@ -250,7 +262,8 @@ def transcript(text: str, row: dict) -> Messages:
     if before.strip() or not parts:
         if any(row.get(column) is not None for column in QUESTIONS):
             raise Unusable("a text is empty")  # the question
-        raise InputError("expected 'prompt' or 'instruction' beside it, or a dialogue '\\n\\nHuman: …'")
+        expected = "expected 'prompt' or 'instruction' beside it, or a dialogue '\\n\\nHuman: …'"
+        raise InputError(f"{expected} ({columns_of(row)})")
     if parts[-2] == "Human":
         raise Unusable("a transcript ends without an answer")
     roles = {"Human": "user", "Assistant": "assistant"}
@@ -361,7 +374,7 @@ def message_of(value: Any) -> Message:
     role = message.get("role", message.get("from"))
     role = OTHER_ROLES.get(str(role), role)
     if role not in ROLES:
-        raise InputError(f"expected a role ({', '.join(ROLES)}) and a content")
+        raise InputError(f"expected a role ({', '.join(ROLES)}) and a content, not {str(value)[:60]!r}")
     content = message.get("content", message.get("value"))
     if isinstance(content, list):
         kinds = {part.get("type", "text") for part in content if isinstance(part, dict)}

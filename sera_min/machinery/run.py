@@ -61,6 +61,8 @@ class Run:
         self.config = config
         self.world = variant.world
         self.wants_report = variant.report
+        self.bar: Any = None  # of the training steps
+        self.evaluated: set[int] = set()  # iterations that metrics.jsonl has an evaluation of
         self.out = Path(config.output_dir)
         self.state = self.out / "state"
         if config.use_peft:
@@ -210,7 +212,7 @@ class Run:
         """A line of metrics.jsonl. Raises FloatingPointError where a pair's loss or the gradient is not finite."""
         losses = metrics.pop("losses")
         self.log({"phase": "train", "iteration": t, "step": step, **metrics})
-        shown = "loss {loss:.3f}, accuracy {rewards/accuracies:.3f}, margin {rewards/margins:.3f}"
+        shown = "loss {loss:.3f}, accuracy {rewards/accuracies:.3f}, β·margin {rewards/margins:.3f}"
         self.bar.set_postfix_str(shown.format_map(metrics))
         bad = [i + 1 for i, loss in zip(batch, losses) if not math.isfinite(loss)]
         norm = metrics["grad_norm"]

@@ -96,6 +96,12 @@ def test_prompts_to_answer():
     assert len(x) == 16 and counts["prompts cut"] == 1
 
 
+def test_a_file_without_a_prompt(tmp_path, model_dir):
+    file = write(tmp_path / "none.jsonl", [])
+    with pytest.raises(SystemExit, match="none.jsonl: no prompt to answer"):
+        answer.command_line(["--policy", str(model_dir), "--prompt_file", file, "--max_new_tokens", "8", "--max_prompt_length", "8"])
+
+
 def test_a_device_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(SystemExit, match="--device is 'cuda': expected one of cpu$"):

@@ -628,7 +628,7 @@ def test_killed_between_its_last_two_acts_it_has_ended(stopped, tmp_path):
     with folder.locked(out), pytest.raises(InputError, match="another process is running in it"):  # it is not killed
         main(resumed(out))
     assert (out / "state").exists()
-    with pytest.raises(InputError, match="a run that has ended; its policy is in"):
+    with pytest.raises(InputError, match="a run that has ended, and its policy: give another"):
         main(resumed(out))
     assert not (out / "state").exists()
     assert_same_end(out, here / "whole")
@@ -1227,6 +1227,20 @@ def test_a_signal_that_the_starter_ignores_stays_ignored():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_a_run_is_resumed_from_any_folder(stopped, tmp_path, monkeypatch):
+    """The model is named from the folder that the run was begun in: another one has another model of that name."""
+    flags, here = stopped
+    monkeypatch.chdir(here)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", interrupted_in(3))
+        with pytest.raises(KeyboardInterrupt):
+            main(replace(flags, model_name_or_path="model", output_dir=str(tmp_path / "out")))
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    main(resumed("out"))
+    assert_same_end(tmp_path / "out", here / "whole")
 
 
 def test_a_tilde_is_the_home(tmp_path, monkeypatch):
