@@ -175,7 +175,6 @@ def exact_family(family: str) -> dict[str, float]:
             compiled, _ = logprobs.sequence_logprobs(model, x, y)
             found["bfloat16 and compiled, nats a token"] = ((compiled - right).abs() / tokens).max().item()
     torch._dynamo.reset()
-    device.prepare(DEVICE)
     return found
 
 
@@ -412,13 +411,13 @@ def main() -> None:
     results: dict[str, Any] = {}
     if GPU and arguments.output.exists():
         results = json.loads(arguments.output.read_text())
-    device.prepare(DEVICE)
     where = rounded(environment())
     failed = []
     for part in arguments.parts:
         found: dict[str, Any] = {"measured on": where}
         for name, work in PARTS[part].items():
             began = time.perf_counter()
+            device.prepare(DEVICE)
             measured = safely(work, min(LONGEST, end - began))
             found[name] = rounded(measured)
             print(f"{time.perf_counter() - began:.0f} s: {part}, {name}: {found[name]}", flush=True)

@@ -54,6 +54,8 @@ def main(arguments: list[str] | None = None) -> None:
         model = about["base_model_name_or_path"]
         with_lora = {"lora_request": LoRARequest("policy", 1, request["policy"])}
         ranks = (16, 32, 64, 128, 256, 320, 512)  # that vLLM allows
+        if about["r"] > ranks[-1]:
+            sys.exit(f"error: vLLM takes LoRA up to rank {ranks[-1]}, not {about['r']}: merge the adapter first")
         options |= {"enable_lora": True, "max_lora_rank": min(rank for rank in ranks if rank >= about["r"])}
         if Path(model, "adapter_config.json").exists():
             sys.exit(f"error: {model}, π_ref, is itself an adapter, which vLLM cannot take for a base: merge it first")

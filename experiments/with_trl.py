@@ -97,7 +97,9 @@ def shared_out(n: int, work: Callable[[int, range], list], desc: str) -> list:
     try:
         for c in tqdm(numbers, desc, disable=not is_main()):
             done.append((c, work(c, range(c, n, chunks))))
-    except (InputError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+    except torch.OutOfMemoryError:
+        failed = f"process {state.process_index}: out of GPU memory: a smaller --max_tokens or --max_length may help"
+    except (InputError, OSError, FloatingPointError) as error:
         failed = f"process {state.process_index}: {one_line(error)}"
     for message in gather_object([failed]):  # so that all end, and the first process says why
         refuse(message is not None, str(message))

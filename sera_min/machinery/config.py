@@ -119,15 +119,21 @@ def resolve(flags: Config) -> Resolved:
     for name in PATHS:
         if values.get(name):
             values[name] = folder.at_home(values[name])
-    model = values.get("model_name_or_path")
-    if model and Path(model).is_dir():
-        values["model_name_or_path"] = str(Path(model).absolute())  # for a resume that begins in another folder
+    if values.get("model_name_or_path"):
+        values["model_name_or_path"] = full_name(values["model_name_or_path"])
     values.setdefault("max_prompt_length", max(1, values["max_length"] // 2))
     values.setdefault("max_new_tokens", max(1, values["max_length"] - values["max_prompt_length"]))
     config = Resolved(**values)
     check_values(config)
     check_together(config)
     return config
+
+
+def full_name(model: str) -> str:
+    """The path of its folder from the root, for a resume that begins elsewhere; a name on the hub as it is."""
+    if Path(model).is_dir():
+        return str(Path(model).absolute())
+    return model
 
 
 def check_values(c: Resolved) -> None:
@@ -153,12 +159,12 @@ def check_together(c: Resolved) -> None:
     """What would otherwise be noticed hours later, or never."""
     no_effect = {}
     if c.in_playground:
-        for name in ("dataset_name", "dataset_config", "dataset_train_split", "eval_dataset_name"):
+        for name in ("dataset_name", "dataset_config", "dataset_train_split", "eval_dataset_name", "eval_fraction"):
             no_effect[name] = "in the playground: --model_name_or_path is missing"
     else:
         no_effect["label_noise"] = "on data of your own"
-    if c.eval_split is not None:
-        no_effect["eval_fraction"] = "beside --eval_split or --eval_dataset_name"
+        if c.eval_split is not None:
+            no_effect["eval_fraction"] = "beside --eval_split or --eval_dataset_name"
     if not c.use_peft:
         for name in ("lora_r", "lora_alpha", "lora_target_modules"):
             no_effect[name] = "without --use_peft"
@@ -180,7 +186,7 @@ def check_together(c: Resolved) -> None:
 
 
 def resumed(flags: Config, variant: str) -> Resolved:
-    """The flags that a run was begun with. Only those of MAY_CHANGE may be given others. Raises InputError.
+    """The flags that a run was begun with. Only those of MAY_CHANGE may now have other values. Raises InputError.
 
     From Python a flag that has its default counts as not given.
     """
@@ -205,6 +211,8 @@ def resumed(flags: Config, variant: str) -> Resolved:
         value, then = getattr(flags, f.name), getattr(config, f.name)
         if value is None or (from_python and value == f.default) or f.name == "resume_from_checkpoint":
             continue
+        if f.name == "model_name_or_path":
+            value = full_name(folder.at_home(value))
         if value != then and f.name not in MAY_CHANGE:
             raise InputError(
                 f"{out} was begun with {f.name} = {then!r}, not {value!r}: --resume_from_checkpoint alone is enough"

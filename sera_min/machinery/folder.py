@@ -104,12 +104,13 @@ def check_free(out: Path) -> None:
         raise InputError(f"{out} already holds a run: --resume_from_checkpoint {out}, or another --output_dir")
     for name in ("policy", "state", "metrics.jsonl"):
         if (out / name).exists():
-            raise InputError(f"{out} already holds a {name}, of no run that can be resumed: give another --output_dir")
+            other = "of no run that train.py can resume: give another --output_dir"
+            raise InputError(f"{out} already holds a {name}, {other}")
 
 
 def check_not_ended(out: Path) -> None:
     if (out / "policy").exists():
-        raise InputError(f"{out} already holds a run that has ended, and its policy: give another --output_dir")
+        raise InputError(f"{out} already holds a run that has ended; its policy is in {out / 'policy'}")
 
 
 def delete_state_of_ended(out: Path) -> None:

@@ -190,7 +190,7 @@ def draw_reviews(figure: Any, reviews: dict[int, list[Line]]) -> None:
             axes.axvline(min(kept), color="black", linestyle="--", label="given pairs kept: right of it")
         axes.set_title(f"iteration {t}: {len(kept)} of {len(given)} given pairs kept", fontsize="medium")
         axes.set_ylim(top=1.6 * axes.get_ylim()[1])  # room for the legend
-        axes.set(xlabel="margin, nats", ylabel="pairs")
+        axes.set(xlabel="margin", ylabel="pairs")
         axes.legend(fontsize="small")
 
 

@@ -83,15 +83,16 @@ def read_folder(folder: Path, split: str, config: str | None) -> list[Any]:
         files = datasets.load_dataset_builder(str(seen), config).config.data_files
     if split not in files:
         raise ValueError(f"its splits are {', '.join(map(str, files))}")
-    paths: dict[Any, list[Path]] = {}  # of each split
-    for of_split, found in files.items():
-        paths[of_split] = [folder / Path(file).relative_to(seen) for file in found]
-    unread = set(folder.rglob("*")).difference(*paths.values())
-    names = [path.name for path in sorted(unread) if path.name.endswith(SUFFIXES)]
-    if names:
-        print(f"{folder}: files that are not read: {', '.join(names)}")
+    of_splits = set().union(*files.values())
+    unread = []
+    for path in sorted(folder.rglob("*")):
+        if path.name.endswith(SUFFIXES) and str(seen / path.relative_to(folder)) not in of_splits:
+            unread.append(path.name)
+    if unread:
+        print(f"{folder}: files that are not read: {', '.join(unread)}")
     rows = []
-    for path in paths[split]:
+    for file in files[split]:
+        path = folder / Path(file).relative_to(seen)
         with naming(str(path)):
             rows += read_file(path)
     return rows
@@ -244,8 +245,9 @@ def joined(prompt: Messages, dialogue: Messages) -> Messages:
         return prompt + dialogue
     in_prompt = [squeezed(message["content"]) for message in prompt]
     in_dialogue = [squeezed(message["content"]) for message in dialogue]
+    asked_first = [squeezed(message["content"]) for message in prompt if message["role"] == "user"][:1]
     users_turn = prompt[-1]["role"] in ("system", "assistant")
-    if first == "user" and users_turn and in_dialogue[0] not in in_prompt:
+    if first == "user" and users_turn and in_dialogue[:1] != asked_first:
         return prompt + dialogue
     repeated = all(one in in_dialogue for one in in_prompt)
     if len(prompt) == 1 and not repeated:

@@ -140,6 +140,7 @@ def test_what_is_not_read_is_refused_in_one_line(row, message):
 @pytest.mark.parametrize("prompt, said", [
     ([U("who?"), A("me")], [U("who?"), A("me"), U("red?")]), ([S("kind")], [S("kind"), U("red?")]),  # the dialogue repeats it
     ([S("kind")], [U("red?")]), ([U("who?"), A("me")], [U("red?")]),  # and here it goes on
+    ([U("tell"), A("one"), U("more"), A("two")], [U("more")]),
 ])  # fmt: skip
 def test_a_prompt_before_whole_dialogues_is_said_once(prompt, said):
     whole = said if said[0] == prompt[0] else prompt + said

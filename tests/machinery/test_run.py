@@ -628,7 +628,7 @@ def test_killed_between_its_last_two_acts_it_has_ended(stopped, tmp_path):
     with folder.locked(out), pytest.raises(InputError, match="another process is running in it"):  # it is not killed
         main(resumed(out))
     assert (out / "state").exists()
-    with pytest.raises(InputError, match="a run that has ended, and its policy: give another"):
+    with pytest.raises(InputError, match="a run that has ended; its policy is in"):
         main(resumed(out))
     assert not (out / "state").exists()
     assert_same_end(out, here / "whole")
@@ -1032,7 +1032,7 @@ WRONG = [
     (["--eval_split", "dev"], "--eval_split is 'dev': expected one of test, validation"),
     (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--label_noise", "0"], "--label_noise has no effect on data of your own"),
     (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--eval_dataset_name", "ALIKE", *SHORT], "no pair is left to evaluate on"),
-    (["--eval_fraction", "0.5"], "--eval_fraction has no effect beside --eval_split or --eval_dataset_name"),
+    (["--eval_fraction", "0.5"], "--eval_fraction has no effect in the playground"),
     (["--model_name_or_path", "MODEL", "--dataset_name", "DATA", "--eval_dataset_name", "DATA", "--eval_fraction", "0.5"], "--eval_fraction has no effect"),
     (["--dataset_train_split", "x"], "--dataset_train_split has no effect in the playground"),
     (["--samples_per_prompt", "1"], "--samples_per_prompt is 1: the best of them is paired with the worst"),
@@ -1239,7 +1239,10 @@ def test_a_run_is_resumed_from_any_folder(stopped, tmp_path, monkeypatch):
             main(replace(flags, model_name_or_path="model", output_dir=str(tmp_path / "out")))
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path)
-    main(resumed("out"))
+    with pytest.raises(InputError, match=r"was begun with model_name_or_path = '.*stopped.*/model', not '.*/model'"):
+        main(replace(resumed("out"), model_name_or_path="model"))
+    monkeypatch.chdir(here)
+    main(replace(resumed(tmp_path / "out"), model_name_or_path="model"))  # the same
     assert_same_end(tmp_path / "out", here / "whole")
 
 
