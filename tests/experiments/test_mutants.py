@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import re
 import sys
 from pathlib import Path
 
@@ -16,16 +17,20 @@ MUTANTS = mutants.read_mutants()
 
 @functools.cache
 def read(file):
-    text = (ROOT / file).read_text(encoding="utf-8")
-    return text, ast.dump(ast.parse(text))
+    return (ROOT / file).read_text(encoding="utf-8")
+
+
+def code_of(text):
+    """Without comments and white space."""
+    return "".join(re.sub("#.*", "", text).split())
 
 
 def test_every_mutant_applies():
     for mutant in MUTANTS:
-        text, unchanged = read(mutant.file)
-        assert text.count(mutant.old) == 1 and mutant.new != mutant.old, mutant.name
-        mutated = ast.dump(ast.parse(mutant.applied(text)))  # it parses
-        assert mutated != unchanged, mutant.name  # more than comments or layout differs
+        text = read(mutant.file)
+        assert text.count(mutant.old) == 1, mutant.name
+        ast.parse(mutant.applied(text))  # it parses
+        assert code_of(mutant.new) != code_of(mutant.old), mutant.name
 
 
 def test_the_list():

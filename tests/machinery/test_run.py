@@ -304,8 +304,15 @@ def test_figures_are_not_needed(stopped, tmp_path, figures):
     assert lines(out) == lines(here / "whole")
 
 
-def test_gradient_checkpointing_changes_nothing(model_dir, preferences, tmp_path):
-    ends = []
+def test_gradient_checkpointing_changes_nothing(model_dir, preferences, tmp_path, monkeypatch):
+    """And is on: transformers switches it off in eval mode."""
+    ends, modes, real_pass = [], [], train.sequence_logprobs
+
+    def watched(model, x, y):
+        modes.append(any(part.training for part in model.modules()))
+        return real_pass(model, x, y)
+
+    monkeypatch.setattr(train, "sequence_logprobs", watched)
     for name in (False, True):
         main(real(model_dir, preferences, tmp_path / str(name), iterations=1, learning_rate=1e-4, gradient_checkpointing=name))
         ends.append(([m["loss"] for m in lines(tmp_path / str(name)) if m["phase"] == "train"],
@@ -314,6 +321,7 @@ def test_gradient_checkpointing_changes_nothing(model_dir, preferences, tmp_path
     assert checkpointed == pytest.approx(losses, abs=1e-5) and len(losses) == 4
     for key, value in weights.items():
         torch.testing.assert_close(value, others[key], rtol=0, atol=2e-5)
+    assert len(modes) == 8 and all(modes[4:])
 
 
 def test_two_policies_are_in_memory_one_while_it_is_trained_and_nothing_is_scored_twice(stopped, tmp_path, monkeypatch):
@@ -902,19 +910,6 @@ def test_what_is_printed_is_what_was_written(stopped, tmp_path, capsys):
     reasons = [line["finish_reason"] for line in read(tmp_path / "out/iteration-2/samples.jsonl")]
     assert 0 < reasons.count("length") < len(reasons)
     assert f"dropped: {reasons.count('length')} cut-off samples" in printed
-
-
-def test_gradient_checkpointing_is_on_while_it_trains(stopped, tmp_path, monkeypatch):
-    """transformers switches it off in eval mode."""
-    modes, real_pass = [], train.sequence_logprobs
-
-    def watched(model, x, y):
-        modes.append(any(part.training for part in model.modules()))
-        return real_pass(model, x, y)
-
-    monkeypatch.setattr(train, "sequence_logprobs", watched)
-    main(replace(stopped[0], output_dir=str(tmp_path / "out"), iterations=1, gradient_checkpointing=True))
-    assert modes and all(modes)
 
 
 def test_a_second_signal_stops_at_once(stopped, tmp_path, monkeypatch):
