@@ -44,6 +44,7 @@ import torch
 import transformers
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from tqdm import tqdm
 from transformers import HfArgumentParser
@@ -317,9 +318,8 @@ def main(flags: Any, args: DPOConfig) -> None:
         if flags.pairs_only:
             break
         train(t, reviewed.training_set, policies, args)
-        gc.collect()  # the trainer refers to itself, and would keep its memory through the next review
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        # The trainer refers to itself, and would keep its memory through the next review.
+        clear_device_cache(garbage_collection=True)
     print(f"pairs and policies are in {config.output_dir}")
 
 
