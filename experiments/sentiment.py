@@ -51,8 +51,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlamaCo
 
 import train
 from sera_min import bootstrap, logprobs
+from sera_min.machinery import data, models
 from sera_min.machinery import folder as files
-from sera_min.machinery import models
 from sera_min.machinery.config import Config, Resolved, seed_of
 from sera_min.machinery.run import Run
 from sera_min.pairs import Rows
@@ -60,7 +60,7 @@ from sera_min.pairs import Rows
 METHODS = ("SeRA", "selection only", "plain DPO")  # the longest runs first
 BETAS = [0.1, 0.5]
 RATES, FAR = [1e-4, 3e-4, 5e-4, 1e-3], 2.0  # the smallest at which plain DPO ends that many nats from the SFT model
-SEEDS, LOOK = [0, 1, 2, 3, 4], 100  # LOOK is the seed of the first look
+SEEDS, LOOK, UNSEEN = [0, 1, 2, 3, 4], 100, 101  # LOOK is the seed of the first look, UNSEEN of pairs never trained on
 SIZES = {"judge": 3000, "test": 500, "look": 500, "sft": 6500, "pairs": 256, "answers": 200, "iterations": 3}
 QUICK = {"judge": 200, "test": 50, "look": 50, "sft": 256, "pairs": 12, "answers": 2, "iterations": 3}
 LONGEST = 24  # tokens of a sentence that SFT sees, and of a completion: so a CPU ends in hours
@@ -369,7 +369,7 @@ def measure(place: Path, t: int, run: Run, config: Resolved) -> dict[str, float]
         line |= {"score": score, "log_ratio": log_ratio, "words": len(text.split())}
     files.write_jsonl(run.out / f"completions-{t}.jsonl", lines)
     all_of = pd.DataFrame(lines)
-    return {
+    measured = {
         "reward": all_of.score.mean(),
         "error": all_of.score.sem(),
         "lexicon": lexicon(place, texts),
@@ -378,6 +378,22 @@ def measure(place: Path, t: int, run: Run, config: Resolved) -> dict[str, float]
         "words": all_of.words.mean(),
         "cut": 1 - all_of.ended.mean(),
     }
+    if t == config.iterations:
+        measured["agrees"] = agreement(place, t, policies, config)
+    return measured
+
+
+def agreement(place: Path, t: int, policies: Any, config: Resolved) -> float:
+    """How often the reward of π_θt ranks a pair that it was not trained on as the judge does."""
+    rows = files.read_jsonl(place / f"pairs-{UNSEEN}.jsonl")
+    limits = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
+    given, _counts = data.encode(rows, policies.tokenizer, name="unseen pairs", eos_ids=policies.eos_ids, **limits)
+    unseen = data.preferences(given).rows
+    rewards = policies.log_prob(t, unseen) - policies.log_prob(0, unseen)
+    margins = rewards[0::2] - rewards[1::2]
+    is_flipped = files.read_json(place / f"flipped-{UNSEEN}.json")
+    flipped = torch.tensor([is_flipped[one.row] for one in given])
+    return ((margins > 0) != flipped).double().mean().item()
 
 
 def lexicon(place: Path, texts: list[str]) -> float:
@@ -400,6 +416,7 @@ def review_of(place: Path, iteration: Path, seed: int) -> dict[str, float]:
         given = study.with_dropped(pairs, iteration)
         wrong = given.row.map(lambda row: is_flipped[row]).astype(bool)
         found["auc"] = float(study.auc(given.margin[~wrong], given.margin[wrong]))
+        found["above 0"] = float((given.margin > 0).mean())
     own = pairs[pairs.source != "offline"]
     if len(own):
         better = judge(place, list(own.prompt + own.chosen)) > judge(place, list(own.prompt + own.rejected))
@@ -456,7 +473,14 @@ def frame_of(results: dict[str, Any], device: str) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-SHOWN = {"reward": 3, "lexicon": 3, "kl": 1, "words": 1, "cut": 3, "right": 3, "auc": 3, "bootstrapped right": 3}
+SHOWN = {"reward": 3, "lexicon": 3, "kl": 1, "words": 1, "cut": 3, "right": 3, "auc": 3, "above 0": 3,
+         "bootstrapped right": 3, "agrees": 3}  # fmt: skip
+COLUMNS = f"""\
+After iteration t (0: the SFT model), of fresh completions: the judge's score (reward), the score of VADER's lexicon,
+the KL in nats, words, and the share cut off, without an end within {LONGEST} tokens. Of the pairs given to iteration t:
+the share of right labels among those trained on; before training on them, the AUC of the margins for right against
+flipped labels, and the share of margins above 0; how often the judge agrees with the bootstrapped pairs. "agrees" is
+how often it agrees with the last policy's reward on pairs of another seed, which that policy was not trained on."""
 
 
 def look_table(results: dict[str, Any], device: str) -> str:
@@ -500,7 +524,7 @@ def tables(place: Path, device: str, results: dict[str, Any]) -> str:
     correlation = files.read_json(place / "judge.json")["correlation"]
     head = f"The judge's correlation with people's scores, on sentences that it has not seen: {correlation:.2f}."
     error = runs[runs.t == end].error.max()
-    note = f"t = 0 is the SFT model. A last mean reward has a standard error of at most {error:.2f}."
+    note = f"{COLUMNS} A last mean reward has a standard error of at most {error:.2f} within its run."
     of_results = [study.markdown(pd.DataFrame(lines)), study.markdown(pd.DataFrame(differences))]
     parts = [head, note, *of_results, look_table(results, device), rate_table(results, device)]
     return "# Film sentences\n\n" + "\n\n".join(parts) + "\n"
@@ -509,7 +533,7 @@ def tables(place: Path, device: str, results: dict[str, Any]) -> str:
 def draw(results: dict[str, Any], device: str, file: Path) -> None:
     """Reward against KL: a line a method, a point an iteration; means and their standard errors."""
     runs = frame_of(results, device)
-    with study.figure(file, "KL(π_θ ‖ π_ref), nats a response", "the judge's score") as axes:
+    with study.figure(file, "KL(π_θ ‖ π_ref), nats a response", "the judge's score", "lower right") as axes:
         for method in METHODS:
             by_t = runs[(runs.row == method) & (runs.t > 0)].groupby("t")
             mean, error = by_t[["kl", "reward"]].mean(), by_t[["kl", "reward"]].sem()
@@ -532,6 +556,7 @@ def main() -> None:
     place.mkdir(parents=True, exist_ok=True)
     make_judge(place)
     make_sft(place, device, sft_rate)
+    make_pairs(place, device, UNSEEN)
     file = results_in / "sentiment.json"
     if options.quick:
         file.unlink(missing_ok=True)

@@ -254,7 +254,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 @contextlib.contextmanager
-def figure(file: Path, x: str, y: str):
+def figure(file: Path, x: str, y: str, legend: str = "best"):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -264,6 +264,6 @@ def figure(file: Path, x: str, y: str):
     yield axes
     axes.set(xlabel=x, ylabel=y)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize="small")
+    axes.legend(frameon=False, fontsize="small", loc=legend)
     drawn.savefig(file, dpi=100)
     plt.close(drawn)

@@ -39,7 +39,7 @@ def test_the_tables_are_those_of_the_runs(tmp_path, monkeypatch, name):
     assert (tmp_path / f"{name}.md").read_text() == (RESULTS / f"{name}.md").read_text()
 
 
-PAGES = ("claims.md", "earlier.md", "distrust.md", "real_model.md")
+PAGES = ("claims.md", "earlier.md", "distrust.md", "real_model.md", "sentiment.md")
 INTERVAL = r"[+-]\d\.\d+ \[[+-]\d\.\d+, [+-]\d\.\d+\]"
 SPREAD = r"\d\.\d+ ± \d\.\d+"
 

@@ -4,6 +4,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent.parent / "experiments"))
 import sentiment
 import study
+from shared import bpe_tokenizer
 
 
 def test_the_judge_is_the_minimum_of_the_ridge_loss():
@@ -56,6 +58,26 @@ def test_what_a_review_found(tmp_path, monkeypatch):
     (tmp_path / "dropped.jsonl").write_text(json.dumps({"row": 1, "margin": -1.0, "source": "offline"}))
     found = sentiment.review_of(tmp_path, tmp_path, 7)
     assert (found["auc"], found["bootstrapped"], found["bootstrapped right"]) == (0.75, 2, 0.5)
+    assert found["above 0"] == 0.75
+
+
+def test_agreement_with_the_judge_about_pairs_not_trained_on(tmp_path):
+    """Rows 1 and 2 are flipped. The reward prefers " good", so it agrees with the judge about rows 0 and 2 of three."""
+    tokenizer = bpe_tokenizer()
+    rows = []
+    for chosen, rejected in ((" good", " bad"), (" good", " bad"), (" bad", " good")):
+        rows.append(json.dumps({"prompt": "it is", "chosen": chosen, "rejected": rejected}))
+    (tmp_path / f"pairs-{sentiment.UNSEEN}.jsonl").write_text("\n".join(rows))
+    (tmp_path / f"flipped-{sentiment.UNSEEN}.json").write_text(json.dumps([False, True, True]))
+
+    def log_prob(i, rows):
+        if i == 0:  # the policy has them equal: only the reference tells them apart
+            return torch.tensor([-3.0 if "good" in tokenizer.decode(y) else -1.0 for y in rows.responses])
+        return torch.full((len(rows.responses),), -1.0)
+
+    policies = SimpleNamespace(tokenizer=tokenizer, eos_ids=[tokenizer.eos_token_id], log_prob=log_prob)
+    config = SimpleNamespace(max_length=40, max_prompt_length=16)
+    assert sentiment.agreement(tmp_path, 3, policies, config) == pytest.approx(2 / 3)
 
 
 def made_up(monkeypatch, tmp_path):
@@ -87,7 +109,7 @@ def made_up(monkeypatch, tmp_path):
 
 def test_the_table_of_made_up_runs(monkeypatch, tmp_path):
     written = sentiment.tables(tmp_path, "cpu", made_up(monkeypatch, tmp_path))
-    assert "|SeRA|0.5|3|1.200 ± 0.200|1.200 ± 0.200|2.0 ± 0.0|9.0 ± 0.0|0.100 ± 0.000|0.700 ± 0.000|–|–|" in written
+    assert "|SeRA|0.5|3|1.200 ± 0.200|1.200 ± 0.200|2.0 ± 0.0|9.0 ± 0.0|0.100 ± 0.000|0.700 ± 0.000|–|–|–|–|" in written
     assert "|plain DPO|0.1|0|-1.000 ± 0.000|" in written
     for ours, theirs, differences in (
         ("SeRA", "plain DPO", [1.0, 1.1, 1.2]),

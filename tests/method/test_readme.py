@@ -115,6 +115,9 @@ def test_the_verdict_s_numbers_are_those_of_the_results():
     for gamma in (0.5, 0.7):
         less_none = re.search(rf"\|γ = {gamma} less γ = 0\.0\|[^|]*\|([^|]*)\|", at_the_end)[1]
         assert less_none in when
+    of_sentiment = (ROOT / "experiments/results/sentiment.md").read_text()
+    auc = re.search(r"\|plain DPO\|[\d.]+\|2\|(.*)\|", of_sentiment)[1].split("|")[6]  # of the review after iteration 1
+    assert f"AUC for wrong labels was {auc}" in when
 
 
 PAGES = ["README.md", "experiments/README.md", "experiments/results/README.md"]
