@@ -475,12 +475,13 @@ def frame_of(results: dict[str, Any], device: str) -> pd.DataFrame:
 SHOWN = {"reward": 3, "lexicon": 3, "kl": 1, "words": 1, "cut": 3, "right": 3, "auc": 3, "bootstrapped right": 3,
          "agrees": 3}  # fmt: skip
 COLUMNS = f"""\
-After iteration t (0: the SFT model), of fresh completions: the judge's score (reward), the score of VADER's lexicon,
-the KL in nats, the words, those of the beginning included, and the share cut off, without an end within {LONGEST}
-tokens. Of the pairs given to iteration t: the share of right labels among those trained on; the AUC of the margins for
-right against flipped labels, before training on them; how often the judge agrees with the bootstrapped pairs. "agrees",
-which was not planned, is how often it agrees with the last policy's reward on 256 pairs of another seed, which that
-policy was not trained on. They are the same 256 for all policies, so its own standard error, 0.03, is not in the ±."""
+After iteration t, of fresh completions: the judge's score, from about −4 to 4 (reward), that of VADER's lexicon, from
+−1 to 1, the KL in nats, the words, those of the beginning included, and the share cut off, without an end within
+{LONGEST} tokens. Of the pairs given to iteration t: the share of right labels among those trained on; the AUC of the
+margins for right against flipped labels, before training on them; how often the judge agrees with the bootstrapped
+pairs. "agrees", which was not planned, is how often it agrees with the last policy's reward on 256 pairs of another
+seed, which that policy was not trained on. They are the same 256 for all policies, so their own standard error, 0.03,
+is not in the ±."""
 AGAINST_CHANCE = [("auc", 2), ("auc", 3), ("agrees", 3), ("bootstrapped right", 2), ("bootstrapped right", 3)]
 
 
@@ -527,6 +528,8 @@ def tables(place: Path, device: str, results: dict[str, Any]) -> str:
     lines = []
     for (row, t), of_row in runs.groupby(["row", "t"], sort=False):
         line = {f"{len(SEEDS)} seeds": row, "β": f"{of_row.beta.iloc[0]:g}", "t": str(t)}
+        if t == 0:
+            line |= {f"{len(SEEDS)} seeds": "the SFT model", "β": "–"}
         for key, digits in SHOWN.items():
             line[key] = "–"
             if key in of_row and of_row[key].notna().any():
@@ -544,7 +547,7 @@ def tables(place: Path, device: str, results: dict[str, Any]) -> str:
     correlation = files.read_json(place / "judge.json")["correlation"]
     head = f"The judge's correlation with people's scores, on sentences that it has not seen: {correlation:.2f}."
     error = runs[runs.t == end].error.max()
-    note = f"{COLUMNS} A last mean reward has a standard error of at most {error:.2f} within its run."
+    note = f"{COLUMNS} Within its run, a last mean reward has a standard error of at most {error:.2f}."
     of_results = [study.markdown(pd.DataFrame(lines)), study.markdown(pd.DataFrame(differences)), gains_table(runs)]
     parts = [head, note, *of_results, look_table(results, device), rate_table(results, device)]
     return "# Film sentences\n\n" + "\n\n".join(parts) + "\n"

@@ -77,6 +77,8 @@ def of_user(config: Resolved, tokenizer: Any, limits: dict[str, Any]) -> Data:
     if config.eval_split is None:
         given, held_out = split_by_prompt(given, config.eval_fraction, config.seed)
         print(f"data: {format_counts(counts)}; {len(held_out)} of them held out")
+        if config.eval_fraction > 0 and not held_out:
+            print(f"--eval_fraction is {config.eval_fraction:g}: less than one prompt, so accuracy is not known")
     else:
         other = config.eval_dataset_name or name
         if other != name:

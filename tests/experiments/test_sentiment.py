@@ -109,7 +109,7 @@ def made_up(monkeypatch, tmp_path):
 def test_the_table_of_made_up_runs(monkeypatch, tmp_path):
     written = sentiment.tables(tmp_path, "cpu", made_up(monkeypatch, tmp_path))
     assert "|SeRA|0.5|3|1.200 ± 0.200|1.200 ± 0.200|2.0 ± 0.0|9.0 ± 0.0|0.100 ± 0.000|0.700 ± 0.000|–|–|0.700 ± 0.100|" in written
-    assert "|plain DPO|0.1|0|-1.000 ± 0.000|" in written
+    assert "|the SFT model|–|0|-1.000 ± 0.000|" in written
     for ours, theirs, differences in (
         ("SeRA", "plain DPO", [1.0, 1.1, 1.2]),
         ("selection only", "plain DPO", [0.0, 0.3, 0.0]),

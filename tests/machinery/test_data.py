@@ -435,3 +435,12 @@ def test_64_different_prompts_are_answered(tmp_path):
     different = list(dict.fromkeys(one.text for one in made["held_out"]))
     assert len(different) == 75 and made["texts"] == different[:64]
     assert made["prompts"] == tokenizer(different[:64]).input_ids
+
+
+@pytest.mark.parametrize("share, told", [(0.05, True), (0.5, False), (0.0, False)])
+def test_a_share_that_is_less_than_one_prompt_is_told(tmp_path, capsys, share, told):
+    rows = [{"prompt": x, "chosen": "w1", "rejected": "w2"} for x in ("w3", "w4")]
+    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = Config(model_name_or_path="m", dataset_name=str(tmp_path / "d.jsonl"), eval_fraction=share)
+    read(resolve(flags), None, word_tokenizer([f"w{i}" for i in range(5)]), [1])
+    assert ("less than one prompt, so accuracy is not known" in capsys.readouterr().out) == told
