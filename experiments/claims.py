@@ -214,7 +214,7 @@ def by_seed(runs: pd.DataFrame, key: str, t: int = T) -> pd.DataFrame:
     return runs[runs.t == t].pivot(index="seed", columns="row", values=key).dropna()
 
 
-def difference(ours: pd.Series, theirs: pd.Series, comparisons: int) -> str:
+def difference(ours: pd.Series, theirs: pd.Series | float, comparisons: int) -> str:
     return in_brackets(*interval(list(ours - theirs), comparisons))
 
 

@@ -389,8 +389,8 @@ def agreement(place: Path, t: int, policies: Any, config: Resolved) -> float:
     limits = {"max_length": config.max_length, "max_prompt_length": config.max_prompt_length}
     given, _counts = data.encode(rows, policies.tokenizer, name="unseen pairs", eos_ids=policies.eos_ids, **limits)
     unseen = data.preferences(given).rows
-    rewards = policies.log_prob(t, unseen) - policies.log_prob(0, unseen)
-    margins = rewards[0::2] - rewards[1::2]
+    rewards = logprobs.implicit_reward(policies.log_prob(t, unseen), policies.log_prob(0, unseen))
+    margins = train.margins_of(rewards.view(-1, 2))
     is_flipped = files.read_json(place / f"flipped-{UNSEEN}.json")
     flipped = torch.tensor([is_flipped[one.row] for one in given])
     return ((margins > 0) != flipped).double().mean().item()
@@ -479,9 +479,9 @@ After iteration t, of fresh completions: the judge's score, from about −4 to 4
 −1 to 1, the KL in nats, the words, those of the beginning included, and the share cut off, without an end within
 {LONGEST} tokens. Of the pairs given to iteration t: the share of right labels among those trained on; the AUC of the
 margins for right against flipped labels, before training on them; how often the judge agrees with the bootstrapped
-pairs. "agrees", which was not planned, is how often it agrees with the last policy's reward on 256 pairs of another
-seed, which that policy was not trained on. They are the same 256 for all policies, so their own standard error, 0.03,
-is not in the ±."""
+pairs. "agrees", which was not planned, is how often it agrees with the last policy's reward on pairs of another seed,
+which that policy was not trained on. They are the same for all policies, so their own standard error (0.03 with 256) is
+not in the ±."""
 AGAINST_CHANCE = [("auc", 2), ("auc", 3), ("agrees", 3), ("bootstrapped right", 2), ("bootstrapped right", 3)]
 
 
@@ -516,9 +516,9 @@ def gains_table(runs: pd.DataFrame) -> str:
         for key, t in AGAINST_CHANCE:
             title = f"{key} less ½, t = {t}"
             line[title] = "–"
-            values = of_method[of_method.t == t].reindex(columns=[key])[key].dropna()
-            if len(values):
-                line[title] = study.in_brackets(*study.interval(list(values - 0.5), 3))
+            at_t = of_method[of_method.t == t]
+            if key in at_t and at_t[key].notna().any():
+                line[title] = claims.difference(at_t[key], 0.5, 3)
         lines.append(line)
     return study.markdown(pd.DataFrame(lines))
 

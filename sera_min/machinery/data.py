@@ -54,6 +54,8 @@ def read(config: Resolved, world: Any, tokenizer: Any, eos_ids: Ids) -> Data:
     for name, share in {"keep": config.keep, "bootstrap": config.bootstrap}.items():
         if share > 0 and round(share * n) == 0:
             print(f"--{name} is {share:g}: of {n} pairs that is less than one, so none")
+    if config.eval_fraction > 0 and not made["held_out"]:
+        print(f"--eval_fraction is {config.eval_fraction:g}: less than one prompt, so accuracy is not known")
     return made
 
 
@@ -77,8 +79,6 @@ def of_user(config: Resolved, tokenizer: Any, limits: dict[str, Any]) -> Data:
     if config.eval_split is None:
         given, held_out = split_by_prompt(given, config.eval_fraction, config.seed)
         print(f"data: {format_counts(counts)}; {len(held_out)} of them held out")
-        if config.eval_fraction > 0 and not held_out:
-            print(f"--eval_fraction is {config.eval_fraction:g}: less than one prompt, so accuracy is not known")
     else:
         other = config.eval_dataset_name or name
         if other != name:
